@@ -1,0 +1,191 @@
+"""Powers of symmetric matrices, differentiable to every order in every mode.
+
+Differentiating ``eigh`` divides by gaps between eigenvalues and gives NaN where two
+are equal (the identity, say, from which every optimiser starts). A power of the
+matrix has no such singularity: with M = R diag(l) Rᵀ its n-th derivative along
+A_1, ..., A_n is, by Daleckii and Krein,
+
+    R [sum over orders of the A's  f[l_i0, ..., l_in] (RᵀA_1R)_i0,i1 ...] Rᵀ
+
+where f[...] is a divided difference of f, finite where its arguments coincide. It is
+a primitive of its own: ``custom_jvp`` forgets its rule when JAX transposes it, so the
+Hessian, forward over reverse, would differentiate ``eigh`` after all.
+"""
+
+import itertools
+import math
+import string
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from jax.interpreters import ad, batching, mlir
+
+
+def matrix_power(
+    matrix: jax.Array, p: float, floor: jax.Array, relative_floor: float = 0.0
+) -> jax.Array:
+    """R max(diag(l), floor, relative_floor max|l|)^p Rᵀ of a symmetric R diag(l) Rᵀ.
+
+    Args:
+      matrix: shape (..., L, L), floating; the symmetric part is used.
+      p: a Python number.
+      floor: broadcasts to shape (...).
+      relative_floor: a Python number. Both floors are constants to differentiation.
+
+    Returns:
+      Shape (..., L, L), the dtype of ``matrix``.
+    """
+    symmetric = (matrix + jnp.swapaxes(matrix, -1, -2)) / 2
+    floor = jnp.broadcast_to(jax.lax.stop_gradient(floor), matrix.shape[:-2])
+    return _derivative(floor, symmetric, p=p, relative_floor=relative_floor)
+
+
+def resolution(size: int, dtype: jax.typing.DTypeLike) -> float:
+    """The error of ``eigh``'s smallest eigenvalue, relative to the largest.
+
+    On singular matrices of up to 1024 rows it was measured below 0.8 √L eps.
+    """
+    return 4 * math.sqrt(max(size, 1)) * float(jnp.finfo(dtype).eps)
+
+
+_derivative_p = jax.extend.core.Primitive("symmetric_matrix_power_derivative")
+
+
+def _derivative(floor, matrix, *directions, p, relative_floor):
+    """The derivative of the power at ``matrix`` along each of ``directions``."""
+    return _derivative_p.bind(
+        floor, matrix, *directions, p=p, relative_floor=relative_floor
+    )
+
+
+@_derivative_p.def_impl
+def _derivative_impl(floor, matrix, *directions, p, relative_floor):
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    transposed = jnp.swapaxes(vectors, -1, -2)
+    largest = jnp.max(jnp.abs(values), axis=-1, initial=0)
+    floor = jnp.maximum(floor, relative_floor * largest)
+    n = len(directions)
+    if n == 0:
+        power = jnp.maximum(values, floor[..., None]) ** p
+        return (vectors * power[..., None, :]) @ transposed
+    rotated = [transposed @ direction @ vectors for direction in directions]
+    difference = _divided_difference_tensor(p, floor, values, n)
+    index = string.ascii_lowercase[: n + 1]
+    terms = [f"...{i}{j}" for i, j in itertools.pairwise(index)]
+    equation = ",".join([f"...{index}", *terms]) + f"->...{index[0]}{index[-1]}"
+    total = sum(
+        jnp.einsum(equation, difference, *order)
+        for order in itertools.permutations(rotated)
+    )
+    return vectors @ total @ transposed
+
+
+@_derivative_p.def_abstract_eval
+def _derivative_abstract_eval(floor, matrix, *directions, p, relative_floor):
+    return matrix
+
+
+def _derivative_jvp(primals, tangents, **params):
+    floor, matrix, *directions = primals
+    _, d_matrix, *d_directions = tangents
+    primal = _derivative(floor, matrix, *directions, **params)
+    terms = []
+    if type(d_matrix) is not ad.Zero:
+        terms.append(_derivative(floor, matrix, *directions, d_matrix, **params))
+    for i, d_direction in enumerate(d_directions):
+        if type(d_direction) is not ad.Zero:
+            varied = [*directions[:i], d_direction, *directions[i + 1 :]]
+            terms.append(_derivative(floor, matrix, *varied, **params))
+    # At least one tangent is not zero, or JAX would not ask; the floor's is not used.
+    tangent = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(primal)
+    return primal, tangent
+
+
+def _derivative_transpose(cotangent, floor, matrix, *directions, **params):
+    """<B, D^n f[A_1, ..., A_n]> is symmetric in B and every A: swap B for an A."""
+    linear = [ad.is_undefined_primal(direction) for direction in directions]
+    swapped = [
+        cotangent if undefined else direction
+        for undefined, direction in zip(linear, directions, strict=True)
+    ]
+    result = _derivative(floor, matrix, *swapped, **params)
+    return [None, None, *(result if undefined else None for undefined in linear)]
+
+
+def _derivative_batch(arguments, axes, **params):
+    size = next(
+        x.shape[axis]
+        for x, axis in zip(arguments, axes, strict=True)
+        if axis is not None
+    )
+    leading = [
+        jnp.broadcast_to(x, (size, *x.shape))
+        if axis is None
+        else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(arguments, axes, strict=True)
+    ]
+    return _derivative(*leading, **params), 0
+
+
+ad.primitive_jvps[_derivative_p] = _derivative_jvp
+ad.primitive_transposes[_derivative_p] = _derivative_transpose
+batching.primitive_batchers[_derivative_p] = _derivative_batch
+mlir.register_lowering(
+    _derivative_p, mlir.lower_fun(_derivative_impl, multiple_results=False)
+)
+
+
+def _divided_difference_tensor(p, floor, values, n):
+    """f[l_i0, ..., l_in] for all indices: shape (..., L, ..., L), n + 1 times L."""
+    lead = values.ndim - 1
+    size = values.shape[-1]
+    shape = values.shape[:-1] + (size,) * (n + 1)
+    points = [
+        jnp.broadcast_to(
+            jnp.expand_dims(
+                values, [lead + axis for axis in range(n + 1) if axis != k]
+            ),
+            shape,
+        )
+        for k in range(n + 1)
+    ]
+    floor = floor.reshape(floor.shape + (1,) * (n + 1))
+    # Any order of the points gives the same number; the sorted one, whose ends are
+    # furthest apart, loses the fewest digits.
+    ascending = jnp.sort(jnp.stack(points), axis=0)
+    return _divided_difference(p, floor, list(ascending))
+
+
+def _divided_difference(p, floor, points):
+    """f[x_0, ..., x_n] of f(x) = max(x, floor)^p for points in ascending order."""
+    n = len(points) - 1
+    low, high = points[0], points[-1]
+    gap = high - low
+    if n == 1:
+        floored_low, floored_high = jnp.maximum(low, floor), jnp.maximum(high, floor)
+        slope = jnp.where(
+            gap > 0,
+            (floored_high - floored_low) / jnp.where(gap > 0, gap, 1),
+            (high > floor).astype(gap.dtype),
+        )
+        return slope * _power_difference(p, floored_low, floored_high)
+    upper = _divided_difference(p, floor, points[1:])
+    lower = _divided_difference(p, floor, points[:-1])
+    # Below this relative gap f's derivative at the mean is the better approximation:
+    # its error grows with the gap squared, that of the quotient falls with the gap.
+    near = gap <= jnp.finfo(gap.dtype).eps ** (1 / 3) * jnp.abs(high)
+    mean = sum(points) / (n + 1)
+    falling = math.prod(p - k for k in range(n)) / math.factorial(n)
+    confluent = falling * jnp.maximum(mean, floor) ** (p - n)
+    confluent = jnp.where(mean > floor, confluent, 0)
+    return jnp.where(near, confluent, (upper - lower) / jnp.where(near, 1, gap))
+
+
+def _power_difference(p, low, high):
+    """(high^p - low^p) / (high - low) to full accuracy, p high^(p-1) if equal."""
+    log_ratio = jnp.log(low / high)
+    equal = log_ratio == 0
+    safe = jnp.where(equal, -1, log_ratio)
+    quotient = jnp.where(equal, p, jnp.expm1(p * safe) / jnp.expm1(safe))
+    return high ** (p - 1) * quotient

@@ -1,0 +1,104 @@
+"""How blocks lie in one array, and the sums over them and back."""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax import _trees
+from bma_optax._rules import Path, Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of one array: each is a block."""
+
+    path: Path
+    shape: Shape
+    tile: Shape | None  # None: no blocks.
+    owner: Path
+    start: int = 0  # The position of its first block.
+
+    @property
+    def grid(self) -> Shape:
+        """The number of blocks along each axis."""
+        if self.tile is None:
+            return (0,)
+        return tuple(-(-n // t) for n, t in zip(self.shape, self.tile, strict=True))
+
+    @property
+    def num_blocks(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def block_sizes(self) -> np.ndarray:
+        """The number of elements of each block, in the order of the grid."""
+        if self.tile is None:
+            return np.zeros(0, int)
+        lengths = [
+            np.minimum(t, n - t * np.arange(g))
+            for n, t, g in zip(self.shape, self.tile, self.grid, strict=True)
+        ]
+        return functools.reduce(np.multiply.outer, lengths, np.asarray(1)).ravel()
+
+    @property
+    def block_names(self) -> list[str]:
+        name = _trees.name_of(self.owner)
+        if self.tile == self.shape:
+            return [name]
+        axes = [
+            [":"]
+            if g == 1
+            else [
+                str(i) if t == 1 else f"{i * t}:{min(n, (i + 1) * t)}" for i in range(g)
+            ]
+            for n, t, g in zip(self.shape, self.tile or (), self.grid, strict=False)
+        ]
+        if self.tile is None:
+            return []
+        return [f"{name}[{', '.join(index)}]" for index in itertools.product(*axes)]
+
+    def sums(self, x: jax.Array) -> jax.Array:
+        """Sums over the tiles of one array, in the shape of its grid.
+
+        Whole axes are summed as they are: sharded ones then need no reshape.
+        """
+        tile = self.tile or ()
+        whole = [g == 1 for g in self.grid]
+        x = jnp.sum(x, axis=[i for i, w in enumerate(whole) if w], keepdims=True)
+        if all(w or t == 1 for w, t in zip(whole, tile, strict=True)):
+            return _replicated(x)
+        x = _replicated(x)  # Splitting an axis must not split a sharded one.
+        for axis, (w, t, g) in enumerate(zip(whole, tile, self.grid, strict=True)):
+            if not w and t > 1:
+                padding = [(0, 0)] * x.ndim
+                padding[axis] = (0, g * t - x.shape[axis])
+                shape = (*x.shape[:axis], g, t, *x.shape[axis + 1 :])
+                x = jnp.sum(jnp.pad(x, padding).reshape(shape), axis=axis + 1)
+        return x
+
+    def fill(self, values: jax.Array) -> jax.Array:
+        """Each tile of one array filled with its value."""
+        if not self.num_blocks:
+            return jnp.zeros(self.shape, values.dtype)
+        x = values.reshape(self.grid)
+        for axis, (n, t, g) in enumerate(
+            zip(self.shape, self.tile or (), self.grid, strict=True)
+        ):
+            if g > 1 and t > 1:
+                x = jnp.repeat(x, t, axis=axis, total_repeat_length=g * t)
+                x = jax.lax.slice_in_dim(x, 0, n, axis=axis)
+        return jnp.broadcast_to(x, self.shape)
+
+
+def _replicated(x: jax.Array) -> jax.Array:
+    """``x`` on every device, where its type says that an axis is sharded."""
+    sharding = jax.typeof(x).sharding
+    if all(axis is None for axis in sharding.spec):
+        return x
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.P())
+    return jax.sharding.reshard(x, everywhere)

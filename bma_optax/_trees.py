@@ -1,0 +1,87 @@
+"""Parameter pytrees: names of leaves, dtypes of statistics, checks."""
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import DictKey, GetAttrKey
+
+Path = tuple[str, ...]
+
+
+def path_of(keys: tuple) -> Path:
+    """A leaf's path in plain strings, the same however the tree spells it.
+
+    Flax wraps a parameter into an object whose field ``value`` is the array, in some
+    calls and not in others: the field is no part of the name.
+    """
+    wrapped = (
+        len(keys) > 1
+        and keys[-1] == GetAttrKey("value")
+        and isinstance(keys[-2], DictKey)
+    )
+    return tuple(
+        jax.tree_util.keystr((key,), simple=True)
+        for key in (keys[:-1] if wrapped else keys)
+    )
+
+
+def name_of(path: Path) -> str:
+    """A path as people read it."""
+    return "/".join(path) or "params"
+
+
+def named_leaves(tree) -> list[tuple[Path, jax.Array]]:
+    """(path, leaf) of each array."""
+    return [
+        (path_of(keys), leaf)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def statistic_dtype(leaf) -> jnp.dtype:
+    """float32 at least, float64 for float64."""
+    return jnp.dtype(jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)
+
+
+def common_statistic_dtype(tree) -> jnp.dtype:
+    """The dtype in which statistics of different arrays meet."""
+    dtypes = [statistic_dtype(leaf) for leaf in jax.tree.leaves(tree)]
+    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
+
+
+def check_floating(tree) -> None:
+    """Raises a TypeError naming the first leaf that is not a real floating array."""
+    for path, leaf in named_leaves(tree):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None:
+            raise TypeError(
+                f"Parameter {name_of(path)!r} is a {type(leaf).__name__}; arrays of a "
+                "floating dtype are accepted."
+            )
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"Parameter {name_of(path)!r} has dtype {dtype}; real floating dtypes "
+                "are accepted. Wrap the optimiser in "
+                "optax.contrib.split_real_and_imaginary for complex parameters."
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"Parameter {name_of(path)!r} has dtype {dtype}; floating dtypes are "
+                "accepted. Keep other leaves from the optimiser with optax.masked."
+            )
+
+
+def check_same_shapes(updates, state) -> None:
+    """Raises a ValueError that names the first leaf unlike the one seen by init."""
+    new, old = dict(named_leaves(updates)), dict(named_leaves(state))
+    for path in [*new, *old]:
+        if path not in old or path not in new:
+            where = "has no state: init" if path not in old else "is missing: update"
+            raise ValueError(
+                f"The gradient of {name_of(path)!r} {where} was given another tree. "
+                "Gradients of the structure that init saw are accepted."
+            )
+        if new[path].shape != old[path].shape:
+            raise ValueError(
+                f"The gradient of {name_of(path)!r} has shape {new[path].shape}; "
+                f"{old[path].shape}, the shape that init saw, is accepted."
+            )

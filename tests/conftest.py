@@ -1,0 +1,31 @@
+"""Strict settings for every test: they must be there before JAX starts."""
+
+import os
+
+# Nearly all of the tests' time is compilation of small programs.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "default", deadline=None, max_examples=15, derandomize=True
+)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,338 @@
+"""AdaGrad-BMA against an independent float64 reference, Optax and AdaGrad-Full."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from reference import DenseAdaGradBMA
+
+import bma_optax as bma
+
+SHAPES = {"a": {"kernel": (3, 4), "bias": (4,)}, "b": {"kernel": (4, 2)}, "c": ()}
+LEAVES = [("a", "bias"), ("a", "kernel"), ("b", "kernel"), ("c",)]
+
+
+def random_tree(rng, dtype=np.float64):
+    # A common part, so that blocks do correlate.
+    common = rng.standard_normal()
+    return jax.tree.map(
+        lambda s: jnp.asarray(np.asarray(rng.standard_normal(s) + common), dtype),
+        SHAPES,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def by_tile(path, index):
+    return path, tuple(i // 2 for i in index)
+
+
+# rule -> the name of the block of an element, None for plain AdaGrad
+RULES = {
+    bma.per_leaf: lambda path, index: path,
+    bma.per_layer: lambda path, index: path[:-1],
+    bma.per_unit: lambda path, index: (path, index[-1] if len(index) > 1 else 0),
+    bma.per_element: lambda path, index: (path, index),
+    bma.per_tile((2, 2)): by_tile,
+    bma.by_path({"bias": None, "b/": bma.per_tile((2, 2))}): lambda path, index: (
+        None if "bias" in path else by_tile(path, index) if path[0] == "b" else path
+    ),
+}
+
+
+def labels_and_groups(name_of, couple):
+    labels, groups, numbers = [], {}, {}
+    shapes = [(4,), (3, 4), (4, 2), ()]
+    for path, shape in zip(LEAVES, shapes, strict=True):
+        for index in itertools.product(*map(range, shape)):
+            name = name_of(path, index)
+            label = -1 if name is None else numbers.setdefault(name, len(numbers))
+            labels.append(label)
+            merged = name == path[:-1]
+            groups[label] = {
+                "all": (),
+                "array": path[:-1] if merged else path,
+                "layer": path[:-1],
+            }[couple]
+    return labels, groups
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mode", ["jit", "eager"])
+@pytest.mark.parametrize("form", ["left", "symmetric"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_fifty_steps_equal_the_dense_reference(rule, form, mode):
+    rng = np.random.default_rng(0)
+    couple = "all"
+    tx = bma.scale_by_bma(rule, couple=couple, form=form, min_eigenvalue=1e-3)
+    update = jax.jit(tx.update) if mode == "jit" else tx.update
+    labels, groups = labels_and_groups(RULES[rule], couple)
+    dense = DenseAdaGradBMA(labels, groups, floor=1e-3, form=form)
+    state = tx.init(random_tree(rng))
+    for _ in range(50):
+        g = random_tree(rng)
+        updates, state = update(g, state)
+        np.testing.assert_allclose(flat(updates), dense.update(flat(g)), atol=1e-8)
+    assert state.failures == 0 and state.count == 50
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("couple", ["array", "layer"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_coupled_groups_equal_the_dense_reference(rule, couple):
+    rng = np.random.default_rng(1)
+    tx = bma.scale_by_bma(rule, couple=couple, initial_accumulator_value=0.3, eps=1e-3)
+    labels, groups = labels_and_groups(RULES[rule], couple)
+    dense = DenseAdaGradBMA(labels, groups, initial=0.3, eps=1e-3, form="left")
+    state = tx.init(random_tree(rng))
+    update = jax.jit(tx.update)
+    for _ in range(10):
+        g = random_tree(rng)
+        updates, state = update(g, state)
+        np.testing.assert_allclose(flat(updates), dense.update(flat(g)), atol=1e-8)
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.1])
+def test_one_block_is_scale_by_rss(initial):
+    rng = np.random.default_rng(2)
+    params = jnp.zeros((4, 3))
+    mine = bma.scale_by_bma(initial_accumulator_value=initial, eps=1e-5)
+    theirs = optax.scale_by_rss(initial, eps=1e-5)
+    my_state, their_state = mine.init(params), theirs.init(params)
+    for _ in range(5):
+        g = jnp.asarray(rng.standard_normal((4, 3)), jnp.float32)
+        my_update, my_state = mine.update(g, my_state)
+        their_update, their_state = theirs.update(g, their_state)
+        np.testing.assert_allclose(my_update, their_update, rtol=1e-6)
+    np.testing.assert_allclose(
+        my_state.sum_of_squares, their_state.sum_of_squares, rtol=1e-6
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("form", ["left", "symmetric"])
+def test_one_element_blocks_are_full_matrix_adagrad(form):
+    rng = np.random.default_rng(3)
+    d = 6
+    tx = bma.scale_by_bma(bma.per_element, eps=0.0, min_eigenvalue=0.0, form=form)
+    state = tx.init(jnp.zeros(d))
+    H = np.zeros((d, d))
+    for step in range(20):
+        g = rng.standard_normal(d)
+        H += np.outer(g, g)
+        updates, state = tx.update(jnp.asarray(g), state)
+        if step < d:
+            continue  # H is singular.
+        z = np.sqrt(np.diag(H))
+        values, vectors = np.linalg.eigh(H / np.outer(z, z))
+        root = (vectors * values**-0.5) @ vectors.T
+        expected = root @ (g / z)
+        if form == "symmetric":
+            expected = (root @ (g / np.sqrt(z))) / np.sqrt(z)
+        np.testing.assert_allclose(updates, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.5])
+@pytest.mark.parametrize("form", ["left", "symmetric"])
+def test_an_element_without_gradients_does_not_move(form, initial):
+    """Rows of an embedding that no example has used."""
+    rng = np.random.default_rng(4)
+    params = {"embed": jnp.zeros((6, 4)), "w": jnp.zeros((3, 2))}
+    tx = bma.scale_by_bma(bma.per_unit, form=form, initial_accumulator_value=initial)
+    state = tx.init(params)
+    for _ in range(5):
+        g = {
+            "embed": jnp.asarray(rng.standard_normal((6, 4)) + 1, jnp.float32)
+            .at[2:4]
+            .set(0.0),
+            "w": jnp.asarray(rng.standard_normal((3, 2)) + 1, jnp.float32),
+        }
+        updates, state = tx.update(g, state)
+        assert jnp.all(updates["embed"][2:4] == 0)
+        assert jnp.all(updates["embed"][:2] != 0)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("form", ["left", "symmetric"])
+def test_a_gradient_that_is_not_finite_hurts_only_itself(bad, form):
+    rng = np.random.default_rng(5)
+    tx = bma.scale_by_bma(form=form)
+
+    def gradient():
+        return {k: jnp.asarray(rng.standard_normal(3) + 1, jnp.float32) for k in "abc"}
+
+    state = tx.init(gradient())
+    for _ in range(3):
+        _, state = tx.update(gradient(), state)
+    g = gradient()
+    g["b"] = g["b"].at[1].set(bad)
+    updates, after = tx.update(g, state)
+    finite = jax.tree.map(jnp.isfinite, updates)
+    assert finite["a"].all() and finite["c"].all()
+    np.testing.assert_array_equal(finite["b"], [True, False, True])
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(after))
+    # The statistics are those of the step without that element and that block.
+    assert after.sum_of_squares["b"][1] == state.sum_of_squares["b"][1]
+    assert after.U[1, 1] == state.U[1, 1] and after.U[0, 0] > state.U[0, 0]
+    updates, _ = tx.update(gradient(), after)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e15, 1e19, 1e25, 3e38])
+def test_finite_gradients_give_finite_updates(magnitude):
+    rng = np.random.default_rng(6)
+    params = {"a": jnp.zeros((50, 4)), "b": jnp.zeros(3)}
+    for eps in (0.0, 1e-7):
+        tx = bma.scale_by_bma(bma.per_unit, eps=eps)
+        state = tx.init(params)
+        for _ in range(3):
+            g = jax.tree.map(
+                lambda p: jnp.asarray(
+                    np.clip(rng.uniform(-1, 1, p.shape) * magnitude, -3e38, 3e38),
+                    jnp.float32,
+                ),
+                params,
+            )
+            updates, state = tx.update(g, state)
+            assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates))
+        assert state.failures == 0
+
+
+def test_last_good_root_is_used_when_a_factorisation_fails():
+    rng = np.random.default_rng(7)
+    params = {"a": jnp.zeros(4), "b": jnp.zeros(4), "c": jnp.zeros(4)}
+    tx = bma.scale_by_bma()
+    state = tx.init(params)
+    g = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(4) + 1, p.dtype), params)
+    _, state = tx.update(g, state)
+    broken = state._replace(U=state.U.at[0, 1].set(jnp.nan).at[1, 0].set(jnp.nan))
+    updates, after = tx.update(g, broken)
+    assert after.failures == 1
+    np.testing.assert_array_equal(after.inverse_root, state.inverse_root)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates))
+
+
+def test_singular_matrix_of_a_softmax_layer():
+    """Its gradients sum to zero over units: M has the eigenvalue 0 for good."""
+    rng = np.random.default_rng(8)
+    tx = bma.scale_by_bma(bma.per_element, min_eigenvalue=0.0)
+    state = tx.init(jnp.zeros(5))
+    for _ in range(30):
+        g = rng.standard_normal(5)
+        updates, state = tx.update(jnp.asarray(g - g.mean(), jnp.float32), state)
+        assert jnp.max(jnp.abs(updates)) < 10
+    assert state.failures == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dtypes(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params = {"a": jnp.ones((2, 3), dtype), "b": jnp.ones((), jnp.float32)}
+        state = bma.scale_by_bma().init(params)
+        updates, new = bma.scale_by_bma().update(params, state)
+        statistic = "float64" if dtype == "float64" else "float32"
+        assert updates["a"].dtype == dtype and updates["b"].dtype == jnp.float32
+        assert new.sum_of_squares["a"].dtype == statistic
+        assert new.sum_of_squares["b"].dtype == jnp.float32
+        assert new.U.dtype == new.v.dtype == new.inverse_root.dtype == statistic
+        assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        None,
+        {"a": None, "b": jnp.ones(2)},
+        {"a": jnp.zeros((0, 3)), "b": jnp.ones(2)},
+        {"a": jnp.ones(()), "b": optax.MaskedNode()},
+        jnp.ones(()),
+    ],
+    ids=str,
+)
+def test_trees_with_little_in_them(params):
+    tx = bma.scale_by_bma()
+    state = tx.init(params)
+    updates, new = jax.jit(tx.update)(params, state)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates))
+
+
+def test_dead_blocks():
+    tx = bma.scale_by_bma()
+    params = {"a": jnp.ones(3), "dead": jnp.ones(2), "c": jnp.ones(2)}
+    g = params | {"dead": jnp.zeros(2)}
+    updates, state = tx.update(g, tx.init(params))
+    assert jnp.all(updates["dead"] == 0) and jnp.all(updates["a"] != 0)
+    without = {"a": g["a"], "c": g["c"]}
+    expected, _ = tx.update(without, tx.init(without))
+    np.testing.assert_allclose(updates["a"], expected["a"], rtol=1e-6)
+
+
+def test_complex_parameters_by_optax_wrapper():
+    tx = optax.contrib.split_real_and_imaginary(bma.scale_by_bma())
+    params = {"a": jnp.array([1 + 2j, 3 - 1j]), "b": jnp.ones(2)}
+    with jax.numpy_dtype_promotion("standard"):  # Optax's wrapper multiplies by 1j.
+        updates, _ = tx.update(params, tx.init(params))
+    assert updates["a"].dtype == params["a"].dtype
+    assert jnp.all(jnp.isfinite(updates["a"]))
+
+
+PARAMS = {"layer": {"w": jnp.ones((2, 2))}}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: bma.scale_by_bma(len), TypeError, "by_function"),
+        (lambda: bma.scale_by_bma(form="right"), ValueError, "left.*symmetric"),
+        (lambda: bma.scale_by_bma(couple="some"), ValueError, "couple"),
+        (lambda: bma.scale_by_bma(eps=-1.0), ValueError, "eps"),
+        (lambda: bma.scale_by_bma(min_eigenvalue=float("nan")), ValueError, "min_eig"),
+        (
+            lambda: bma.adagrad_bma(0.1, initial_accumulator_value=-0.1),
+            ValueError,
+            "initial_accumulator_value",
+        ),
+        (
+            lambda: bma.scale_by_bma().init({"a": {"n": jnp.ones(2, int)}}),
+            TypeError,
+            "'a/n' has dtype int.*optax.masked",
+        ),
+        (
+            lambda: bma.scale_by_bma().init({"a": jnp.ones(2, complex)}),
+            TypeError,
+            "'a'.*split_real_and_imaginary",
+        ),
+        (lambda: bma.scale_by_bma().init({"a": 1.0}), TypeError, "'a' is a float"),
+        (
+            lambda: bma.scale_by_bma().update(
+                {"layer": {"w": jnp.ones((2, 3))}}, bma.scale_by_bma().init(PARAMS)
+            ),
+            ValueError,
+            r"'layer/w' has shape \(2, 3\)",
+        ),
+        (
+            lambda: bma.scale_by_bma().update(
+                {"layer": {"v": jnp.ones((2, 2))}}, bma.scale_by_bma().init(PARAMS)
+            ),
+            ValueError,
+            "'layer/v'",
+        ),
+        (
+            lambda: bma.scale_by_bma().update({}, bma.scale_by_bma().init(PARAMS)),
+            ValueError,
+            "'layer/w' is missing",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,364 @@
+"""Every operation against float64 NumPy that does build the d x d matrix."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bma_optax import BlockMeanMatrix
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def expansion(sizes):
+    """The d x L indicator of the blocks."""
+    return np.repeat(np.eye(len(sizes)), sizes, axis=0)
+
+
+def dense_of(Lambda, B, sizes):
+    """Figure 1, entry by entry."""
+    indicator = expansion(sizes)
+    return np.diag(indicator @ Lambda) + indicator @ B @ indicator.T
+
+
+def pair(sizes, seed=0, scale=1.0):
+    """A positive definite (Λ, B) with condition numbers that grow with ``scale``."""
+    rng = np.random.default_rng(seed)
+    L = len(sizes)
+    A = rng.standard_normal((L, L)) * scale ** -rng.uniform(0, 1, L)
+    return rng.uniform(0.5, 2, L), A @ A.T
+
+
+# (name, sizes, Λ, B)
+MATRICES = [
+    pytest.param((2, 5, 3), *pair((2, 5, 3)), id="figure 1"),
+    pytest.param((1, 1, 1), *pair((1, 1, 1)), id="one-element blocks"),
+    pytest.param((1, 4, 1, 2), *pair((1, 4, 1, 2)), id="some of one element"),
+    pytest.param((6,), *pair((6,)), id="one block"),
+    pytest.param((3, 1, 2) * 4, *pair((3, 1, 2) * 4), id="many blocks"),
+    pytest.param((2, 3, 1, 4), *pair((2, 3, 1, 4), scale=1e3), id="ill conditioned"),
+    pytest.param((2, 2), np.ones(2), np.zeros((2, 2)), id="identity"),
+    pytest.param((2, 1, 2), np.full(3, 2.0), np.zeros((3, 3)), id="repeated"),
+]
+over_matrices = pytest.mark.parametrize(("sizes", "Lambda", "B"), MATRICES)
+
+
+def matrix_function(dense, f):
+    values, vectors = np.linalg.eigh(dense)
+    return (vectors * f(values)) @ vectors.T
+
+
+OPERATIONS = {
+    "inverse": (lambda m: m.inverse().to_dense(), np.linalg.inv),
+    "inverse_sqrt": (
+        lambda m: m.inverse_sqrt().to_dense(),
+        lambda G: matrix_function(G, lambda x: x**-0.5),
+    ),
+    "floored": (
+        lambda m: m.inverse_sqrt(min_eigenvalue=0.7).to_dense(),
+        lambda G: matrix_function(G, lambda x: np.maximum(x, 0.7) ** -0.5),
+    ),
+    "power(0.3)": (
+        lambda m: m.power(0.3).to_dense(),
+        lambda G: matrix_function(G, lambda x: x**0.3),
+    ),
+    "power(3)": (lambda m: m.power(3).to_dense(), lambda G: G @ G @ G),
+    "power(0)": (lambda m: m.power(0).to_dense(), lambda G: np.eye(len(G))),
+    "power(-2)": (lambda m: m.power(-2).to_dense(), lambda G: np.linalg.inv(G @ G)),
+    "eigenvalues": (lambda m: m.eigenvalues(), np.linalg.eigvalsh),
+    "logdet": (lambda m: m.logdet(), lambda G: np.linalg.slogdet(G)[1]),
+    "trace": (lambda m: m.trace(), np.trace),
+    "matvec": (
+        lambda m: m.matvec(jnp.arange(1.0, m.shape[0] + 1)),
+        lambda G: G @ np.arange(1.0, len(G) + 1),
+    ),
+}
+
+
+def check_close(got, expected, name):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(
+        got, expected, rtol=1e-9, atol=1e-9 * scale, err_msg=name
+    )
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_without_jit(name):
+    operation, reference = OPERATIONS[name]
+    sizes = (2, 1, 3)
+    Lambda, B = pair(sizes)
+    matrix = BlockMeanMatrix.from_expansions(Lambda, B, sizes)
+    check_close(operation(matrix), reference(dense_of(Lambda, B, sizes)), name)
+
+
+@over_matrices
+class TestAgainstDense:
+    def test_expansions(self, sizes, Lambda, B):
+        matrix = BlockMeanMatrix.from_expansions(Lambda, B, sizes)
+        np.testing.assert_allclose(matrix.to_dense(), dense_of(Lambda, B, sizes))
+        np.testing.assert_allclose(matrix.B, B, atol=1e-14)
+        assert matrix.shape == (sum(sizes), sum(sizes))
+
+    def test_projection_of_an_expansion_is_itself(self, sizes, Lambda, B):
+        dense = dense_of(Lambda, B, sizes)
+        matrix = BlockMeanMatrix.project(dense, sizes)
+        np.testing.assert_allclose(matrix.to_dense(), dense, atol=1e-13)
+
+    def test_operations(self, sizes, Lambda, B):
+        matrix = BlockMeanMatrix.from_expansions(Lambda, B, sizes)
+        dense = dense_of(Lambda, B, sizes)
+        got = jax.jit(lambda m: {k: f(m) for k, (f, _) in OPERATIONS.items()})(matrix)
+        for name, (_, reference) in OPERATIONS.items():
+            check_close(got[name], reference(dense), name)
+
+    def test_vmap_and_vmap_of_vmap(self, sizes, Lambda, B):
+        def f(factor):
+            matrix = BlockMeanMatrix.from_expansions(Lambda * factor, B, sizes)
+            return matrix.inverse_sqrt()
+
+        factors = jnp.array([1.0, 2.0, 3.0])
+        got = jax.jit(jax.vmap(f))(factors)
+        nested = jax.jit(jax.vmap(jax.vmap(f)))(factors[:, None])
+        for i, factor in enumerate(factors):
+            one = jax.jit(f)(factor)
+            np.testing.assert_allclose(got.M[i], one.M, rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(nested.M[i, 0], one.M, rtol=1e-9, atol=1e-9)
+        # What vmap returns is a batch that the methods understand.
+        traces = [f(factor).trace() for factor in factors]
+        np.testing.assert_allclose(got.trace(), traces, rtol=1e-9)
+        np.testing.assert_allclose(got.power(2).M, got.M @ got.M, rtol=1e-8, atol=1e-8)
+
+
+DERIVABLE = [
+    lambda m: m.inverse(),
+    lambda m: m.inverse_sqrt(),
+    lambda m: m.inverse_sqrt(min_eigenvalue=0.3),
+    lambda m: m.power(0.3),
+    lambda m: m.logdet(),
+    lambda m: m.trace(),
+]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "Lambda", "B"),
+    [
+        m
+        for m in MATRICES
+        if m.id in ("figure 1", "ill conditioned", "identity", "repeated")
+    ],
+)
+def test_derivatives_in_every_mode(sizes, Lambda, B):
+    """grad, jvp, jvp of jvp, vjp of vjp and both mixtures against differences."""
+    rng = np.random.default_rng(3)
+    direction = rng.standard_normal(B.shape)
+    direction = direction + direction.T
+    weights = rng.standard_normal(B.shape)
+    weights = weights + weights.T
+
+    def f(t):
+        matrix = BlockMeanMatrix.from_expansions(
+            Lambda + 0 * t, B + t * direction, sizes
+        )
+        results = [operation(matrix) for operation in DERIVABLE]
+        return jnp.stack(
+            [
+                jnp.sum(x.M * weights) + jnp.sum(x.Lambda)
+                if isinstance(x, BlockMeanMatrix)
+                else x
+                for x in results
+            ]
+        )
+
+    smallest = float(BlockMeanMatrix.from_expansions(Lambda, B, sizes).eigenvalues()[0])
+    step = 1e-4 * smallest / np.abs(direction).max() / max(sizes)
+
+    @jax.jit
+    def derivatives(t):
+        forward, reverse = jax.jacfwd(f), jax.jacrev(f)
+        second = [
+            jax.jacfwd(forward)(t),
+            jax.jacfwd(reverse)(t),
+            jax.jacrev(forward)(t),
+            jax.jacrev(reverse)(t),
+        ]
+        return f(t), forward(t), reverse(t), second
+
+    above, here, below = (derivatives(t) for t in (step, 0.0, -step))
+    first = (above[0] - below[0]) / (2 * step)
+    scale = 1 + np.abs(first)
+    np.testing.assert_allclose(here[1] / scale, first / scale, atol=2e-5)
+    np.testing.assert_allclose(here[2] / scale, here[1] / scale, atol=1e-9)
+    second = (above[1] - below[1]) / (2 * step)
+    scale = 1 + np.abs(second)
+    for mode in here[3]:
+        np.testing.assert_allclose(mode / scale, second / scale, atol=1e-4)
+
+
+def test_third_derivative_and_hessian_where_eigenvalues_repeat():
+    """x^-½ at the identity: Taylor's coefficients along a direction are known."""
+    A = jnp.array([[1.0, 0.5], [0.5, -1.0]])
+
+    def f(t):
+        matrix = BlockMeanMatrix(jnp.ones(2), jnp.eye(2) + t * A, (2, 2))
+        return matrix.inverse_sqrt().M
+
+    coefficients = []
+    for _ in range(4):
+        coefficients.append(f(0.0))
+        f = functools.partial(lambda f, t: jax.jvp(f, (t,), (1.0,))[1], f)
+    expected = [np.eye(2), -A / 2, 3 / 4 * A @ A, -15 / 8 * A @ A @ A]
+    for got, want in zip(coefficients, expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+    def total(M):
+        return BlockMeanMatrix(jnp.ones(3), M, (1, 2, 3)).power(0.5).logdet()
+
+    hessian = jax.hessian(total)(jnp.eye(3))
+    assert jnp.all(jnp.isfinite(hessian))
+
+
+@st.composite
+def partitions_and_matrices(draw):
+    sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
+    seed = draw(st.integers(0, 2**32 - 1))
+    rank = draw(st.integers(1, sum(sizes)))
+    A = np.random.default_rng(seed).standard_normal((sum(sizes), rank))
+    return tuple(sizes), A @ A.T, seed
+
+
+@given(partitions_and_matrices())
+def test_projection_is_block_means(drawn):
+    sizes, G, _ = drawn
+    matrix = BlockMeanMatrix.project(G, sizes)
+    bounds = np.cumsum([0, *sizes])
+    for i, s in enumerate(sizes):
+        rows = slice(bounds[i], bounds[i + 1])
+        block = G[rows, rows]
+        off = (block.sum() - np.trace(block)) / (s * (s - 1)) if s > 1 else 0.0
+        np.testing.assert_allclose(matrix.B[i, i], off, atol=1e-11)
+        diagonal = np.trace(block) / s - off
+        np.testing.assert_allclose(matrix.Lambda[i], diagonal, atol=1e-11)
+        for j in range(len(sizes)):
+            if i != j:
+                mean = G[rows, bounds[j] : bounds[j + 1]].mean()
+                np.testing.assert_allclose(matrix.B[i, j], mean, atol=1e-11)
+
+
+@given(partitions_and_matrices())
+def test_projection_is_optimal_and_keeps_definiteness(drawn):
+    sizes, G, seed = drawn
+    matrix = BlockMeanMatrix.project(G, sizes)
+    best = np.linalg.norm(G - matrix.to_dense())
+    rng = np.random.default_rng(seed)
+    for scale in (1e-3, 1e-1, 1.0):
+        d_B = rng.standard_normal((len(sizes),) * 2) * scale
+        d_Lambda = rng.standard_normal(len(sizes)) * scale
+        other = dense_of(matrix.Lambda + d_Lambda, matrix.B + d_B + d_B.T, sizes)
+        assert np.linalg.norm(G - other) >= best - 1e-10
+    eigenvalues = matrix.eigenvalues()
+    assert eigenvalues[0] >= -1e-12 * eigenvalues[-1]
+
+
+@given(partitions_and_matrices())
+def test_inverse_is_an_inverse(drawn):
+    sizes, G, seed = drawn
+    matrix = BlockMeanMatrix.project(G + np.eye(len(G)), sizes)
+    x = np.random.default_rng(seed).standard_normal(len(G))
+    np.testing.assert_allclose(matrix.inverse().matvec(matrix.matvec(x)), x, atol=1e-9)
+    root = matrix.inverse_sqrt()
+    np.testing.assert_allclose(root.matvec(root.matvec(matrix.matvec(x))), x, atol=1e-9)
+
+
+def test_no_method_builds_a_dense_matrix():
+    sizes = (300_000, 200_000, 1)
+    matrix = BlockMeanMatrix.from_expansions(
+        jnp.array([1.0, 2.0, 3.0]), jnp.full((3, 3), 0.1), sizes
+    )
+    d = sum(sizes)
+
+    def everything(m, x):
+        y = m.inverse().matvec(m.inverse_sqrt().matvec(m.power(0.3).matvec(x)))
+        return y.sum() + m.eigenvalues().sum() + m.logdet() + m.trace() + m.B.sum()
+
+    jaxpr = jax.make_jaxpr(everything)(matrix, jnp.ones(d))
+    shapes = [v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars]
+    assert max(int(np.prod(shape)) for shape in shapes) <= 2 * d
+    assert jnp.isfinite(everything(matrix, jnp.ones(d)))
+
+
+def test_float32_floor_is_what_eigh_resolves():
+    """Singular matrices: the smallest computed eigenvalues are below the floor."""
+    rng = np.random.default_rng(0)
+    for L in (2, 5, 40, 200):
+        A = rng.standard_normal((L, max(L // 2, 1))).astype(np.float32)
+        M = jnp.asarray(np.float32(1e4) * A @ A.T)
+        root = BlockMeanMatrix(jnp.ones(L, np.float32), M, (2,) * L).inverse_sqrt(
+            min_eigenvalue=0.0
+        )
+        largest = jnp.linalg.eigvalsh(M)[-1]
+        floor = 4 * np.sqrt(L) * np.finfo(np.float32).eps * float(largest)
+        np.testing.assert_allclose(
+            jnp.linalg.eigvalsh(root.M)[-1], floor**-0.5, rtol=1e-2
+        )
+
+
+def test_determinant_sign():
+    negative = BlockMeanMatrix(jnp.ones(2), jnp.diag(jnp.array([1.0, -1.0])), (2, 2))
+    assert jnp.isnan(negative.logdet())
+    singular = BlockMeanMatrix(jnp.zeros(2), jnp.eye(2), (1, 1))
+    assert singular.logdet() == 0  # Λ does not matter in one-element blocks.
+
+
+def test_one_element_block_with_zero_entry():
+    matrix = BlockMeanMatrix.project(jnp.diag(jnp.array([0.0, 4.0])), (1, 1))
+    np.testing.assert_array_equal(matrix.power(0.5).to_dense(), np.diag([0.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: BlockMeanMatrix.project(jnp.eye(3), (2, 2)), ValueError, r"\(4, 4\)"),
+        (lambda: BlockMeanMatrix.project(jnp.eye(3), (3, 0)), ValueError, "positive"),
+        (
+            lambda: BlockMeanMatrix.from_expansions(jnp.ones(2), jnp.eye(3), (1, 2)),
+            ValueError,
+            "3",
+        ),
+        (
+            lambda: BlockMeanMatrix(jnp.ones(3), jnp.eye(2), (1, 2)),
+            ValueError,
+            "must end in",
+        ),
+        (
+            lambda: BlockMeanMatrix.project(jnp.eye(3, dtype=int), (3,)),
+            TypeError,
+            "int64",
+        ),
+        (
+            lambda: BlockMeanMatrix.project(jnp.eye(3), (3,)).matvec(jnp.ones(2)),
+            ValueError,
+            r"\(3,\)",
+        ),
+        (
+            lambda: BlockMeanMatrix.project(jnp.eye(3), (3,)).power(jnp.ones(())),
+            TypeError,
+            "Python number",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_is_a_pytree_with_static_sizes():
+    matrix = BlockMeanMatrix.project(jnp.eye(3), [1, 2])
+    leaves, treedef = jax.tree.flatten(matrix)
+    assert len(leaves) == 2
+    assert treedef.unflatten(leaves).sizes == (1, 2)
+    doubled = jax.tree.map(lambda x: 2 * x, matrix)
+    np.testing.assert_allclose(doubled.to_dense(), 2 * np.eye(3))

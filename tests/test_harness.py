@@ -1,0 +1,396 @@
+"""What Optax and the libraries around it ask of a transformation, for each of ours.
+
+The checks of Optax's harness for contributed optimisers (its `_common_test.py`, and the
+sharding and abstract `init` tests of its development branch), then wrappers and
+training loops.
+"""
+
+import inspect
+
+import chex
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from methods import every_method
+
+
+def parabola(dtype=jnp.float32):
+    start = jnp.array([-1.0, 10.0, 1.0], dtype)
+    goal = jnp.array([1.0, -1.0, 1.0], dtype)
+    return start, goal, lambda x: jnp.sum((x - goal) ** 2)
+
+
+def rosenbrock(dtype=jnp.float32):
+    start, goal = jnp.zeros(2, dtype), jnp.ones(2, dtype)
+    return start, goal, lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+
+
+def matrix_parabola(dtype=jnp.float32):
+    start, goal = jnp.zeros((2, 2), dtype), jnp.array([[3.0, -2.0], [1.0, 4.0]], dtype)
+    return start, goal, lambda x: jnp.sum((x - goal) ** 2)
+
+
+def mixed_parabola(dtype=jnp.float32):
+    start = jnp.zeros(3, dtype), jnp.zeros((2, 2), dtype)
+    goal = (
+        jnp.array([1.0, -1.0, 2.0], dtype),
+        jnp.array([[1.0, 0.0], [-1.0, 1.0]], dtype),
+    )
+    return (
+        start,
+        goal,
+        lambda x: sum(jnp.sum((a - b) ** 2) for a, b in zip(x, goal, strict=True)),
+    )
+
+
+def make_step(tx, f, **extra):
+    def step(params, state):
+        updates, state = tx.update(jax.grad(f)(params), state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+PARAMS = {
+    "a": {"w": -jnp.ones((2, 3)), "b": jnp.ones(3)},
+    "c": {"w": jnp.ones((2, 5, 2))},
+}
+
+
+def random_like(tree, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape) + 0.5, x.dtype), tree
+    )
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+
+
+def optax_promotes():
+    """Optax's own wrappers do not run under strict dtype promotion."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+# Optax's harness ----------------------------------------------------------------------
+
+
+@every_method
+def test_extra_args_and_no_second_compile(method):
+    tx = method.build()
+    start, _, f = rosenbrock()
+    traces = []
+
+    @jax.jit
+    def step(params, state):
+        traces.append(1)
+        return make_step(tx, f, unexpected=1)(params, state)
+
+    params, state = start, tx.init(start)
+    for _ in range(3):
+        params, state = step(params, state)
+    assert len(traces) == 1
+
+
+@every_method
+@pytest.mark.parametrize(
+    "problem", [parabola, rosenbrock, matrix_parabola, mixed_parabola]
+)
+def test_converges(method, problem):
+    tx = method.build()
+    start, goal, f = problem()
+    step = make_step(tx, f)
+
+    @jax.jit
+    def train(params, state):
+        return jax.lax.scan(
+            lambda c, _: (step(*c), None), (params, state), length=30_000
+        )
+
+    state = optax.tree.map_params(tx, lambda v: v, tx.init(start))
+    (params, _), _ = train(start, state)
+    chex.assert_trees_all_close(params, goal, rtol=3e-2, atol=3e-2)
+
+
+@every_method
+def test_map_params_reaches_only_what_is_like_params(method):
+    tx = method.build()
+    state = tx.init(PARAMS)
+    doubled = optax.tree.map_params(tx, lambda v: v + 1, state)
+    changed = [
+        path[-1]
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(state),
+            jax.tree.leaves(doubled),
+            strict=True,
+        )
+        if not np.array_equal(a, b)
+    ]
+    assert len(changed) == len(jax.tree.leaves(PARAMS))
+
+
+@every_method
+def test_inject_hyperparams(method):
+    tx = method.build()
+    injected = optax.inject_hyperparams(method.factory)(**method.kwargs)
+    state, injected_state = jax.jit(tx.init)(PARAMS), jax.jit(injected.init)(PARAMS)
+    for seed in range(2):
+        g = random_like(PARAMS, seed)
+        updates, state = jax.jit(tx.update)(g, state, PARAMS)
+        same, injected_state = jax.jit(injected.update)(g, injected_state, PARAMS)
+        chex.assert_trees_all_close(updates, same, rtol=1e-5)
+    chex.assert_trees_all_close(injected_state.inner_state, state, rtol=1e-5, atol=1e-5)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_dtype_is_preserved_and_multi_steps_accumulates(method, dtype):
+    tx = method.build()
+    params = jnp.array([1.0, 2.0], dtype)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert updates.dtype == dtype
+    multi = optax.MultiSteps(tx, every_k_schedule=4)
+    state = multi.init(params)
+    for step in range(8):
+        with optax_promotes():
+            updates, state = jax.jit(multi.update)(params, state, params)
+        assert jnp.all(updates != 0) if step % 4 == 3 else jnp.all(updates == 0)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_state_is_stable_under_cond(method, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        tx = method.build()
+        start, _, f = parabola(dtype)
+        step = make_step(tx, f)
+
+        @jax.jit
+        def maybe(params, state, flag):
+            return jax.lax.cond(flag, step, lambda p, s: (p, s), params, state)
+
+        params, state = start, tx.init(start)
+        for flag in (True, False):
+            params, new = maybe(params, state, flag)
+            assert params.dtype == dtype
+            assert abstract(new) == abstract(state)
+            state = new
+
+
+@every_method
+@pytest.mark.parametrize("under_mesh", [True, False])
+def test_sharding_is_stable(method, under_mesh):
+    """Explicit axes; a sharded array's state is sharded as it is."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharded = jax.NamedSharding(mesh, jax.P(None, "x", None))
+    other = jax.NamedSharding(mesh, jax.P(None, "x"))
+    local = {
+        "a": jnp.arange(64.0, dtype=jnp.float16).reshape(2, 8, 4) / 64,
+        "b": jnp.arange(16.0).reshape(2, 8) / 16,
+    }
+    params = jax.device_put(local, {"a": sharded, "b": other})
+
+    def run(params):
+        tx = method.build()
+        state = tx.init(params)
+        updates, new = jax.jit(tx.update)(params, state, params)
+        for (path, old), leaf in zip(
+            jax.tree_util.tree_leaves_with_path(state),
+            jax.tree.leaves(new),
+            strict=True,
+        ):
+            # A counter made outside a mesh joins it at the first step; Adam's does too.
+            if under_mesh or path[-1] != jax.tree_util.GetAttrKey("count"):
+                assert jax.typeof(leaf) == jax.typeof(old), path
+        assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+        return updates
+
+    if under_mesh:
+        with jax.set_mesh(mesh):
+            updates = run(params)
+    else:
+        updates = run(params)
+    tx = method.build()
+    expected, _ = tx.update(local, tx.init(local), local)
+    np.testing.assert_allclose(updates["a"], expected["a"], rtol=1e-2)
+    np.testing.assert_allclose(updates["b"], expected["b"], rtol=1e-4)
+
+
+@every_method
+def test_init_on_abstract_params(method):
+    tx = method.build()
+    shapes = jax.eval_shape(lambda: PARAMS)
+    state = jax.eval_shape(tx.init, shapes)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(PARAMS))
+    chex.assert_trees_all_equal(tx.init(shapes), tx.init(PARAMS))
+
+
+@every_method
+def test_learning_rate_takes_a_schedule(method):
+    signature = inspect.signature(method.factory)
+    assert signature.parameters["learning_rate"].annotation == optax.ScalarOrSchedule
+    schedule = optax.constant_schedule(method.kwargs["learning_rate"])
+    scheduled = method.factory(**method.kwargs | {"learning_rate": schedule})
+    tx = method.build()
+    start, _, f = parabola()
+    one, two = (start, tx.init(start)), (start, scheduled.init(start))
+    for _ in range(3):
+        one, two = make_step(tx, f)(*one), make_step(scheduled, f)(*two)
+    np.testing.assert_allclose(one[0], two[0], rtol=1e-6)
+
+
+# Wrappers and transformations ---------------------------------------------------------
+
+
+def wrappers(tx):
+    labels = {"a": {"w": "mine", "b": "mine"}, "c": {"w": "theirs"}}
+    mask = {"a": {"w": True, "b": False}, "c": {"w": True}}
+    return {
+        "chain": optax.chain(optax.clip_by_global_norm(1.0), tx, optax.ema(0.9)),
+        "masked": optax.masked(tx, mask),
+        "partition": optax.partition({"mine": tx, "theirs": optax.sgd(0.1)}, labels),
+        "multi_steps": optax.MultiSteps(tx, 2),
+        "apply_if_finite": optax.apply_if_finite(tx, 3),
+    }
+
+
+@every_method
+@pytest.mark.parametrize("name", wrappers(optax.identity()))
+def test_wrapped(method, name):
+    tx = wrappers(method.build())[name]
+    state = tx.init(PARAMS)
+    update = jax.jit(tx.update)
+    for seed in range(3):
+        with optax_promotes():
+            updates, new = update(random_like(PARAMS, seed), state, PARAMS)
+        assert abstract(updates) == abstract(PARAMS)
+        assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+        assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates))
+        state = new
+
+
+@every_method
+def test_apply_if_finite_rejects_a_bad_step(method):
+    tx = optax.apply_if_finite(method.build(), 3)
+    state = tx.init(PARAMS)
+    bad = random_like(PARAMS, 0)
+    bad["a"]["b"] = bad["a"]["b"].at[0].set(jnp.nan)
+    with optax_promotes():
+        updates, state = jax.jit(tx.update)(bad, state, PARAMS)
+    assert all(jnp.all(x == 0) for x in jax.tree.leaves(updates))
+    assert state.total_notfinite == 1
+
+
+@every_method
+def test_scan_and_vmap_equal_a_loop(method):
+    tx = method.build()
+    ensemble = [random_like(PARAMS, seed) for seed in range(3)]
+
+    def train(g):
+        def body(state, _):
+            updates, state = tx.update(g, state, PARAMS)
+            return state, updates
+
+        return jax.lax.scan(body, tx.init(PARAMS), length=3)[1]
+
+    batched = jax.jit(jax.vmap(train))(jax.tree.map(lambda *x: jnp.stack(x), *ensemble))
+    update = jax.jit(tx.update)
+    for i, g in enumerate(ensemble):
+        state = tx.init(PARAMS)
+        for step in range(3):
+            updates, state = update(g, state, PARAMS)
+            one = jax.tree.map(lambda x, i=i, step=step: x[i, step], batched)
+            chex.assert_trees_all_close(one, updates, rtol=1e-3, atol=1e-5)
+
+
+@every_method
+def test_gradient_through_steps_is_finite(method):
+    """Meta-learning: also at the first steps, where M has repeated eigenvalues."""
+    tx = method.build()
+    start, goal, f = mixed_parabola()
+
+    def after(scale):
+        params, state = start, tx.init(start)
+        for _ in range(3):
+            params, state = make_step(tx, lambda x: scale * f(x) + 0.1 * scale**2)(
+                params, state
+            )
+        return f(params)
+
+    assert jnp.isfinite(jax.jit(jax.grad(after))(1.3))
+
+
+# Training loops -----------------------------------------------------------------------
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((32, 4)), jnp.float32)
+Y = jnp.sum(X, axis=1, keepdims=True)
+
+
+def small_rate(method):
+    return method.factory(**method.kwargs | {"learning_rate": 0.1})
+
+
+@every_method
+def test_trains_flax_nnx(method):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden = nnx.Linear(4, 3, rngs=rngs)
+            self.out = nnx.Linear(3, 1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(nnx.tanh(self.hidden(x)))
+
+    model = Net(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, small_rate(method), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(X) - Y) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@every_method
+def test_trains_flax_linen(method):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(1)(jnp.tanh(nn.Dense(3)(x)))
+
+    model = Net()
+    params = model.init(jax.random.key(0), X)
+    tx = small_rate(method)
+
+    def loss(params):
+        return jnp.mean((model.apply(params, X) - Y) ** 2)
+
+    step = jax.jit(make_step(tx, loss))
+    state, first = tx.init(params), loss(params)
+    for _ in range(20):
+        params, state = step(params, state)
+    assert loss(params) < 0.8 * first
+
+
+@every_method
+def test_trains_equinox(method):
+    model = eqx.nn.MLP(4, 1, 3, 1, activation=jnp.tanh, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    tx = small_rate(method)
+
+    def loss(params):
+        return jnp.mean((jax.vmap(eqx.combine(params, static))(X) - Y) ** 2)
+
+    step = eqx.filter_jit(make_step(tx, loss))
+    state, first = tx.init(params), loss(params)
+    for _ in range(20):
+        params, state = step(params, state)
+    assert loss(params) < 0.8 * first

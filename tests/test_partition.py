@@ -1,0 +1,239 @@
+"""Partitions: what is a block, and the sums over blocks and back."""
+
+import itertools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bma_optax as bma
+
+PARAMS = {
+    "dense": {
+        "kernel": jax.ShapeDtypeStruct((5, 3), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((3,), jnp.float32),
+    },
+    "scale": jax.ShapeDtypeStruct((), jnp.float32),
+}
+
+
+def brute_force_labels(shape, tile):
+    """The block of each element, by its indices."""
+    labels = {}
+    result = np.zeros(shape, int)
+    for index in itertools.product(*map(range, shape)):
+        key = tuple(i // t for i, t in zip(index, tile, strict=True))
+        result[index] = labels.setdefault(key, len(labels))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("rule", "names", "sizes"),
+    [
+        (bma.per_leaf, ("dense/bias", "dense/kernel", "scale"), (3, 15, 1)),
+        (bma.per_layer, ("dense", "params"), (18, 1)),
+        (
+            bma.per_unit,
+            ("dense/bias", *(f"dense/kernel[:, {i}]" for i in range(3)), "scale"),
+            (3, 5, 5, 5, 1),
+        ),
+        (
+            bma.per_tile((2, 2)),
+            (
+                *("dense/bias[0:2]", "dense/bias[2:3]"),
+                *("dense/kernel[0:2, 0:2]", "dense/kernel[0:2, 2:3]"),
+                *("dense/kernel[2:4, 0:2]", "dense/kernel[2:4, 2:3]"),
+                *("dense/kernel[4:5, 0:2]", "dense/kernel[4:5, 2:3]"),
+                "scale",
+            ),
+            (2, 1, 4, 2, 4, 2, 2, 1, 1),
+        ),
+        (
+            bma.by_path({"bias|scale": None, "kernel": bma.per_tile((5,))}),
+            ("dense/kernel",),
+            (15,),
+        ),
+        (
+            bma.by_function(lambda path, shape: None if path == ("scale",) else shape),
+            ("dense/bias", "dense/kernel"),
+            (3, 15),
+        ),
+    ],
+    ids=str,
+)
+def test_blocks(rule, names, sizes):
+    blocks = bma.partition(PARAMS, rule)
+    assert blocks.names == names
+    assert blocks.sizes == sizes
+    assert bma.partition(PARAMS, bma.per_element).num_blocks == 19
+
+
+@st.composite
+def shapes_and_tiles(draw):
+    shape = draw(st.lists(st.integers(1, 7), max_size=3))
+    tile = [draw(st.integers(1, 9)) for _ in shape]
+    return tuple(shape), tuple(tile)
+
+
+@given(st.lists(shapes_and_tiles(), min_size=1, max_size=3), st.data())
+def test_block_sums_and_expand_against_brute_force(drawn, data):
+    tiles = {(str(i),): tile for i, (_, tile) in enumerate(drawn)}
+    rule = bma.by_function(lambda path, shape: tiles[path])
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    arrays = [rng.standard_normal(s).astype(np.float32) for s, _ in drawn]
+    params = [jnp.asarray(a) for a in arrays]
+    couple = data.draw(st.sampled_from(["all", "array", "layer"]))
+    blocks = bma.partition(params, rule, couple)
+    sums = np.asarray(blocks.block_sums(params))
+    filled = blocks.expand(jnp.arange(blocks.num_blocks, dtype=jnp.float32), params)
+    seen = []
+    for array, fill, (shape, tile) in zip(arrays, filled, drawn, strict=True):
+        labels = brute_force_labels(shape, tile)
+        for label in range(labels.max() + 1):
+            inside = np.asarray(fill)[labels == label]
+            assert np.all(inside == inside[0])
+            block = int(inside[0])
+            seen.append(block)
+            np.testing.assert_allclose(
+                sums[block], array[labels == label].sum(), atol=1e-5
+            )
+            assert blocks.sizes[block] == (labels == label).sum()
+    assert sorted(seen) == list(range(blocks.num_blocks))
+
+
+def test_merged_arrays_share_one_block():
+    params = {"a": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "c": {"w": jnp.ones(4)}}
+    blocks = bma.partition(params, bma.per_layer)
+    np.testing.assert_array_equal(blocks.block_sums(params), [9.0, 4.0])
+    filled = blocks.expand(jnp.array([1.0, 2.0]), params)
+    assert jax.tree.map(lambda x: float(x.ravel()[-1]), filled) == {
+        "a": {"w": 1.0, "b": 1.0},
+        "c": {"w": 2.0},
+    }
+
+
+def test_groups():
+    params = {"a": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "c": {"w": jnp.ones(4)}}
+    whole = bma.partition(params, bma.per_unit)
+    assert whole.groups == ((0, 1, 2, 3, 4),)
+    assert whole.matrix_shape == (5, 5)
+    by_layer = bma.partition(params, bma.per_unit, "layer")
+    named = [{by_layer.names[i] for i in group} for group in by_layer.groups]
+    assert named == [{"c/w"}, {"a/b", "a/w[:, 0]", "a/w[:, 1]", "a/w[:, 2]"}]
+    assert by_layer.matrix_shape == (1 + 16,)
+    by_array = bma.partition(params, bma.per_unit, "array")
+    assert sorted(map(len, by_array.groups)) == [1, 1, 3]
+    assert by_array.buckets == ((2, 1), (1, 3))
+
+
+def test_rules_are_values_and_not_callable():
+    rules = [
+        *(bma.per_leaf, bma.per_layer, bma.per_unit, bma.per_element),
+        *(bma.per_tile((2, 2)), bma.per_tile((2, 3))),
+        bma.by_path({"a": None}),
+        bma.by_function(len),
+    ]
+    assert not any(callable(rule) for rule in rules)
+    assert len(set(rules)) == len(rules)
+    assert bma.per_tile((2, 2)) == bma.per_tile([2, 2])
+    assert bma.by_path({"a": None}) == bma.by_path({"a": None})
+    assert [str(rule) for rule in rules[:5]] == [
+        *("per_leaf", "per_layer", "per_unit", "per_element", "per_tile((2, 2))")
+    ]
+
+
+def test_both_spellings_of_a_flax_path_agree():
+    class Box:
+        def __init__(self, value):
+            self.value = value
+
+    jax.tree_util.register_pytree_with_keys(
+        Box,
+        lambda box: (((jax.tree_util.GetAttrKey("value"), box.value),), None),
+        lambda _, children: Box(*children),
+    )
+    plain = {"layer": {"kernel": jnp.ones(3), "bias": jnp.ones(2)}}
+    boxed = jax.tree.map(Box, plain)
+    for rule in (bma.per_layer, bma.by_path({"kernel$": None})):
+        assert bma.partition(plain, rule) == bma.partition(boxed, rule)
+
+
+def test_empty_and_placeholder_trees():
+    for tree in ({}, None, [], optax.MaskedNode(), {"a": None, "b": jnp.zeros((0, 3))}):
+        for rule in (bma.per_leaf, bma.per_unit, bma.per_tile((2,))):
+            blocks = bma.partition(tree, rule)
+            assert blocks.num_blocks == 0
+            assert blocks.matrix_shape == (0, 0)
+            assert blocks.block_sums(tree).shape == (0,)
+            assert "0 blocks" in repr(blocks)
+    assert bma.partition({}, bma.by_path({"x": None})).num_blocks == 0
+
+
+def test_table_shows_every_array_and_its_bytes():
+    table = repr(bma.partition(PARAMS, bma.per_unit))
+    for text in ("dense/kernel", "(5, 1)", "60", "per_unit", "1 of 5 × 5", "O(125)"):
+        assert text in table
+
+
+def test_many_blocks_warn_and_too_many_raise():
+    big = jax.ShapeDtypeStruct((1001,), jnp.float32)
+    with pytest.warns(UserWarning, match="per_element puts 1,001 blocks"):
+        bma.partition(big, bma.per_element)
+    with pytest.warns(UserWarning, match="1,001"):
+        bma.scale_by_bma(bma.per_element).init(jnp.zeros(1001))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bma.partition(jax.ShapeDtypeStruct((1000,), jnp.float32), bma.per_element)
+    huge = jax.ShapeDtypeStruct((50_000,), jnp.float32)
+    with pytest.raises(ValueError, match="per_element.*50,000 blocks"):
+        bma.partition(huge, bma.per_element)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: bma.partition(PARAMS, lambda path: 1), TypeError, "by_function"),
+        (lambda: bma.partition(PARAMS, bma.per_tile), TypeError, "per_tile"),
+        (lambda: bma.partition(PARAMS, couple="none"), ValueError, "couple"),
+        (lambda: bma.per_tile((0,)), ValueError, "positive"),
+        (lambda: bma.per_tile((1.5,)), ValueError, "positive"),
+        (lambda: bma.by_path({"(": None}), ValueError, "pattern"),
+        (lambda: bma.by_path({"a": 3}), TypeError, "rule"),
+        (lambda: bma.by_function(3), TypeError, "function"),
+        (
+            lambda: bma.partition(PARAMS, bma.by_path({"kernle": None})),
+            ValueError,
+            "kernle.*dense/kernel",
+        ),
+        (
+            lambda: bma.partition(PARAMS, bma.by_path({"d": None, "kernel": None})),
+            ValueError,
+            "kernel",
+        ),
+        (
+            lambda: bma.partition(PARAMS, bma.by_function(lambda p, s: (1,))),
+            ValueError,
+            r"\(1,\) for 'dense/kernel' of shape \(5, 3\)",
+        ),
+        (
+            lambda: bma.partition(PARAMS, bma.by_function(lambda p, s: "tile")),
+            ValueError,
+            "dense/bias",
+        ),
+        (
+            lambda: bma.partition(
+                PARAMS, bma.by_path({"kernel": bma.by_path({"bias": None})})
+            ),
+            ValueError,
+            "'bias' matches none",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
