@@ -3,7 +3,7 @@
     python benchmarks/figure1.py
 
 A small net learns scikit-learn's digits by AdaGrad; F = Z^-1 H Z^-1 with
-H = sum of g gᵀ is built in full, projected by eq. (2) with one block per unit, and drawn.
+H = sum of g gᵀ is built in full, projected by eq. (2), one block per unit, and drawn.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def main() -> None:
     figure.savefig(options.out, dpi=70)
     lost = np.linalg.norm(F - approximation) / np.linalg.norm(F)
     diagonal = np.linalg.norm(F - np.eye(d)) / np.linalg.norm(F)
-    print(f"relative error of the block mean {lost:.3f}, of the diagonal {diagonal:.3f}")
+    print(f"relative error: block mean {lost:.3f}, diagonal {diagonal:.3f}")
     print(options.out)
 
 

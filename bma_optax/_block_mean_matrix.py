@@ -264,6 +264,9 @@ class BlockMeanMatrix:
     def eigenvalues(self) -> jax.Array:
         """All d eigenvalues in ascending order: those of M, and Λ_i s_i - 1 times.
 
+        Single eigenvalues have one derivative and no second one where they repeat;
+        symmetric functions of them do, see :meth:`logdet`, :meth:`power`.
+
         Example:
           >>> matrix = BlockMeanMatrix.from_expansions(
           ...     jnp.array([2.0]), jnp.array([[1.0]]), (4,))
