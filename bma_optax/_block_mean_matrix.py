@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bma_optax import _spectral
-from bma_optax._expansions import block_sums, expand, root_outer
+from bma_optax._expansions import (
+    block_sums,
+    check_sizes,
+    diagonal_matrix,
+    expand,
+    floating,
+    root_outer,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -96,8 +103,8 @@ class BlockMeanMatrix:
           [2.5 8. ] [[1. 1.]
            [1. 0.]]
         """
-        sizes = _check_sizes(sizes)
-        dense = _floating(dense)
+        sizes = check_sizes(sizes)
+        dense = floating(dense)
         d = sum(sizes)
         if dense.shape != (d, d):
             raise ValueError(
@@ -134,9 +141,9 @@ class BlockMeanMatrix:
           >>> print(matrix.M)
           [[6.]]
         """
-        sizes = _check_sizes(sizes)
-        Lambda, B = _floating(Lambda), _floating(B)
-        M = _diagonal_matrix(Lambda) + B * root_outer(sizes, B)
+        sizes = check_sizes(sizes)
+        Lambda, B = floating(Lambda), floating(B)
+        M = diagonal_matrix(Lambda) + B * root_outer(sizes, B)
         return cls(Lambda, M, sizes)
 
     @property
@@ -147,7 +154,7 @@ class BlockMeanMatrix:
     @property
     def correction(self) -> jax.Array:
         """M - Λ, what E (M - Λ) Eᵀ adds to the diagonal Λ̄, shape (..., L, L)."""
-        return self.M - _diagonal_matrix(self.Lambda)
+        return self.M - diagonal_matrix(self.Lambda)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -168,7 +175,7 @@ class BlockMeanMatrix:
            [3. 1. 1. 1. 3.]]
         """
         full = expand(expand(self.B, self.sizes), self.sizes, axis=-2)
-        return full + _diagonal_matrix(expand(self.Lambda, self.sizes))
+        return full + diagonal_matrix(expand(self.Lambda, self.sizes))
 
     def matvec(self, x: jax.Array) -> jax.Array:
         """(Λ̄ + B̄) x = Λ̄ x + E (M - Λ) Eᵀ x, in O(d + L²).
@@ -312,24 +319,3 @@ class BlockMeanMatrix:
 
     def _replace(self, Lambda, M) -> "BlockMeanMatrix":
         return BlockMeanMatrix(Lambda, M, self.sizes)
-
-
-def _check_sizes(sizes) -> tuple[int, ...]:
-    sizes = tuple(sizes)
-    if not all(isinstance(s, (int, np.integer)) and s > 0 for s in sizes):
-        raise ValueError(f"`sizes` must be positive integers, got {sizes}.")
-    return tuple(int(s) for s in sizes)
-
-
-def _floating(x) -> jax.Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"A real floating array is needed, got dtype {x.dtype}.")
-    return x
-
-
-def _diagonal_matrix(values: jax.Array) -> jax.Array:
-    identity = jnp.eye(values.shape[-1], dtype=values.dtype)
-    return values[..., None] * jnp.broadcast_to(
-        identity, values.shape + identity.shape[:1]
-    )

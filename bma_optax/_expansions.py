@@ -21,3 +21,24 @@ def block_sums(x: jax.Array, sizes: np.ndarray) -> jax.Array:
     """Sums over consecutive blocks of the first axis."""
     block = np.repeat(np.arange(len(sizes)), sizes)
     return jax.ops.segment_sum(x, block, len(sizes), indices_are_sorted=True)
+
+
+def check_sizes(sizes) -> tuple[int, ...]:
+    sizes = tuple(sizes)
+    if not all(isinstance(s, (int, np.integer)) and s > 0 for s in sizes):
+        raise ValueError(f"`sizes` must be positive integers, got {sizes}.")
+    return tuple(int(s) for s in sizes)
+
+
+def floating(x) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"A real floating array is needed, got dtype {x.dtype}.")
+    return x
+
+
+def diagonal_matrix(values: jax.Array) -> jax.Array:
+    """Shape (..., L, L); zero beside the diagonal whatever is on it."""
+    shape = (*values.shape, values.shape[-1])
+    identity = jnp.broadcast_to(jnp.eye(shape[-1], dtype=bool), shape)
+    return jnp.where(identity, values[..., None], 0)

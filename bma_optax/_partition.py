@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _rules, _trees
+from bma_optax import _rules, _table, _trees
 from bma_optax._rules import Path, Rule, Shape
 from bma_optax._tiles import Tiles
 
@@ -136,41 +136,7 @@ class Partition:
         return jnp.concatenate([part.reshape(-1) for part in parts]).reshape(shape)
 
     def __repr__(self) -> str:
-        rows = [("array", "shape", "tile", "blocks", "block size", "bytes of diag H")]
-        for array in self.arrays:
-            sizes = array.block_sizes
-            low, high = (sizes.min(), sizes.max()) if sizes.size else (0, 0)
-            rows.append(
-                (
-                    _trees.name_of(array.path),
-                    str(array.shape),
-                    "none" if array.tile is None else str(array.tile),
-                    f"{array.num_blocks:,}",
-                    f"{low:,}" if low == high else f"{low:,} to {high:,}",
-                    f"{4 * math.prod(array.shape):,}",
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) for cell, w in zip(row, widths, strict=True)
-            ).rstrip()
-            for row in rows
-        ]
-        matrices = ", ".join(f"{count} of {n} × {n}" for count, n in self.buckets)
-        entries = sum(count * n * n for count, n in self.buckets)
-        cost = sum(count * n**3 for count, n in self.buckets)
-        d = sum(math.prod(array.shape) for array in self.arrays)
-        return "\n".join(
-            [
-                f"Partition {self.rule}, couple={self.couple!r}: {d:,} parameters in "
-                f"{self.num_blocks:,} blocks",
-                *lines,
-                f"small matrices: {matrices or 'none'}; float32 state {4 * d:,} bytes "
-                f"of diag H and {8 * entries + 4 * self.num_blocks:,} of U, v and the "
-                f"inverse root; a solve costs O({cost:,})",
-            ]
-        )
+        return _table.table(self)
 
 
 def partition(params: Any, rule: Rule = _rules.per_leaf, couple: str = "all"):
