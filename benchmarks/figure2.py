@@ -38,7 +38,9 @@ METHODS: dict[str, MakeOptimizer] = {
     # for all, the off-diagonal of the matrix is the only difference between methods.
     "AdaGrad-Diag": functools.partial(optax.adagrad, initial_accumulator_value=0.0),
     "AdaGrad-BMA": functools.partial(bma.adagrad_bma, partition=bma.per_leaf),
-    "AdaGrad-Full": functools.partial(bma.adagrad_bma, partition=bma.per_element),
+    "AdaGrad-Full": functools.partial(
+        bma.adagrad_bma, partition=bma.per_element, min_eigenvalue=0.0
+    ),
 }
 STYLES = {"AdaGrad-Diag": "C0-", "AdaGrad-BMA": "C1--", "AdaGrad-Full": "C2-."}
 TINY, SMALL = (4, 4), (16, 32)  # Channels of the two convolutions.

@@ -1,0 +1,23 @@
+"""The README's example runs, and its two commands are what they should be."""
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_example_minimises_its_loss():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(example, names)
+    start = {"w": jnp.ones((4, 3)), "b": jnp.ones(4)}
+    assert names["loss"](names["params"]) < 0.01 * names["loss"](start)
+
+
+def test_each_heading_opens_with_one_command():
+    for heading in ("Run it", "Test it"):
+        section = README.split(f"\n## {heading}\n")[1]
+        assert section.lstrip().startswith("```bash\n")
+        assert len(section.split("```")[1].strip().splitlines()) == 2  # "bash", command
