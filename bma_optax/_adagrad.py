@@ -17,6 +17,12 @@ class ScaleByBMAState(NamedTuple):
 
     With several groups (``couple``) the L x L arrays hold the groups' small matrices
     one after the other, shape (Σ L_group²,).
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> state = bma.scale_by_bma().init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
+      >>> state.sum_of_squares["w"].shape, state.U.shape, state.v.shape
+      ((2, 3), (2, 2), (2,))
     """
 
     count: jax.Array  # type: ignore[assignment]  # shape (), int32: steps taken.

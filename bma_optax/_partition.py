@@ -27,6 +27,12 @@ class Partition:
     Made by :func:`partition`. It is the operator E of the mathematics on pytrees,
     without its weights: :meth:`block_sums` sums over blocks, :meth:`expand` broadcasts
     back. Blocks that see each other form a group, one small matrix each.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> blocks = bma.partition({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
+      >>> blocks.names, blocks.sizes, blocks.groups
+      (('b', 'w'), (3, 6), ((0, 1),))
     """
 
     rule: Rule
@@ -79,7 +85,16 @@ class Partition:
           tree: floating arrays, in the structure and shapes of the partition.
 
         Returns:
-          Shape (L,), in the highest of the dtypes.
+          Shape (L,), float64 if a dtype is, else float32.
+
+        Raises:
+          ValueError: if the number of arrays is another one.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> tree = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+          >>> print(bma.partition(tree).block_sums(tree))
+          [3. 6.]
         """
         leaves = jax.tree.leaves(tree)
         dtype = _trees.common_statistic_dtype(tree)
@@ -101,6 +116,16 @@ class Partition:
 
         Returns:
           A tree like ``like``.
+
+        Raises:
+          ValueError: if the number of arrays is another one.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> tree = {"w": jnp.ones((1, 2)), "b": jnp.ones(3)}
+          >>> filled = bma.partition(tree).expand(jnp.array([5.0, 7.0]), tree)
+          >>> print(filled["b"], filled["w"])
+          [5. 5. 5.] [[7. 7.]]
         """
         leaves, treedef = jax.tree.flatten(like)
         filled = [
@@ -139,7 +164,9 @@ class Partition:
         return _table.table(self)
 
 
-def partition(params: Any, rule: Rule = _rules.per_leaf, couple: str = "all"):
+def partition(
+    params: Any, rule: Rule = _rules.per_leaf, couple: str = "all"
+) -> Partition:
     """The blocks that ``rule`` cuts a parameter pytree into, for a look beforehand.
 
     Args:

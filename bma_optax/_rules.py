@@ -17,6 +17,11 @@ class Rule:
     and deliberately not callable: ``optax.inject_hyperparams`` takes callables for
     schedules.
 
+    Ready-made: ``per_leaf`` (one block an array), ``per_layer`` (the arrays of one
+    module merged into one block), ``per_unit`` (one block for each index of the last
+    axis; an array of one axis is one block), ``per_element`` (AdaGrad-Full), and
+    :func:`per_tile`, :func:`by_path`, :func:`by_function`.
+
     Example:
       >>> import bma_optax as bma
       >>> bma.per_unit, bma.per_unit == bma.per_unit, callable(bma.per_unit)
@@ -24,11 +29,36 @@ class Rule:
     """
 
     def tile(self, path: Path, shape: Shape) -> Shape | None:
-        """The tile of the array at ``path``; None if it has no blocks."""
+        """The tile of the array at ``path``; None if it has no blocks.
+
+        Args:
+          path: the keys to the array, as strings.
+          shape: its shape.
+
+        Returns:
+          A positive integer for each axis, or None.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> bma.per_unit.tile(("dense", "kernel"), (784, 32))
+          (784, 1)
+        """
         raise NotImplementedError
 
     def owner(self, path: Path) -> Path:
-        """Arrays with one owner, each a single tile, are merged into one block."""
+        """Arrays with one owner, each a single tile, are merged into one block.
+
+        Args:
+          path: the keys to the array, as strings.
+
+        Returns:
+          The name of the block, in the form of a path: by default the array's own.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> bma.per_layer.owner(("dense", "kernel"))
+          ('dense',)
+        """
         return path
 
 
