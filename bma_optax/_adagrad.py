@@ -168,8 +168,8 @@ def scale_by_bma(
         )
 
         # Apply: r + E (M^-½ - I) Eᵀ r.
-        power = -1.0 if form == "left" else -0.5
-        r = jax.tree.map(lambda g, h: g * _scale(h, eps, power / 2), g, h)
+        power = -0.5 if form == "left" else -0.25
+        r = jax.tree.map(lambda g, h: g * _scale(h, eps, power), g, h)
         correction = blocks.expand(_small_matrix.correction(blocks, inverse_root, r), r)
         result = jax.tree.map(
             lambda r, c, h: (

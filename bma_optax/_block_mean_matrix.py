@@ -36,8 +36,9 @@ class BlockMeanMatrix:
     No method but :meth:`to_dense` builds anything of size d x d.
 
     A pytree with the leaves ``Lambda`` and ``M``; ``sizes`` is static. Leading axes of
-    the leaves are a batch (``sizes`` may then be nested to match). Derivatives of every
-    order are finite, also where eigenvalues repeat.
+    the leaves are a batch (``sizes`` may then be nested to match); :meth:`matvec` and
+    :meth:`eigenvalues` take one matrix, under ``jax.vmap`` for a batch. Derivatives of
+    every order are finite, also where eigenvalues repeat.
 
     Args:
       Lambda: floating array of shape (..., L), the diagonal Λ. Its entry does not
@@ -69,6 +70,8 @@ class BlockMeanMatrix:
         # Transformations of pytrees put other things than arrays into the leaves.
         if not (hasattr(self.Lambda, "shape") and hasattr(self.M, "shape")):
             return
+        if np.any(np.asarray(self.sizes) < 1):
+            raise ValueError(f"`sizes` must be positive integers, got {self.sizes}.")
         blocks = np.shape(self.sizes)[-1]
         if self.M.shape[-2:] != (blocks, blocks) or self.Lambda.shape[-1:] != (blocks,):
             raise ValueError(
@@ -187,7 +190,7 @@ class BlockMeanMatrix:
           Shape (d,).
 
         Raises:
-          ValueError: if ``x`` does not have shape (d,).
+          ValueError: if ``x`` does not have shape (d,), or this is a batch.
 
         Example:
           >>> matrix = BlockMeanMatrix.from_expansions(
@@ -195,6 +198,7 @@ class BlockMeanMatrix:
           >>> print(matrix.matvec(jnp.array([1.0, 0.0, 0.0, 0.0])))
           [3. 1. 1. 1.]
         """
+        self._check_single()
         if x.shape != (self.shape[0],):
             raise ValueError(f"`x` must have shape ({self.shape[0]},), got {x.shape}.")
         root = np.sqrt(self._sizes)
@@ -274,12 +278,19 @@ class BlockMeanMatrix:
         Single eigenvalues have one derivative and no second one where they repeat;
         symmetric functions of them do, see :meth:`logdet`, :meth:`power`.
 
+        Returns:
+          Shape (d,).
+
+        Raises:
+          ValueError: if this is a batch.
+
         Example:
           >>> matrix = BlockMeanMatrix.from_expansions(
           ...     jnp.array([2.0]), jnp.array([[1.0]]), (4,))
           >>> print(matrix.eigenvalues())
           [2. 2. 2. 6.]
         """
+        self._check_single()
         values = jnp.concatenate([jnp.linalg.eigvalsh(self.M), self.Lambda])
         counts = np.concatenate([np.ones_like(self.sizes), np.subtract(self.sizes, 1)])
         order = jnp.argsort(values)
@@ -316,6 +327,13 @@ class BlockMeanMatrix:
     def _sizes(self) -> np.ndarray:
         sizes = np.asarray(self.sizes).astype(self.M.dtype)
         return np.broadcast_to(sizes, self.Lambda.shape)
+
+    def _check_single(self) -> None:
+        if self.M.ndim != 2:
+            raise ValueError(
+                f"`M` must have two axes here, got {self.M.shape}. Use jax.vmap over a "
+                "batch of matrices."
+            )
 
     def _replace(self, Lambda, M) -> "BlockMeanMatrix":
         return BlockMeanMatrix(Lambda, M, self.sizes)

@@ -32,6 +32,7 @@ class Tiles:
 
     @property
     def num_blocks(self) -> int:
+        """The number of tiles."""
         return math.prod(self.grid)
 
     @property
@@ -47,6 +48,9 @@ class Tiles:
 
     @property
     def block_names(self) -> list[str]:
+        """A readable name for each block, in the order of the grid."""
+        if self.tile is None:
+            return []
         name = _trees.name_of(self.owner)
         if self.tile == self.shape:
             return [name]
@@ -56,10 +60,8 @@ class Tiles:
             else [
                 str(i) if t == 1 else f"{i * t}:{min(n, (i + 1) * t)}" for i in range(g)
             ]
-            for n, t, g in zip(self.shape, self.tile or (), self.grid, strict=False)
+            for n, t, g in zip(self.shape, self.tile, self.grid, strict=True)
         ]
-        if self.tile is None:
-            return []
         return [f"{name}[{', '.join(index)}]" for index in itertools.product(*axes)]
 
     def sums(self, x: jax.Array) -> jax.Array:

@@ -36,10 +36,9 @@ class DenseAdaGradBMA:
                 F[np.ix_(labels == i, labels == j)] = entry
         values, vectors = np.linalg.eigh(F)
         root = (vectors * np.maximum(values, self.floor) ** -0.5) @ vectors.T
+        diagonal = inverse_z * g
         if self.form == "left":
-            diagonal = inverse_z * g
             result = root @ diagonal
         else:
-            diagonal = inverse_z * g
             result = np.sqrt(inverse_z) * (root @ (np.sqrt(inverse_z) * g))
         return np.where(self.h > self.initial, result, diagonal)

@@ -355,6 +355,18 @@ def test_errors(call, error, message):
         call()
 
 
+def test_one_matrix_at_a_time():
+    batch = BlockMeanMatrix(
+        jnp.ones((2, 2)), jnp.ones((2, 1, 1)) * jnp.eye(2)[None], (1, 2)
+    )
+    for call in (lambda m: m.matvec(jnp.ones(3)), lambda m: m.eigenvalues()):
+        with pytest.raises(ValueError, match="vmap"):
+            call(batch)
+        np.testing.assert_array_equal(jax.vmap(call)(batch), np.ones((2, 3)))
+    with pytest.raises(ValueError, match="positive"):
+        BlockMeanMatrix(jnp.ones(2), jnp.eye(2), (1, 0))
+
+
 def test_is_a_pytree_with_static_sizes():
     matrix = BlockMeanMatrix.project(jnp.eye(3), [1, 2])
     leaves, treedef = jax.tree.flatten(matrix)
