@@ -6,7 +6,22 @@
 
 from bma_optax._adagrad import ScaleByBMAState, adagrad_bma, scale_by_bma
 from bma_optax._block_mean_matrix import BlockMeanMatrix
+from bma_optax._curvature import (
+    Curvature,
+    EmpiricalFisher,
+    Fisher,
+    GaussNewton,
+    Hessian,
+    Operator,
+)
+from bma_optax._natural import natural_bma, scale_by_natural_bma
+from bma_optax._newton import (
+    ScaleByNewtonBMAState,
+    newton_bma,
+    scale_by_newton_bma,
+)
 from bma_optax._partition import Partition, partition
+from bma_optax._preconditioner import Preconditioner, preconditioner
 from bma_optax._rules import (
     Rule,
     by_function,
@@ -17,22 +32,38 @@ from bma_optax._rules import (
     per_tile,
     per_unit,
 )
+from bma_optax._steps import ScaleByQuadraticModelState, scale_by_quadratic_model
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockMeanMatrix",
+    "Curvature",
+    "EmpiricalFisher",
+    "Fisher",
+    "GaussNewton",
+    "Hessian",
+    "Operator",
     "Partition",
+    "Preconditioner",
     "Rule",
     "ScaleByBMAState",
+    "ScaleByNewtonBMAState",
+    "ScaleByQuadraticModelState",
     "adagrad_bma",
     "by_function",
     "by_path",
+    "natural_bma",
+    "newton_bma",
     "partition",
     "per_element",
     "per_layer",
     "per_leaf",
     "per_tile",
     "per_unit",
+    "preconditioner",
     "scale_by_bma",
+    "scale_by_natural_bma",
+    "scale_by_newton_bma",
+    "scale_by_quadratic_model",
 ]

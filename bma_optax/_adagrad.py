@@ -1,13 +1,12 @@
 """AdaGrad-BMA: the report's transformation."""
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _partition, _rules, _small_matrix, _trees
+from bma_optax import _checks, _partition, _rules, _small_matrix, _trees
 
 _FORMS = ("left", "symmetric")
 
@@ -116,7 +115,7 @@ def scale_by_bma(
     _partition.check_couple(couple)
     if form not in _FORMS:
         raise ValueError(f"`form` must be one of {_FORMS}, got {form!r}.")
-    _check_not_negative(
+    _checks.not_negative(
         initial_accumulator_value=initial_accumulator_value,
         eps=eps,
         min_eigenvalue=min_eigenvalue,
@@ -268,10 +267,3 @@ def _scale(h, eps, power):
         -0.25: lambda x: jax.lax.rsqrt(jnp.sqrt(x)),
     }[power]
     return jnp.where(alive, root(shifted), 0)
-
-
-def _check_not_negative(**numbers: Any) -> None:
-    """Raises a ValueError for a number below 0; traced values pass."""
-    for name, value in numbers.items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise ValueError(f"`{name}` must be a number >= 0, got {value}.")

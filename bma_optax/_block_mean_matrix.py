@@ -16,6 +16,7 @@ from bma_optax._expansions import (
     expand,
     floating,
     root_outer,
+    unit_weights,
 )
 
 
@@ -25,13 +26,14 @@ class BlockMeanMatrix:
     r"""A d x d matrix that keeps two numbers a block: the pair (Λ, M).
 
     With a partition of d indices into L blocks of sizes s, S = diag(s), and E the
-    d x L matrix whose column i is 1/√s_i on block i, the matrix is
+    d x L matrix whose column i is 1/√s_i on block i (or any weights there, normalised),
+    the matrix is
 
     .. math:: \bar\Lambda + \bar B = \bar\Lambda (I - E E^T) + E M E^T,
               \qquad M = \Lambda + S^{1/2} B S^{1/2}.
 
-    It acts as Λ on vectors that sum to zero inside each block and as the small
-    matrix M on block means, hence for any function of a symmetric matrix
+    It acts as Λ on vectors with Eᵀ x = 0, those that sum to zero inside each block, and
+    as the small matrix M on block means, hence for any function of a symmetric matrix
     :math:`f(\bar\Lambda + \bar B) = \overline{f(\Lambda)} + E (f(M) - f(\Lambda)) E^T`.
     No method but :meth:`to_dense` builds anything of size d x d.
 
@@ -81,7 +83,12 @@ class BlockMeanMatrix:
             )
 
     @classmethod
-    def project(cls, dense: jax.Array, sizes: Sequence[int]) -> "BlockMeanMatrix":
+    def project(
+        cls,
+        dense: jax.Array,
+        sizes: Sequence[int],
+        weights: jax.Array | None = None,
+    ) -> "BlockMeanMatrix":
         r"""The nearest block mean matrix to a symmetric one, eq. (2).
 
         .. math:: \arg\min_{B, \Lambda} \| G - (\bar\Lambda + \bar B) \|_F^2
@@ -92,12 +99,16 @@ class BlockMeanMatrix:
         Args:
           dense: G, symmetric, floating, shape (d, d).
           sizes: L positive integers that sum to d.
+          weights: shape (d,), what E's columns are before they are normalised, not all
+            zero in any block; constant if None. Pass the same to :meth:`matvec` and
+            :meth:`to_dense`: the small matrices do not depend on them.
 
         Returns:
           A :class:`BlockMeanMatrix` of the dtype of ``dense``.
 
         Raises:
-          ValueError: if ``sizes`` are not positive integers that sum to d.
+          ValueError: if ``sizes`` are not positive integers that sum to d, or
+            ``weights`` do not have shape (d,).
 
         Example:
           >>> dense = jnp.diag(jnp.array([1.0, 2.0, 3.0, 4.0, 7.0])) + 1
@@ -115,8 +126,10 @@ class BlockMeanMatrix:
                 f"{dense.shape}."
             )
         s = np.asarray(sizes)
-        totals = block_sums(block_sums(dense, s).T, s)
-        M = totals / root_outer(sizes, totals)
+        w = None if weights is None else unit_weights(weights, sizes, dense.dtype)
+        weighted = dense if w is None else dense * jnp.outer(w, w)
+        totals = block_sums(block_sums(weighted, s).T, s)
+        M = totals / root_outer(sizes, totals) if w is None else totals
         traces = block_sums(jnp.diagonal(dense), s)
         rest = (traces - jnp.diagonal(M)) / np.maximum(s - 1, 1).astype(dense.dtype)
         return cls(jnp.where(s == 1, traces, rest), M, sizes)
@@ -165,8 +178,11 @@ class BlockMeanMatrix:
         d = int(np.sum(self.sizes, axis=-1).reshape(-1)[0])
         return (d, d)
 
-    def to_dense(self) -> jax.Array:
+    def to_dense(self, weights: jax.Array | None = None) -> jax.Array:
         """The d x d matrix, by the two expansions of figure 1; for tests and pictures.
+
+        Args:
+          weights: shape (d,), see :meth:`project`.
 
         Example:
           >>> pair = jnp.array([1.0, 2.0]), jnp.array([[0.0, 3.0], [3.0, 1.0]])
@@ -177,14 +193,19 @@ class BlockMeanMatrix:
            [3. 1. 1. 3. 1.]
            [3. 1. 1. 1. 3.]]
         """
-        full = expand(expand(self.B, self.sizes), self.sizes, axis=-2)
+        small = self.B if weights is None else self.correction
+        full = expand(expand(small, self.sizes), self.sizes, axis=-2)
+        if weights is not None:
+            w = unit_weights(weights, self.sizes, self.M.dtype)
+            full = full * jnp.broadcast_to(jnp.outer(w, w), full.shape)
         return full + diagonal_matrix(expand(self.Lambda, self.sizes))
 
-    def matvec(self, x: jax.Array) -> jax.Array:
+    def matvec(self, x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
         """(Λ̄ + B̄) x = Λ̄ x + E (M - Λ) Eᵀ x, in O(d + L²).
 
         Args:
           x: shape (d,), the blocks one after the other.
+          weights: shape (d,), see :meth:`project`.
 
         Returns:
           Shape (d,).
@@ -201,13 +222,16 @@ class BlockMeanMatrix:
         self._check_single()
         if x.shape != (self.shape[0],):
             raise ValueError(f"`x` must have shape ({self.shape[0]},), got {x.shape}.")
-        root = np.sqrt(self._sizes)
-        means = block_sums(x, np.asarray(self.sizes)) / root
-        shift = (self.correction @ means) / root
-        return expand(self.Lambda, self.sizes) * x + expand(shift, self.sizes)
+        w = unit_weights(weights, self.sizes, self.M.dtype)
+        shift = self.correction @ block_sums(w * x, np.asarray(self.sizes))
+        return expand(self.Lambda, self.sizes) * x + w * expand(shift, self.sizes)
 
     def power(
-        self, p: float, *, min_eigenvalue: jax.typing.ArrayLike | None = None
+        self,
+        p: float,
+        *,
+        min_eigenvalue: jax.typing.ArrayLike | None = None,
+        absolute: bool = False,
     ) -> "BlockMeanMatrix":
         r"""The matrix power, f(x) = x^p in f(Λ̄ + B̄) = f(Λ)‾ + E (f(M) - f(Λ)) Eᵀ.
 
@@ -217,6 +241,8 @@ class BlockMeanMatrix:
           min_eigenvalue: if given, eigenvalues of M and entries of Λ are raised to at
             least this, and those of M also to what the dtype resolves beside the
             largest of them: 4 √L eps times it. Constants to differentiation.
+          absolute: whether absolute eigenvalues stand in the place of eigenvalues, for
+            a positive definite function of an indefinite matrix.
 
         Returns:
           A :class:`BlockMeanMatrix` with the same sizes.
@@ -234,9 +260,10 @@ class BlockMeanMatrix:
         if not isinstance(p, (int, float)):
             raise TypeError(f"`p` must be a Python number, got {type(p).__name__}.")
         # A one-element block has no direction on which Λ acts: keep f finite there.
-        irrelevant = (self._sizes == 1) & ~(self.Lambda > 0)
-        Lambda = jnp.where(irrelevant, 1, self.Lambda)
-        if min_eigenvalue is None and float(p).is_integer():
+        Lambda = jnp.abs(self.Lambda) if absolute else self.Lambda
+        irrelevant = (self._sizes == 1) & ~(Lambda > 0)
+        Lambda = jnp.where(irrelevant, 1, Lambda)
+        if min_eigenvalue is None and not absolute and float(p).is_integer():
             return self._replace(Lambda**p, jnp.linalg.matrix_power(self.M, int(p)))
         if min_eigenvalue is None:
             floor, relative_floor = jnp.zeros((), self.M.dtype), 0.0
@@ -244,7 +271,7 @@ class BlockMeanMatrix:
             floor = jnp.asarray(min_eigenvalue).astype(self.M.dtype)
             relative_floor = _spectral.resolution(self.M.shape[-1], self.M.dtype)
             Lambda = jnp.maximum(Lambda, floor)
-        M = _spectral.matrix_power(self.M, p, floor, relative_floor)
+        M = _spectral.matrix_power(self.M, p, floor, relative_floor, absolute)
         return self._replace(Lambda**p, M)
 
     def inverse(self) -> "BlockMeanMatrix":

@@ -23,6 +23,17 @@ def block_sums(x: jax.Array, sizes: np.ndarray) -> jax.Array:
     return jax.ops.segment_sum(x, block, len(sizes), indices_are_sorted=True)
 
 
+def unit_weights(weights, sizes, dtype) -> jax.Array:
+    """E's columns one after the other: weights over their norm in each block."""
+    if weights is None:
+        return jnp.asarray(1 / np.sqrt(np.repeat(sizes, sizes)), dtype)
+    d = int(np.sum(sizes))
+    if weights.shape != (d,):
+        raise ValueError(f"`weights` must have shape ({d},), got {weights.shape}.")
+    norms = jnp.sqrt(block_sums(jnp.square(weights), np.asarray(sizes)))
+    return (weights / expand(norms, sizes)).astype(dtype)
+
+
 def check_sizes(sizes) -> tuple[int, ...]:
     sizes = tuple(sizes)
     if not all(isinstance(s, (int, np.integer)) and s > 0 for s in sizes):

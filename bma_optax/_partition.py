@@ -24,9 +24,11 @@ _INDEX_LIMIT = 2**31  # LAPACK and its peers index the entries of a matrix in 32
 class Partition:
     """The blocks of a parameter pytree: a static, hashable, printable value.
 
-    Made by :func:`partition`. It is the operator E of the mathematics on pytrees,
-    without its weights: :meth:`block_sums` sums over blocks, :meth:`expand` broadcasts
-    back. Blocks that see each other form a group, one small matrix each.
+    Made by :func:`partition`. It owns the operator E of the mathematics on pytrees,
+    which entries are in a block and with which weights: :meth:`block_sums` sums over
+    blocks, :meth:`expand` broadcasts back, and with ``weights`` that have norm 1 in
+    each block these are Eᵀ and E. Blocks that see each other form a group, one small
+    matrix each.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -78,11 +80,12 @@ class Partition:
             return (self.num_blocks, self.num_blocks)
         return (sum(count * n * n for count, n in self.buckets),)
 
-    def block_sums(self, tree: Any) -> jax.Array:
+    def block_sums(self, tree: Any, weights: Any = None) -> jax.Array:
         """Sums over the elements of each block, shape (L,).
 
         Args:
           tree: floating arrays, in the structure and shapes of the partition.
+          weights: a tree like it by which the elements are weighted.
 
         Returns:
           Shape (L,), float64 if a dtype is, else float32.
@@ -96,6 +99,8 @@ class Partition:
           >>> print(bma.partition(tree).block_sums(tree))
           [3. 6.]
         """
+        if weights is not None:
+            tree = jax.tree.map(jnp.multiply, tree, weights)
         leaves = jax.tree.leaves(tree)
         dtype = _trees.common_statistic_dtype(tree)
         sums: dict[int, jax.Array] = {}
@@ -107,12 +112,20 @@ class Partition:
         ordered = [sums[start] for start in sorted(sums)]
         return jnp.concatenate(ordered) if ordered else jnp.zeros(0, dtype)
 
-    def expand(self, values: jax.Array, like: Any) -> Any:
-        """Each block filled with its value; arrays without blocks with zero.
+    def expand(
+        self,
+        values: jax.Array,
+        like: Any,
+        weights: Any = None,
+        default: jax.typing.ArrayLike = 0,
+    ) -> Any:
+        """Each block filled with its value.
 
         Args:
           values: shape (L,).
           like: a tree whose structure, shapes and dtypes the result takes.
+          weights: a tree like it that multiplies the result.
+          default: a number for arrays without blocks.
 
         Returns:
           A tree like ``like``.
@@ -132,9 +145,14 @@ class Partition:
             array.fill(
                 values[array.start : array.start + array.num_blocks].astype(leaf.dtype)
             )
+            if array.num_blocks
+            else jnp.full(array.shape, default, leaf.dtype)
             for array, leaf in zip(self.arrays, leaves, strict=True)
         ]
-        return jax.tree.unflatten(treedef, filled)
+        filled = jax.tree.unflatten(treedef, filled)
+        if weights is not None:
+            filled = jax.tree.map(jnp.multiply, filled, weights)
+        return filled
 
     def split(self, values: jax.Array) -> list[jax.Array]:
         """A vector over blocks as one (groups, blocks) array for each bucket."""
@@ -153,6 +171,26 @@ class Partition:
         """The outer product within each group, as an array of :attr:`matrix_shape`."""
         products = [x[:, :, None] * x[:, None, :] for x in self.split(values)]
         return self.join(products, self.matrix_shape, values.dtype)
+
+    def matvec(self, packed: jax.Array, values: jax.Array) -> jax.Array:
+        """The small matrix of each group times its part of a vector over blocks."""
+        products = [
+            jnp.einsum("gij,gj->gi", matrix, x, precision=jax.lax.Precision.HIGHEST)
+            for matrix, x in zip(
+                self.split_matrix(packed), self.split(values), strict=True
+            )
+        ]
+        return self.join(products, values.shape, values.dtype)
+
+    def within_groups(self, full: jax.Array) -> jax.Array:
+        """The entries within groups of an L x L matrix, in :attr:`matrix_shape`."""
+        parts, start = [], 0
+        for count, n in self.buckets:
+            stop = start + count * n
+            square = full[start:stop, start:stop].reshape(count, n, count, n)
+            parts.append(jnp.einsum("gigj->gij", square))
+            start = stop
+        return self.join(parts, self.matrix_shape, full.dtype)
 
     def join(self, parts: list[jax.Array], shape: Shape, dtype: Any) -> jax.Array:
         """The inverse of :meth:`split` and :meth:`split_matrix`."""

@@ -48,13 +48,6 @@ def correction(blocks, inverse_root, r):
     root_sizes = jnp.sqrt(jnp.asarray(blocks.sizes, inverse_root.dtype))
     means = blocks.block_sums(r) / root_sizes
     finite = jnp.isfinite(means)
-    parts = [
-        jnp.einsum("gij,gj->gi", matrix, mean) - mean
-        for matrix, mean in zip(
-            blocks.split_matrix(inverse_root),
-            blocks.split(jnp.where(finite, means, 0)),
-            strict=True,
-        )
-    ]
-    correction = blocks.join(parts, means.shape, means.dtype)
+    safe = jnp.where(finite, means, 0)
+    correction = blocks.matvec(inverse_root, safe) - safe
     return jnp.where(finite, correction, 0) / root_sizes

@@ -23,7 +23,11 @@ from jax.interpreters import ad, batching, mlir
 
 
 def matrix_power(
-    matrix: jax.Array, p: float, floor: jax.Array, relative_floor: float = 0.0
+    matrix: jax.Array,
+    p: float,
+    floor: jax.Array,
+    relative_floor: float = 0.0,
+    absolute: bool = False,
 ) -> jax.Array:
     """R max(diag(l), floor, relative_floor max|l|)^p Rᵀ of a symmetric R diag(l) Rᵀ.
 
@@ -32,13 +36,16 @@ def matrix_power(
       p: a Python number.
       floor: broadcasts to shape (...).
       relative_floor: a Python number. Both floors are constants to differentiation.
+      absolute: whether |l| stands in the place of l.
 
     Returns:
       Shape (..., L, L), the dtype of ``matrix``.
     """
     symmetric = (matrix + jnp.swapaxes(matrix, -1, -2)) / 2
     floor = jnp.broadcast_to(jax.lax.stop_gradient(floor), matrix.shape[:-2])
-    return _derivative(floor, symmetric, p=p, relative_floor=relative_floor)
+    return _derivative(
+        floor, symmetric, p=p, relative_floor=relative_floor, absolute=absolute
+    )
 
 
 def resolution(size: int, dtype: jax.typing.DTypeLike) -> float:
@@ -52,25 +59,23 @@ def resolution(size: int, dtype: jax.typing.DTypeLike) -> float:
 _derivative_p = jax.extend.core.Primitive("symmetric_matrix_power_derivative")
 
 
-def _derivative(floor, matrix, *directions, p, relative_floor):
+def _derivative(floor, matrix, *directions, **params):
     """The derivative of the power at ``matrix`` along each of ``directions``."""
-    return _derivative_p.bind(
-        floor, matrix, *directions, p=p, relative_floor=relative_floor
-    )
+    return _derivative_p.bind(floor, matrix, *directions, **params)
 
 
 @_derivative_p.def_impl
-def _derivative_impl(floor, matrix, *directions, p, relative_floor):
+def _derivative_impl(floor, matrix, *directions, p, relative_floor, absolute):
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
     transposed = jnp.swapaxes(vectors, -1, -2)
     largest = jnp.max(jnp.abs(values), axis=-1, initial=0)
     floor = jnp.maximum(floor, relative_floor * largest)
     n = len(directions)
     if n == 0:
-        power = jnp.maximum(values, floor[..., None]) ** p
+        power = _floored(values, floor[..., None], absolute) ** p
         return (vectors * power[..., None, :]) @ transposed
     rotated = [transposed @ direction @ vectors for direction in directions]
-    difference = _divided_difference_tensor(p, floor, values, n)
+    difference = _divided_difference_tensor(p, floor, values, n, absolute)
     index = string.ascii_lowercase[: n + 1]
     terms = [f"...{i}{j}" for i, j in itertools.pairwise(index)]
     equation = ",".join([f"...{index}", *terms]) + f"->...{index[0]}{index[-1]}"
@@ -82,7 +87,7 @@ def _derivative_impl(floor, matrix, *directions, p, relative_floor):
 
 
 @_derivative_p.def_abstract_eval
-def _derivative_abstract_eval(floor, matrix, *directions, p, relative_floor):
+def _derivative_abstract_eval(floor, matrix, *directions, **params):
     return matrix
 
 
@@ -136,7 +141,7 @@ mlir.register_lowering(
 )
 
 
-def _divided_difference_tensor(p, floor, values, n):
+def _divided_difference_tensor(p, floor, values, n, absolute):
     """f[l_i0, ..., l_in] for all indices: shape (..., L, ..., L), n + 1 times L."""
     lead = values.ndim - 1
     size = values.shape[-1]
@@ -154,32 +159,43 @@ def _divided_difference_tensor(p, floor, values, n):
     # Any order of the points gives the same number; the sorted one, whose ends are
     # furthest apart, loses the fewest digits.
     ascending = jnp.sort(jnp.stack(points), axis=0)
-    return _divided_difference(p, floor, list(ascending))
+    return _divided_difference(p, floor, list(ascending), absolute)
 
 
-def _divided_difference(p, floor, points):
+def _floored(values, floor, absolute):
+    return jnp.maximum(jnp.abs(values) if absolute else values, floor)
+
+
+def _divided_difference(p, floor, points, absolute):
     """f[x_0, ..., x_n] of f(x) = max(x, floor)^p for points in ascending order."""
     n = len(points) - 1
     low, high = points[0], points[-1]
     gap = high - low
     if n == 1:
-        floored_low, floored_high = jnp.maximum(low, floor), jnp.maximum(high, floor)
+        floored_low = _floored(low, floor, absolute)
+        floored_high = _floored(high, floor, absolute)
         slope = jnp.where(
             gap > 0,
             (floored_high - floored_low) / jnp.where(gap > 0, gap, 1),
-            (high > floor).astype(gap.dtype),
+            _slope(high, floor, absolute),
         )
         return slope * _power_difference(p, floored_low, floored_high)
-    upper = _divided_difference(p, floor, points[1:])
-    lower = _divided_difference(p, floor, points[:-1])
+    upper = _divided_difference(p, floor, points[1:], absolute)
+    lower = _divided_difference(p, floor, points[:-1], absolute)
     # Below this relative gap f's derivative at the mean is the better approximation:
     # its error grows with the gap squared, that of the quotient falls with the gap.
     near = gap <= jnp.finfo(gap.dtype).eps ** (1 / 3) * jnp.abs(high)
     mean = sum(points) / (n + 1)
     falling = math.prod(p - k for k in range(n)) / math.factorial(n)
-    confluent = falling * jnp.maximum(mean, floor) ** (p - n)
-    confluent = jnp.where(mean > floor, confluent, 0)
+    confluent = falling * _floored(mean, floor, absolute) ** (p - n)
+    confluent = confluent * _slope(mean, floor, absolute) ** n
     return jnp.where(near, confluent, (upper - lower) / jnp.where(near, 1, gap))
+
+
+def _slope(x, floor, absolute):
+    """The derivative of max(x, floor), or of max(|x|, floor): 1, 0 or -1."""
+    slope = (x > floor).astype(x.dtype)
+    return slope - (x < -floor).astype(x.dtype) if absolute else slope
 
 
 def _power_difference(p, low, high):

@@ -85,8 +85,6 @@ class Tiles:
 
     def fill(self, values: jax.Array) -> jax.Array:
         """Each tile of one array filled with its value."""
-        if not self.num_blocks:
-            return jnp.zeros(self.shape, values.dtype)
         x = values.reshape(self.grid)
         for axis, (n, t, g) in enumerate(
             zip(self.shape, self.tile or (), self.grid, strict=True)

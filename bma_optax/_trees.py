@@ -48,6 +48,26 @@ def common_statistic_dtype(tree) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
+def zeros_like(tree):
+    """Zeros of the dtypes of ``tree``; its leaves may be abstract."""
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def all_finite(tree) -> jax.Array:
+    """Whether every element of every leaf is finite."""
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+
+
+def vdot(a, b) -> jax.Array:
+    """The inner product of two trees, in the dtype of statistics."""
+    dtype = common_statistic_dtype(a)
+    products = jax.tree.map(
+        lambda x, y: jnp.sum(x.astype(dtype) * y.astype(dtype)), a, b
+    )
+    return sum(jax.tree.leaves(products), jnp.zeros((), dtype))
+
+
 def check_floating(tree) -> None:
     """Raises a TypeError naming the first leaf that is not a real floating array."""
     for path, leaf in named_leaves(tree):

@@ -1,0 +1,309 @@
+"""Curvature as a value: the G of eq. (1), known by its products with vectors."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Product = Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """A symmetric d x d matrix G at given parameters; the base of those below.
+
+    Values, static and hashable. A curvature of your own derives from this and defines
+    ``linearize``.
+
+    Args:
+      num_probes: how many products the diagonal of G may cost. If d is no larger the
+        diagonal is exact; otherwise it is the mean of x ∘ G x over so many random signs
+        x (Hutchinson), whose standard error at entry i is that of Σ_{j≠i} G_ij² /
+        num_probes under the root. Entries smaller than their standard error are taken
+        for it.
+
+    Raises:
+      ValueError: if ``num_probes`` is no integer of at least 2.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> class Scaled(bma.Curvature):
+      ...     def linearize(self, params, key, value_fn, extra_args):
+      ...         return lambda v: 2 * v
+      >>> Scaled(num_probes=8)
+      Scaled(num_probes=8)
+
+    Source: eq. (1); Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a
+    matrix, Applied Numerical Mathematics 57, 2007.
+    """
+
+    num_probes: int = dataclasses.field(default=32, kw_only=True)
+
+    def __post_init__(self):
+        if not isinstance(self.num_probes, int) or self.num_probes < 2:
+            raise ValueError(
+                f"`num_probes` must be an integer >= 2, got {self.num_probes!r}."
+            )
+
+    def linearize(
+        self, params: Any, key: jax.Array, value_fn: Any, extra_args: dict[str, Any]
+    ) -> Product:
+        """The product v -> G v at ``params``.
+
+        Args:
+          params: the parameters.
+          key: a typed random key.
+          value_fn: the loss that was given to ``update``, or None.
+          extra_args: the other keywords that were given to ``update``.
+
+        Returns:
+          A linear function of trees like ``params``.
+
+        Example:
+          >>> import jax, bma_optax as bma
+          >>> f = lambda x: jnp.sum(x ** 4)
+          >>> product = bma.Hessian().linearize(jnp.ones(2), jax.random.key(0), f, {})
+          >>> print(product(jnp.array([1.0, 0.0])))
+          [12.  0.]
+        """
+        raise NotImplementedError
+
+    def diagonal(self, params: Any, extra_args: dict[str, Any]) -> Any:
+        """The diagonal of G as a tree like ``params``, None where it must be probed.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> bma.Hessian().diagonal(jnp.ones(2), {}) is None
+          True
+        """
+        del params, extra_args
+
+
+@dataclasses.dataclass(frozen=True)
+class Hessian(Curvature):
+    r"""The Hessian of ``value_fn``, :math:`\nabla^2 f`: Newton's G, may be indefinite.
+
+    Products are forward over reverse: each costs about two gradients.
+
+    Args:
+      num_probes: see :class:`Curvature`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bma_optax as bma
+      >>> f = lambda x: x[0] ** 2 + 3 * x[0] * x[1]
+      >>> G = bma.Hessian().linearize(jnp.ones(2), jax.random.key(0), f, {})
+      >>> print(G(jnp.array([1.0, 0.0])))
+      [2. 3.]
+
+    Source: eq. (1); Pearlmutter, Fast exact multiplication by the Hessian, 1994.
+    """
+
+    def linearize(self, params, key, value_fn, extra_args):
+        """v -> Hessian times v, see :meth:`Curvature.linearize`."""
+        del key
+        f = loss(value_fn, extra_args)
+        return jax.linearize(jax.grad(f), params)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton(Curvature):
+    r"""The generalised Gauss-Newton matrix :math:`J^T H J`, without the model's own bend.
+
+    J is the Jacobian of ``model_fn`` and H the Hessian of ``loss_fn`` at its outputs;
+    positive semi-definite where ``loss_fn`` is convex. For losses that are log
+    likelihoods of an exponential family it is the Fisher matrix.
+
+    Args:
+      model_fn: ``params -> outputs``, any pytree. Keywords of ``update`` that its
+        signature names are passed on, such as ``batch``; likewise below.
+      loss_fn: ``outputs -> scalar``.
+      num_probes: see :class:`Curvature`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bma_optax as bma
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> curvature = bma.GaussNewton(lambda w: x @ w, lambda y: jnp.sum(y ** 2) / 2)
+      >>> G = curvature.linearize(jnp.zeros(2), jax.random.key(0), None, {})
+      >>> print(G(jnp.array([1.0, 0.0])))
+      [1. 2.]
+
+    Source: Schraudolph, Fast curvature matrix-vector products, Neural Computation 14,
+    2002.
+    """  # noqa: E501
+
+    model_fn: Callable[..., Any]
+    loss_fn: Callable[..., jax.Array]
+
+    def linearize(self, params, key, value_fn, extra_args):
+        """v -> Jᵀ H J v, see :meth:`Curvature.linearize`."""
+        del key, value_fn
+        outputs, jacobian = jax.linearize(bind(self.model_fn, extra_args), params)
+        transpose = jax.linear_transpose(jacobian, params)
+        outer = jax.linearize(jax.grad(bind(self.loss_fn, extra_args)), outputs)[1]
+        return lambda v: transpose(outer(jacobian(v)))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class EmpiricalFisher(Curvature):
+    r"""The mean of outer products of per-example gradients, :math:`J^T J / n`.
+
+    Not the Fisher matrix, for the labels are those of the data: see :class:`Fisher`.
+
+    Args:
+      losses_fn: ``params -> losses``, shape (n,): one loss an example, whose mean is
+        the loss. Keywords of ``update`` that it names are passed on.
+      num_probes: see :class:`Curvature`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bma_optax as bma
+      >>> x = jnp.array([[1.0, 2.0], [0.0, 2.0]])
+      >>> curvature = bma.EmpiricalFisher(lambda w: x @ w)
+      >>> G = curvature.linearize(jnp.zeros(2), jax.random.key(0), None, {})
+      >>> print(G(jnp.array([1.0, 0.0])))
+      [0.5 1. ]
+
+    Source: Kunstner, Balles and Hennig, Limitations of the empirical Fisher
+    approximation, 2019.
+    """
+
+    losses_fn: Callable[..., jax.Array]
+
+    def linearize(self, params, key, value_fn, extra_args):
+        """v -> Jᵀ J v / n, see :meth:`Curvature.linearize`."""
+        del key, value_fn
+        return _gram(bind(self.losses_fn, extra_args), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fisher(Curvature):
+    r"""The Fisher information matrix, by labels drawn from the model: natural gradient.
+
+    .. math:: G = \frac1n \sum_i s_i s_i^T, \qquad
+              s_i = \nabla \log p(y_i \mid x_i, \theta), \quad y_i \sim p
+
+    unbiased, with new labels at each refresh.
+
+    Args:
+      model_fn: ``params -> outputs``. Keywords of ``update`` that it names are passed
+        on; likewise below.
+      sample_fn: ``(key, outputs) -> labels``, such as ``jax.random.categorical``.
+      losses_fn: ``(outputs, labels) -> losses``, shape (n,): -log p, such as
+        ``optax.softmax_cross_entropy_with_integer_labels``.
+      num_probes: see :class:`Curvature`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, bma_optax as bma
+      >>> x = jnp.array([[1.0, -1.0]])
+      >>> curvature = bma.Fisher(
+      ...     lambda w: x @ w, jax.random.categorical,
+      ...     optax.softmax_cross_entropy_with_integer_labels)
+      >>> G = curvature.linearize(jnp.zeros((2, 2)), jax.random.key(0), None, {})
+      >>> print(G(jnp.array([[1.0, 0.0], [0.0, 0.0]])))
+      [[ 0.25 -0.25]
+       [-0.25  0.25]]
+
+    Source: eq. (1); Martens, New insights and perspectives on the natural gradient
+    method, 2014.
+    """
+
+    model_fn: Callable[..., Any]
+    sample_fn: Callable[..., Any]
+    losses_fn: Callable[..., jax.Array]
+
+    def linearize(self, params, key, value_fn, extra_args):
+        """v -> Σ s_i s_iᵀ v / n, see :meth:`Curvature.linearize`."""
+        del value_fn
+        model = bind(self.model_fn, extra_args)
+        outputs = jax.lax.stop_gradient(model(params))
+        labels = bind(self.sample_fn, extra_args)(key, outputs)
+        losses = bind(self.losses_fn, extra_args)
+        return _gram(lambda p: losses(model(p), labels), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator(Curvature):
+    """A symmetric matrix of your own, from a function that gives its product.
+
+    For instance a discretised differential operator, or lagged weights that make a
+    quadratic model of a loss that has no useful Hessian (total variation).
+
+    Args:
+      product_fn: ``params -> (v -> G v)``. Keywords of ``update`` that it names are
+        passed on.
+      diagonal_fn: ``params -> diag G``, a tree like params, if it is known.
+      num_probes: see :class:`Curvature`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bma_optax as bma
+      >>> curvature = bma.Operator(lambda x: lambda v: 3 * v)
+      >>> G = curvature.linearize(jnp.ones(2), jax.random.key(0), None, {})
+      >>> print(G(jnp.array([1.0, 2.0])))
+      [3. 6.]
+    """
+
+    product_fn: Callable[..., Product]
+    diagonal_fn: Callable[..., Any] | None = None
+
+    def linearize(self, params, key, value_fn, extra_args):
+        """The product at ``params``, see :meth:`Curvature.linearize`."""
+        del key, value_fn
+        return bind(self.product_fn, extra_args)(params)
+
+    def diagonal(self, params, extra_args):
+        """``diagonal_fn(params)``, or None."""
+        if self.diagonal_fn is None:
+            return None
+        return bind(self.diagonal_fn, extra_args)(params)
+
+
+def check_curvature(curvature: Any) -> None:
+    """Raises a TypeError for what is no :class:`Curvature`."""
+    if not isinstance(curvature, Curvature):
+        raise TypeError(
+            f"`curvature` must be a bma.Curvature, such as bma.Hessian(), got "
+            f"{curvature!r}."
+        )
+
+
+def loss(value_fn: Any, extra_args: dict[str, Any]) -> Callable[[Any], jax.Array]:
+    """``value_fn`` as a function of the parameters alone."""
+    if value_fn is None:
+        raise ValueError(
+            "`update` needs the loss here: update(grads, state, params, "
+            "value_fn=loss, ...)."
+        )
+    return bind(value_fn, extra_args)
+
+
+def bind(fn: Callable[..., Any], extra_args: dict[str, Any]) -> Callable[..., Any]:
+    """``fn`` with those of the extra arguments that its signature names."""
+    parameters = inspect.signature(fn).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        named = extra_args
+    else:
+        names = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY]
+        named = {k: v for k, v in extra_args.items() if k in names}
+    return lambda *args: fn(*args, **named)
+
+
+def _gram(losses, params) -> Product:
+    """v -> Jᵀ J v / n for the Jacobian of n losses."""
+    values, jacobian = jax.linearize(losses, params)
+    if values.ndim != 1:
+        raise ValueError(
+            f"`losses_fn` must return one loss an example, shape (n,), got shape "
+            f"{values.shape}."
+        )
+    transpose = jax.linear_transpose(jacobian, params)
+    return lambda v: transpose(jacobian(v) / len(values))[0]
+
+
+def random_key(key: jax.typing.ArrayLike) -> jax.Array:
+    """A typed random key from a seed or a key."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.random.fold_in(key, 0)
+    return jax.random.key(key)
