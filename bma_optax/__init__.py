@@ -14,6 +14,7 @@ from bma_optax._curvature import (
     Hessian,
     Operator,
 )
+from bma_optax._diagnostics import diagnostics
 from bma_optax._natural import natural_bma, scale_by_natural_bma
 from bma_optax._newton import (
     ScaleByNewtonBMAState,
@@ -53,6 +54,7 @@ __all__ = [
     "adagrad_bma",
     "by_function",
     "by_path",
+    "diagnostics",
     "natural_bma",
     "newton_bma",
     "partition",

@@ -19,7 +19,7 @@ from bma_optax import _spectral, _trees
 from bma_optax._block_mean_matrix import BlockMeanMatrix
 
 # F has a unit diagonal: Λ, a mean of its eigenvalues, is far above this but for noise.
-_MIN_LAMBDA = 1e-2
+_MIN_LAMBDA = 1e-3
 
 
 class Inverse(NamedTuple):

@@ -224,7 +224,7 @@ def scale_by_newton_bma(
                 lambda x, y: jnp.where(finite, x, y), refreshed, failed
             )
             return chosen._replace(
-                key=key, products=state.products + products + adaptive_damping
+                key=key, products=state.products + products + int(adaptive_damping)
             )
 
         state = jax.lax.cond(

@@ -80,8 +80,8 @@ def _by_units(product, params):
         return _trees.vdot(unit, product(unit))
 
     sizes = [leaf.size for leaf in leaves]
-    numbers = np.repeat(np.arange(len(leaves)), sizes)
-    positions = np.concatenate([np.arange(0), *map(np.arange, sizes)])
+    numbers = np.repeat(np.arange(len(leaves), dtype=np.int32), sizes)
+    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in (0, *sizes)])
     entries = _map(entry, (jnp.asarray(numbers), jnp.asarray(positions)), params)
     parts = [
         x.astype(_trees.statistic_dtype(leaf)).reshape(leaf.shape)

@@ -118,9 +118,10 @@ def scale_by_quadratic_model(
         a, b = _minimise(gradient, product, direction, state.previous_step, dtype)
         step = _combine(a, direction, b, state.previous_step)
         if max_norm is not None:
-            norm = jnp.sqrt(_trees.vdot(step, step)).astype(dtype)
+            square = _trees.vdot(step, step).astype(dtype)
             limit = jnp.asarray(max_norm).astype(dtype)
-            part = jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1), 1)
+            long = square > jnp.square(limit)
+            part = jnp.where(long, limit * jax.lax.rsqrt(jnp.where(long, square, 1)), 1)
             a, b, step = a * part, b * part, _scale(part, step)
         t = _backtrack(f, params, step, value, _trees.vdot(gradient, step), dtype)
         step = _scale(t, step)

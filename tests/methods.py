@@ -13,13 +13,18 @@ class Method(NamedTuple):
 
     factory: Callable[..., Any]
     kwargs: dict[str, Any]  # all of them pass through inject_hyperparams
+    trees: int  # trees like the parameters in its state
 
     def build(self):
         return self.factory(**self.kwargs)
 
 
-def row(name, factory, **kwargs):
-    return pytest.param(Method(factory, kwargs), id=name)
+def row(name, factory, trees=1, **kwargs):
+    return pytest.param(Method(factory, kwargs, trees), id=name)
+
+
+# The Hessian of whatever loss `update` is given as `loss_of`.
+ANY_LOSS = bma.GaussNewton(lambda p: p, lambda y, loss_of: loss_of(y))
 
 
 METHODS = [
@@ -44,6 +49,28 @@ METHODS = [
         partition=bma.per_tile((2,)),
         couple="layer",
         initial_accumulator_value=0.1,
+    ),
+    row("newton_bma", bma.newton_bma, trees=2, learning_rate=None),
+    row(
+        "newton_bma per_unit by layer adaptive",
+        bma.newton_bma,
+        trees=3,
+        learning_rate=None,
+        partition=bma.per_unit,
+        couple="layer",
+        update_interval=2,
+        damping=0.1,
+        adaptive_damping=True,
+        max_norm=10.0,
+        key=1,
+    ),
+    row(
+        "natural_bma",
+        bma.natural_bma,
+        trees=2,
+        learning_rate=None,
+        curvature=ANY_LOSS,
+        b2=0.5,
     ),
 ]
 every_method = pytest.mark.parametrize("method", METHODS)

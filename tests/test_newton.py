@@ -1,0 +1,724 @@
+"""Newton-BMA and its parts against float64 NumPy that builds the d x d matrices."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import lineax
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
+
+import bma_optax as bma
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+PARAMS = {
+    "a": {"bias": np.zeros(4), "kernel": np.zeros((3, 4))},
+    "b": {"kernel": np.zeros((4, 2))},
+}
+D = 24
+
+
+def tree_of(vector):
+    return ravel_pytree(jax.tree.map(jnp.asarray, PARAMS))[1](jnp.asarray(vector))
+
+
+def flat(tree):
+    return np.asarray(ravel_pytree(tree)[0])
+
+
+def positive_definite(seed, d=D):
+    """Correlated, with diagonal entries of very different size."""
+    rng = np.random.default_rng(seed)
+    A = rng.standard_normal((d, d)) + 1
+    scale = 10 ** rng.uniform(-1, 1, d)
+    return (A @ A.T / d + np.eye(d)) * np.outer(scale, scale)
+
+
+def indefinite(seed, d=D):
+    A = np.random.default_rng(seed).standard_normal((d, d))
+    return A + A.T
+
+
+def quadratic(G, b=None):
+    b = np.zeros(len(G)) if b is None else b
+
+    def f(params):
+        x = ravel_pytree(params)[0]
+        return x @ jnp.asarray(G) @ x / 2 - jnp.asarray(b) @ x
+
+    return f
+
+
+def by_tile(path, index):
+    return path, tuple(i // 2 for i in index)
+
+
+RULES = {
+    bma.per_leaf: lambda path, index: path,
+    bma.per_layer: lambda path, index: path[:-1],
+    bma.per_unit: lambda path, index: (path, index[-1] if len(index) > 1 else 0),
+    bma.per_element: lambda path, index: (path, index),
+    bma.per_tile((2, 2)): by_tile,
+    bma.by_path({"bias": None, "": bma.per_tile((2, 2))}): lambda path, index: (
+        None if "bias" in path else by_tile(path, index)
+    ),
+}
+
+
+def elements():
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(PARAMS):
+        path = tuple(key.key for key in keys)
+        for index in itertools.product(*map(range, leaf.shape)):
+            yield path, index
+
+
+def dense_inverse(G, rule, *, damping=0.0, couple="all"):
+    """C, entry by entry from MATH's definition: absolute diagonal, floored Λ, |M|."""
+    names = [RULES[rule](path, index) for path, index in elements()]
+    paths = [path for path, _ in elements()]
+    group = {"all": lambda i: 0, "layer": lambda i: paths[i][:-1]}[couple]
+    blocks = sorted({n for n in names if n is not None}, key=str)
+    d = len(G)
+    z = np.sqrt(np.abs(np.diag(G)))
+    F = G / np.outer(z, z)
+    E = np.zeros((d, len(blocks)))
+    for i, name in enumerate(names):
+        if name is not None:
+            E[i, blocks.index(name)] = z[i]
+    E /= np.linalg.norm(E, axis=0)
+    M = E.T @ F @ E
+    groups = [group(int(np.flatnonzero(E[:, j])[0])) for j in range(len(blocks))]
+    M = M * np.array([[a == b for a in groups] for b in groups])
+    Lambda = np.ones(d)
+    for j in range(len(blocks)):
+        inside = E[:, j] != 0
+        s = inside.sum()
+        if s > 1:
+            Lambda[inside] = max((s - M[j, j]) / (s - 1), 1e-3)
+    values, vectors = np.linalg.eigh(M + damping * np.eye(len(M)))
+    inverse_M = (vectors / np.maximum(np.abs(values), damping)) @ vectors.T
+    middle = np.diag(1 / (Lambda + damping)) @ (np.eye(d) - E @ E.T)
+    return (middle + E @ inverse_M @ E.T) / np.outer(z, z)
+
+
+def operator_of(tx, G):
+    """C of one step, column by column."""
+    params = tree_of(np.zeros(D))
+    state = tx.init(params)
+    _, state = tx.update(params, state, params, value_fn=quadratic(G))
+    columns = jax.vmap(
+        lambda e: tx.update(tree_of_jax(e), state, params, value_fn=quadratic(G))[0]
+    )(jnp.eye(D))
+    return np.stack(
+        [flat(jax.tree.map(lambda x, i=i: x[i], columns)) for i in range(D)], axis=1
+    )
+
+
+def tree_of_jax(vector):
+    return ravel_pytree(jax.tree.map(jnp.asarray, PARAMS))[1](vector)
+
+
+# Weights ------------------------------------------------------------------------------
+
+
+@settings(max_examples=6)
+@given(st.integers(0, 2**20), st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_weighted_projection_is_nearest(seed, sizes):
+    rng = np.random.default_rng(seed)
+    d = sum(sizes)
+    G = positive_definite(seed, d)
+    weights = rng.uniform(0.5, 2, d) * rng.choice([-1, 1], d)
+    matrix = bma.BlockMeanMatrix.project(jnp.asarray(G), sizes, jnp.asarray(weights))
+    E = np.repeat(np.eye(len(sizes)), sizes, axis=0) * weights[:, None]
+    E /= np.linalg.norm(E, axis=0)
+    dense = np.asarray(matrix.to_dense(jnp.asarray(weights)))
+    M = E.T @ G @ E
+    np.testing.assert_allclose(matrix.M, M, rtol=1e-9, atol=1e-9 * np.abs(M).max())
+    expected = np.diag(np.repeat(matrix.Lambda, sizes))
+    expected = expected @ (np.eye(d) - E @ E.T) + E @ M @ E.T
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(dense, expected, atol=1e-9 * scale)
+    # Orthogonal to everything of this form, hence the nearest.
+    residual = G - dense
+    np.testing.assert_allclose(E.T @ residual @ E, 0, atol=1e-9 * scale)
+    for i, s in enumerate(sizes):
+        if s > 1:
+            inside = np.repeat(np.arange(len(sizes)) == i, sizes)
+            rest = np.diag(inside * 1.0) - np.outer(E[:, i], E[:, i])
+            np.testing.assert_allclose(np.sum(residual * rest), 0, atol=1e-9 * scale)
+    # A function of it, and products.
+    x = rng.standard_normal(d)
+    inverse = matrix.inverse()
+    np.testing.assert_allclose(
+        dense @ np.asarray(inverse.matvec(jnp.asarray(x), jnp.asarray(weights))),
+        x,
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+def test_weights_must_fit():
+    with pytest.raises(ValueError, match=r"`weights` must have shape \(3,\)"):
+        bma.BlockMeanMatrix.project(jnp.eye(3), (2, 1), jnp.ones(2))
+
+
+def test_partition_owns_the_weights():
+    blocks = bma.partition(PARAMS, bma.per_unit)
+    w, x = (tree_of(np.random.default_rng(i).standard_normal(D)) for i in range(2))
+    labels = flat(blocks.expand(jnp.arange(blocks.num_blocks, dtype=float), x))
+    E = (labels[:, None] == np.arange(blocks.num_blocks)) * flat(w)[:, None]
+    np.testing.assert_allclose(blocks.block_sums(x, w), E.T @ flat(x))
+    y = np.arange(blocks.num_blocks, dtype=float)
+    np.testing.assert_allclose(flat(blocks.expand(jnp.asarray(y), x, w)), E @ y)
+
+
+def test_absolute_power_and_its_derivatives():
+    G = indefinite(0, 6)
+    sizes = (1,) * 6
+    A, B = positive_definite(1, 6), positive_definite(2, 6)
+
+    def power(t, u):
+        matrix = bma.BlockMeanMatrix.project(jnp.asarray(G) + t * A + u * B, sizes)
+        return matrix.power(-1, min_eigenvalue=0.3, absolute=True).to_dense()
+
+    values, vectors = np.linalg.eigh(G)
+    expected = (vectors / np.maximum(np.abs(values), 0.3)) @ vectors.T
+    np.testing.assert_allclose(power(0.0, 0.0), expected, atol=1e-12)
+    h = 1e-5
+    first = jax.jvp(lambda t: power(t, 0.0), (0.0,), (1.0,))[1]
+    np.testing.assert_allclose(
+        first, (power(h, 0.0) - power(-h, 0.0)) / (2 * h), rtol=1e-5, atol=1e-6
+    )
+
+    def slope(u):
+        return jax.jvp(lambda t: power(t, u), (0.0,), (1.0,))[1]
+
+    second = jax.jvp(slope, (0.0,), (1.0,))[1]
+    np.testing.assert_allclose(
+        second, (slope(h) - slope(-h)) / (2 * h), rtol=1e-4, atol=1e-4
+    )
+
+
+# The direction ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("couple", ["all", "layer"])
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_operator_equals_the_dense_reference(rule, damping, couple):
+    G = positive_definite(0)
+    C = operator_of(bma.scale_by_newton_bma(rule, damping=damping, couple=couple), G)
+    expected = dense_inverse(G, rule, damping=damping, couple=couple)
+    np.testing.assert_allclose(C, expected, rtol=1e-8, atol=1e-9 * np.abs(C).max())
+    np.testing.assert_allclose(C, C.T, atol=1e-12 * np.abs(C).max())
+    assert np.linalg.eigvalsh(C)[0] > 0
+    if rule == bma.per_element and damping == 0 and couple == "all":
+        np.testing.assert_allclose(C @ G, np.eye(D), atol=1e-8)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_indefinite_curvature_is_caught(rule):
+    G = indefinite(1)
+    tx = bma.scale_by_newton_bma(rule)
+    C = operator_of(tx, G)
+    expected = dense_inverse(G, rule)
+    np.testing.assert_allclose(C, expected, rtol=1e-7, atol=1e-8 * np.abs(C).max())
+    assert np.linalg.eigvalsh(C)[0] > 0
+    params = tree_of(np.zeros(D))
+    _, state = tx.update(params, tx.init(params), params, value_fn=quadratic(G))
+    if rule == bma.per_element:
+        negative = int(np.sum(np.linalg.eigvalsh(G) < 0))
+        assert state.floored == negative > 0
+        assert bma.diagnostics(state)["coarse_ratio"] < 0
+
+
+def test_newton_solves_a_quadratic_in_one_step():
+    G, b = positive_definite(3), np.random.default_rng(0).standard_normal(D)
+    f = quadratic(G, b)
+    params = tree_of(np.ones(D))
+    tx = optax.chain(bma.scale_by_newton_bma(bma.per_element), optax.scale(-1.0))
+    updates, _ = tx.update(jax.grad(f)(params), tx.init(params), params, value_fn=f)
+    solution = flat(optax.apply_updates(params, updates))
+    np.testing.assert_allclose(solution, np.linalg.solve(G, b), rtol=1e-7)
+
+
+def test_dead_parameters_and_no_curvature_at_all():
+    """A zero row of G, and G = 0: finite steps, none for a zero gradient."""
+    params = jnp.ones(4)
+    for f in (lambda x: x[0] ** 2, lambda x: x[0] + 0 * x[1]):
+        tx = bma.newton_bma(partition=bma.per_tile((2,)))
+        state = tx.init(params)
+        updates, state = tx.update(jax.grad(f)(params), state, params, value_fn=f)
+        assert jnp.all(jnp.isfinite(updates))
+        np.testing.assert_array_equal(updates[2:], 0)
+        assert f(params + updates) < f(params)
+
+
+# Curvatures ---------------------------------------------------------------------------
+
+X = np.random.default_rng(5).standard_normal((7, 3))
+LABELS = np.array([0, 1, 2, 1, 0, 2, 2])
+
+
+def logits(w):
+    return jnp.tanh(jnp.asarray(X) @ w)
+
+
+def losses(w, labels=LABELS):
+    return optax.softmax_cross_entropy_with_integer_labels(logits(w), labels)
+
+
+def entropy(y, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(y, labels).mean()
+
+
+def dense_of(curvature, w, value_fn=None, extra=None):
+    extra = extra or {}
+    product = curvature.linearize(w, jax.random.key(0), value_fn, extra)
+    basis = jnp.eye(w.size).reshape(w.size, *w.shape)
+    return np.asarray(jax.vmap(product)(basis)).reshape(w.size, w.size)
+
+
+def test_every_curvature_against_its_explicit_matrix():
+    w = jnp.asarray(np.random.default_rng(6).standard_normal((3, 3)))
+    n, d = len(X), w.size
+    J = np.asarray(jax.jacobian(logits)(w)).reshape(n * 3, d)
+    outer = jax.hessian(lambda y: entropy(y.reshape(n, 3), jnp.asarray(LABELS)))
+    H = np.asarray(outer(logits(w).reshape(-1)))
+    rows = np.asarray(jax.jacobian(losses)(w)).reshape(n, d)
+
+    def mean(w):
+        return losses(w).mean()
+
+    hessian = np.asarray(jax.hessian(mean)(w)).reshape(d, d)
+    labels = jnp.asarray(LABELS)
+    cases = [
+        (bma.Hessian(), mean, {}, hessian),
+        (bma.GaussNewton(logits, entropy), None, {"labels": labels}, J.T @ H @ J),
+        (bma.EmpiricalFisher(losses), None, {}, rows.T @ rows / n),
+        (
+            bma.Fisher(
+                logits,
+                lambda key, y: labels,
+                optax.softmax_cross_entropy_with_integer_labels,
+            ),
+            None,
+            {},
+            rows.T @ rows / n,
+        ),
+        (bma.Operator(lambda w: lambda v: 3 * v), None, {}, 3 * np.eye(d)),
+    ]
+    for curvature, value_fn, extra, expected in cases:
+        got = dense_of(curvature, w, value_fn, extra)
+        np.testing.assert_allclose(got, expected, atol=1e-12, err_msg=repr(curvature))
+        np.testing.assert_allclose(got, got.T, atol=1e-12)
+
+
+def test_sampled_fisher_is_unbiased():
+    """Its mean over keys is the Gauss-Newton matrix, within its standard error."""
+    w = jnp.asarray(np.random.default_rng(6).standard_normal((3, 3)))
+    fisher = bma.Fisher(
+        logits,
+        jax.random.categorical,
+        optax.softmax_cross_entropy_with_integer_labels,
+    )
+    basis = jnp.eye(9).reshape(9, 3, 3)
+
+    @jax.jit
+    @jax.vmap
+    def sample(key):
+        return jax.vmap(fisher.linearize(w, key, None, {}))(basis).reshape(9, 9)
+
+    samples = np.asarray(sample(jax.random.split(jax.random.key(1), 2000)))
+    labels = jnp.asarray(LABELS)  # The Hessian of the cross entropy has none in it.
+    exact = dense_of(bma.GaussNewton(logits, entropy), w, extra={"labels": labels})
+    error = samples.std(axis=0) / np.sqrt(len(samples))
+    assert np.all(np.abs(samples.mean(axis=0) - exact) < 5 * error + 1e-12)
+
+
+def test_diagonal_given_exact_and_probed():
+    G = positive_definite(7)
+    params = tree_of(np.zeros(D))
+    f = quadratic(G)
+
+    def inverse_diagonal(curvature):
+        # Without blocks, the inverse of the diagonal and nothing else.
+        tx = bma.scale_by_newton_bma(bma.by_path({"": None}), curvature=curvature)
+        _, state = tx.update(params, tx.init(params), params, value_fn=f)
+        return flat(state.inverse_diagonal), state.products
+
+    exact, products = inverse_diagonal(bma.Hessian(num_probes=D))
+    np.testing.assert_allclose(1 / exact, np.diag(G), rtol=1e-9)
+    assert products == D
+    given = bma.Operator(
+        lambda p: lambda v: tree_of_jax(jnp.asarray(G) @ ravel_pytree(v)[0]),
+        lambda p: tree_of(np.diag(G)),
+    )
+    from_user, products = inverse_diagonal(given)
+    np.testing.assert_allclose(1 / from_user, np.diag(G), rtol=1e-12)
+    assert products == 0
+    m = 20
+    probed, products = inverse_diagonal(bma.Hessian(num_probes=m))
+    assert products == m
+    # The documented standard error, and the floor by it.
+    error = np.sqrt((np.sum(G**2, axis=1) - np.diag(G) ** 2) / m)
+    assert np.all(np.abs(1 / probed - np.diag(G)) < 5 * error)
+    assert np.all(1 / probed > 0.3 * error)
+    # More probes, less noise.
+    finer, _ = inverse_diagonal(bma.Hessian(num_probes=D - 1))
+    assert np.all(np.isfinite(finer))
+
+
+# Refreshes, averages, damping, failures -----------------------------------------------
+
+
+def moving(x, scale):
+    return scale * jnp.sum(x**2) / 2 + jnp.sum(x) ** 2 / 2
+
+
+def test_refreshes_every_interval_and_averages():
+    params = jnp.arange(4.0)
+    tx = bma.scale_by_newton_bma(update_interval=2, b2=0.9)
+    state = tx.init(params)
+    seen = []
+    for scale in (1.0, 10.0, 3.0):
+        _, state = tx.update(params, state, params, value_fn=moving, scale=scale)
+        seen.append(state)
+    assert [int(s.refreshes) for s in seen] == [1, 1, 2]
+    np.testing.assert_array_equal(seen[0].N, seen[1].N)
+    np.testing.assert_allclose(seen[0].N, 4 * 1 + 16)
+    # Bias-corrected: (0.9 · 0.1 · first + 0.1 · last) / (1 - 0.9²).
+    weight = 0.1 / 0.19
+    np.testing.assert_allclose(seen[2].N, (1 - weight) * 20 + weight * 28)
+    z2 = (1 - weight) * 2 + weight * 4
+    M = seen[2].N / (4 * z2)
+    Lambda = (4 - M) / 3
+    np.testing.assert_allclose(seen[2].Lambda, Lambda[0], rtol=1e-10)
+    np.testing.assert_allclose(
+        seen[2].inverse_diagonal, np.full(4, 1 / (Lambda[0, 0] * z2)), rtol=1e-10
+    )
+
+
+def test_last_good_factor_is_kept():
+    params = jnp.arange(4.0)
+    tx = bma.scale_by_newton_bma(update_interval=1)
+    first, state = tx.update(
+        params, tx.init(params), params, value_fn=moving, scale=1.0
+    )
+    second, after = tx.update(
+        params, state, params, value_fn=moving, scale=jnp.float64(jnp.nan)
+    )
+    np.testing.assert_array_equal(first, second)
+    assert after.failures == 1 and after.refreshes == 1
+    # Before there is a good one it is the identity.
+    third, _ = tx.update(
+        params, tx.init(params), params, value_fn=moving, scale=jnp.float64(jnp.nan)
+    )
+    np.testing.assert_array_equal(third, params)
+
+
+def test_adaptive_damping_follows_the_model():
+    params = jnp.full(4, 3.0)
+    tx = bma.scale_by_newton_bma(update_interval=1, damping=1.0, adaptive_damping=True)
+
+    def after_a_step(f, step):
+        state = tx.init(params)
+        _, state = tx.update(params, state, params, value_fn=f)
+        moved = params + step
+        _, state = tx.update(moved, state, moved, value_fn=f)
+        return float(state.damping)
+
+    def square(x):
+        return jnp.sum(x**2)
+
+    assert after_a_step(square, -0.1) == 0.5  # the model is exact
+    assert after_a_step(square, 0.1) == 2.0  # uphill
+    assert after_a_step(square, 0.0) == 1.0  # no step, nothing learnt
+    # The model of a quartic at 3 overrates a long step through its minimum.
+    assert after_a_step(lambda x: jnp.sum(x**4), -5.5) == 2.0
+    assert after_a_step(lambda x: jnp.sum(jnp.log(x)), -3.5) == 2.0  # out of its domain
+
+
+def test_damped_operator_needs_no_new_product():
+    G = positive_definite(0)
+    params = tree_of(np.zeros(D))
+    for damping in (0.0, 1.0):
+        tx = bma.scale_by_newton_bma(damping=damping)
+        _, state = tx.update(params, tx.init(params), params, value_fn=quadratic(G))
+        assert state.products == 3 + D
+
+
+# Steps --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [bma.per_leaf, bma.per_unit])
+def test_quadratic_model_is_preconditioned_conjugate_gradients(rule):
+    G, b = positive_definite(8), np.random.default_rng(1).standard_normal(D)
+    f = quadratic(G, b)
+    tx = bma.newton_bma(partition=rule, update_interval=100)
+    params = tree_of(np.zeros(D))
+    state = tx.init(params)
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=f))
+    C = dense_inverse(G, rule)
+    x, r = np.zeros(D), b.copy()
+    y = C @ r
+    p = y.copy()
+    for _ in range(8):
+        updates, state = update(jax.grad(f)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        a = (r @ y) / (p @ G @ p)
+        x, new = x + a * p, r - a * G @ p
+        p = C @ new + (new @ C @ new) / (r @ y) * p
+        r, y = new, C @ new
+        np.testing.assert_allclose(flat(params), x, rtol=1e-5, atol=1e-7)
+    assert bma.diagnostics(state)["step_products"] == 16
+
+
+def test_nonlinear_losses_converge_untuned():
+    """Where a fixed rate of 1 diverges: exp's curvature, log's domain, a saddle."""
+    rng = np.random.default_rng(0)
+    A, y = rng.standard_normal((30, 8)), rng.integers(0, 2, 30) * 2.0 - 1
+
+    def boltzmann(u):
+        return jnp.sum(jnp.diff(u) ** 2) * 8 + jnp.sum(jnp.cosh(u)) - 50 * u[3]
+
+    def logistic(w):
+        return jnp.sum(jnp.logaddexp(0, -y * (A @ w))) + 1e-3 * jnp.sum(w**2)
+
+    def barrier(x):
+        return jnp.sum(x) - jnp.sum(jnp.log(x)) + 5 * jnp.sum(x) ** 2
+
+    def saddle(x):
+        return jnp.sum((x**2 - 1) ** 2) + 0.1 * jnp.sum(x)
+
+    for f, start in [
+        (boltzmann, jnp.zeros(8)),
+        (logistic, jnp.zeros(8)),
+        (barrier, jnp.full(8, 1e-3)),
+        (saddle, jnp.full(8, 0.01)),
+    ]:
+        tx = bma.newton_bma(partition=bma.per_tile((4,)))
+
+        def step(carry, _, tx=tx, f=f):
+            params, state = carry
+            updates, state = tx.update(jax.grad(f)(params), state, params, value_fn=f)
+            params = optax.apply_updates(params, updates)
+            return (params, state), f(params)
+
+        run = jax.jit(
+            lambda p, tx=tx, step=step: jax.lax.scan(step, (p, tx.init(p)), length=60)
+        )
+        (params, _), values = run(start)
+        assert jnp.linalg.norm(jax.grad(f)(params)) < 1e-6 * jnp.linalg.norm(
+            jax.grad(f)(start)
+        )
+        assert jnp.all(jnp.diff(values) <= 1e-12 * jnp.abs(values[:-1]))
+
+
+def test_step_norm_limit():
+    f = quadratic(positive_definite(0), 100 * np.ones(D))
+    params = tree_of(np.zeros(D))
+    for rate in (None, 1.0):
+        tx = bma.newton_bma(rate, max_norm=0.25)
+        updates, _ = tx.update(jax.grad(f)(params), tx.init(params), params, value_fn=f)
+        np.testing.assert_allclose(np.linalg.norm(flat(updates)), 0.25)
+
+
+def test_refuses_a_step_that_never_descends():
+    """A loss that is nowhere finite but here."""
+
+    def f(x):
+        return jnp.where(jnp.sum(x) == 3, jnp.sum(x), jnp.nan)
+
+    params = jnp.ones(3)
+    tx = bma.scale_by_quadratic_model(bma.Operator(lambda p: lambda v: v))
+    updates, state = tx.update(-params, tx.init(params), params, value_fn=f)
+    np.testing.assert_array_equal(updates, 0)
+    assert state.backtracking == 0
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        optax.chain(optax.trace(0.4), optax.scale(-0.5)),
+        optax.chain(optax.scale(-1.0), optax.scale_by_backtracking_linesearch(20)),
+        optax.chain(optax.scale(-1.0), optax.scale_by_zoom_linesearch(20)),
+        optax.scale_by_learning_rate(optax.exponential_decay(0.7, 50, 0.9)),
+    ],
+    ids=["heavy ball", "backtracking", "zoom", "schedule"],
+)
+def test_composes_with_optax(rule):
+    G, b = positive_definite(9), np.random.default_rng(1).standard_normal(D)
+    f = quadratic(G, b)
+    tx = optax.chain(bma.scale_by_newton_bma(bma.per_element), rule)
+    params = tree_of(np.zeros(D))
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        value, grad = jax.value_and_grad(f)(params)
+        updates, state = tx.update(
+            grad, state, params, value=value, grad=grad, value_fn=f
+        )
+        return optax.apply_updates(params, updates), state
+
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(20):
+            params, state = step(params, state)
+    optimum = -b @ np.linalg.solve(G, b) / 2
+    assert f(params) - optimum < 1e-3 * -optimum
+
+
+def test_gradient_through_steps_equals_differences():
+    """Meta-learning through refreshes, probes, abs eigenvalues and the step rule."""
+    G, b = positive_definite(10), np.ones(D)
+
+    def after(log_scale, rate):
+        def f(params):
+            x = ravel_pytree(params)[0]
+            bend = jnp.exp(log_scale) * jnp.sum(jnp.log1p(x**2))
+            return quadratic(G, b)(params) + bend
+
+        tx = bma.newton_bma(rate, update_interval=2)
+        params = tree_of(np.zeros(D))
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(f)(params), state, params, value_fn=f)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=3)
+        return f(params)
+
+    for rate in (None, 0.3):
+        loss = jax.jit(lambda x, rate=rate: after(x, rate))
+        h = 1e-5
+        difference = (loss(0.5 + h) - loss(0.5 - h)) / (2 * h)
+        np.testing.assert_allclose(jax.jit(jax.grad(loss))(0.5), difference, rtol=1e-5)
+
+
+# Preconditioner -----------------------------------------------------------------------
+
+
+def stiff():
+    """Two stiff blocks, weakly tied: the coarse space has much to correct."""
+    G = np.eye(D) * 1e-2 + np.kron(np.eye(2), np.ones((12, 12)))
+    return G + 0.1 * np.ones((D, D))
+
+
+def test_preconditioner_for_conjugate_gradients_on_pytrees():
+    G = stiff()
+    b = tree_of(np.random.default_rng(0).standard_normal(D))
+
+    def product(v):
+        return tree_of_jax(jnp.asarray(G) @ ravel_pytree(v)[0])
+
+    C = bma.preconditioner(product, b, bma.per_layer)
+    x, _ = jax.jit(
+        lambda C: jax.scipy.sparse.linalg.cg(product, b, M=C, tol=1e-10, maxiter=8)
+    )(C)
+    np.testing.assert_allclose(G @ flat(x), flat(b), atol=1e-8)
+    matrix = np.stack([flat(C(tree_of(e))) for e in np.eye(D)])
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * np.abs(matrix).max())
+    assert np.linalg.eigvalsh(matrix)[0] > 0
+    exact = bma.preconditioner(product, b, bma.per_layer, num_probes=D)
+    given = bma.preconditioner(product, b, bma.per_layer, diagonal=tree_of(np.diag(G)))
+    expected = dense_inverse(G, bma.per_layer)
+    for C in (exact, given):
+        matrix = np.stack([flat(C(tree_of(e))) for e in np.eye(D)])
+        np.testing.assert_allclose(matrix, expected, atol=1e-8 * np.abs(expected).max())
+
+
+def test_lineax_operator():
+    G = jnp.asarray(stiff())
+    b = jnp.asarray(np.random.default_rng(0).standard_normal(D))
+    C = bma.preconditioner(lambda v: G @ v, b, bma.per_tile((12,)))
+    operator = C.as_lineax()
+    A = lineax.MatrixLinearOperator(G, lineax.positive_semidefinite_tag)
+    solution = lineax.linear_solve(
+        A,
+        b,
+        lineax.CG(rtol=1e-10, atol=1e-10),
+        options={"preconditioner": operator},
+    )
+    np.testing.assert_allclose(G @ solution.value, b, atol=1e-7)
+    plain = lineax.linear_solve(A, b, lineax.CG(rtol=1e-10, atol=1e-10))
+    assert solution.stats["num_steps"] < plain.stats["num_steps"]
+    x, y = b, jnp.flip(b)
+    np.testing.assert_allclose(operator.transpose().mv(x), operator.mv(x))
+    np.testing.assert_allclose(y @ operator.mv(x), x @ operator.T.mv(y), rtol=1e-10)
+    transposed = jax.linear_transpose(C, x)(y)[0]
+    np.testing.assert_allclose(transposed, C(y), rtol=1e-10)
+    np.testing.assert_allclose(operator.as_matrix() @ x, C(x), rtol=1e-9, atol=1e-9)
+
+
+# Diagnostics and errors ---------------------------------------------------------------
+
+
+def test_diagnostics():
+    G = stiff()
+    f = quadratic(G)
+    params = tree_of(np.ones(D))
+    tx = bma.newton_bma(partition=bma.per_layer)
+    state = tx.init(params)
+    _, state = tx.update(jax.grad(f)(params), state, params, value_fn=f)
+    numbers = jax.jit(bma.diagnostics)(state)
+    z = np.sqrt(np.diag(G))
+    E = np.repeat(np.eye(2), (16, 8), axis=0) / np.sqrt((16, 8))
+    M = E.T @ (G / np.outer(z, z)) @ E
+    Lambda = (np.array([16, 8]) - np.diag(M)) / np.array([15, 7])
+    np.testing.assert_allclose(
+        numbers["coarse_ratio"], np.linalg.eigvalsh(M)[0] / np.median(Lambda), rtol=1e-6
+    )
+    assert numbers["products"] == 2 + D and numbers["step_products"] == 2
+    assert numbers["failures"] == 0
+    both = optax.partition(
+        {"x": bma.scale_by_newton_bma(), "y": bma.scale_by_newton_bma()},
+        {"a": "x", "b": "y"},
+    ).init(params)
+    names = [n for n in bma.diagnostics(both) if n.endswith("damping")]
+    assert len(names) == 2
+    adagrad = bma.adagrad_bma(0.1).init(params)
+    assert bma.diagnostics(adagrad)["failures"] == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: bma.newton_bma(curvature=bma.Hessian), TypeError, "bma.Curvature"),
+        (lambda: bma.newton_bma(damping=-1), ValueError, "`damping`"),
+        (lambda: bma.newton_bma(min_eigenvalue=-1), ValueError, "`min_eigenvalue`"),
+        (lambda: bma.newton_bma(b2=1.0), ValueError, "`b2`"),
+        (lambda: bma.newton_bma(update_interval=0), ValueError, "`update_interval`"),
+        (lambda: bma.newton_bma(max_norm=0), ValueError, "`max_norm`"),
+        (lambda: bma.newton_bma(couple="some"), ValueError, "`couple`"),
+        (lambda: bma.newton_bma(partition="unit"), TypeError, "rule"),
+        (lambda: bma.newton_bma(adaptive_damping=True), ValueError, "above 0"),
+        (lambda: bma.Hessian(num_probes=1), ValueError, "`num_probes`"),
+        (lambda: bma.newton_bma().init(jnp.ones(2, int)), TypeError, "floating"),
+        (lambda: bma.preconditioner(lambda v: v, 1.0), TypeError, "arrays"),
+    ],
+)
+def test_errors(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_errors_of_update():
+    x = jnp.ones(2)
+    for tx in (bma.scale_by_newton_bma(), bma.scale_by_quadratic_model()):
+        state = tx.init(x)
+        with pytest.raises(ValueError, match="value_fn=loss"):
+            tx.update(x, state, x)
+        with pytest.raises(ValueError, match="needs the parameters"):
+            tx.update(x, state, value_fn=jnp.sum)
+        with pytest.raises(ValueError, match="shape"):
+            tx.update(jnp.ones(3), state, x, value_fn=jnp.sum)
+    wrong = bma.scale_by_natural_bma(bma.EmpiricalFisher(jnp.sum))
+    with pytest.raises(ValueError, match=r"shape \(n,\)"):
+        wrong.update(x, wrong.init(x), x)
