@@ -13,13 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from bma_optax import _spectral, _trees
-from bma_optax._block_mean_matrix import BlockMeanMatrix
-
-# F has a unit diagonal: Λ, a mean of its eigenvalues, is far above this but for noise.
-_MIN_LAMBDA = 1e-3
+from bma_optax import _coarse, _trees
 
 
 class Inverse(NamedTuple):
@@ -27,67 +22,64 @@ class Inverse(NamedTuple):
 
     inverse_diagonal: Any  # like params: 1 / (Λ̄ z²), Λ damped.
     Lambda: jax.Array  # (L,): Λ + damping.
-    K: jax.Array  # the partition's matrix_shape.
+    K: jax.Array  # of all systems, one after the other.
     coarse_ratio: jax.Array  # (): min eig(M) / median(Λ), undamped.
     floored: jax.Array  # (), int32: eigenvalues of M negative or below the floor.
 
 
-def identity(blocks, params) -> Inverse:
+def shapes(systems):
+    """The shapes of N and of K: a matrix if there is just one."""
+    if len(systems) == 1 and isinstance(systems[0], _coarse.Dense):
+        (system,) = systems
+        if system.count == 1:
+            return (system.n, system.n), (system.n, system.n)
+    N_size = sum(system.N_size for system in systems)
+    return (N_size,), (sum(system.K_size for system in systems),)
+
+
+def identity(systems, blocks, params) -> Inverse:
     """C = I, for a damping of 0."""
     ones = jax.tree.map(
         lambda p: jnp.ones_like(p, dtype=_trees.statistic_dtype(p)), params
     )
     zeros = 0 * blocks.block_sums(ones)
     zero = jnp.sum(zeros)
-    return Inverse(ones, zeros + 1, blocks.outer(zeros), zero + 1, zero.astype("int32"))
+    K = zero + jnp.zeros(shapes(systems)[1], zero.dtype)
+    return Inverse(ones, zeros + 1, K, zero + 1, zero.astype("int32"))
 
 
-def invert(blocks, N, diagonal, damping, min_eigenvalue) -> Inverse:
+def invert(systems, blocks, N, diagonal, damping, min_eigenvalue, local) -> Inverse:
     """The inverse of the block mean of G + damping · Z², positive definite.
 
     Absolute eigenvalues of M + damping I, at least ``min_eigenvalue``, ``damping`` and
-    what the dtype resolves, stand in the place of its eigenvalues.
+    what the dtype resolves, stand in the place of its eigenvalues. Where G is not
+    ``local`` as declared it is the inverse of the diagonal alone.
     """
     z2 = _positive(diagonal)
     n2 = blocks.block_sums(z2)
     damping = jnp.asarray(damping).astype(n2.dtype)
     floor = jnp.maximum(jnp.asarray(min_eigenvalue).astype(n2.dtype), damping)
-    groups = [
-        _invert_group(*group, damping, floor)
-        for group in zip(
-            blocks.split_matrix(N), blocks.split(n2), blocks.split_sizes(), strict=True
+    factors = [
+        system.invert(part, _coarse.take(system, n2), damping, floor)
+        for system, part in zip(
+            systems,
+            _coarse.split(systems, N, lambda system: system.N_size),
+            strict=True,
         )
     ]
-    if groups:
-        Ks, inverse_Lambdas, Lambdas, smallest, floored = zip(*groups, strict=True)
-        Lambda = 1 / blocks.join(list(inverse_Lambdas), n2.shape, n2.dtype)
-        median = jnp.median(blocks.join(list(Lambdas), n2.shape, n2.dtype))
-        ratio = jnp.min(jnp.stack(smallest)) / median
-        K, count = blocks.join(list(Ks), N.shape, N.dtype), sum(floored)
-    else:
-        _, Lambda, K, ratio, count = identity(blocks, diagonal)
+    unit = identity(systems, blocks, diagonal)
+    Lambda, K, ratio, count = unit[1:]
+    if factors:
+        Lambda = 1 / _coarse.assemble(systems, [f.inverse_Lambda for f in factors], n2)
+        Lambda = jnp.where(local, Lambda, 1 + damping)
+        K = jnp.concatenate([f.K for f in factors]).reshape(unit.K.shape)
+        K = jnp.where(local, K, 0)
+        smallest = jnp.min(jnp.stack([f.smallest for f in factors]))
+        ratio = smallest / jnp.median(jnp.concatenate([f.Lambda for f in factors]))
+        count = jnp.sum(jnp.stack([f.floored for f in factors]), dtype=jnp.int32)
     scale = blocks.expand(1 / Lambda, z2, default=1 / (1 + damping))
     inverse_diagonal = jax.tree.map(jnp.divide, scale, z2)
     return Inverse(inverse_diagonal, Lambda, K, ratio, count)
-
-
-def _invert_group(N, n2, sizes, damping, floor):
-    root = jnp.sqrt(n2)
-    outer = root[:, :, None] * root[:, None, :]
-    M = N / outer
-    s = np.asarray(sizes).astype(n2.dtype)
-    Lambda = (s - jnp.diagonal(M, axis1=1, axis2=2)) / np.maximum(s - 1, 1)
-    Lambda = jnp.where(s == 1, 1, jnp.maximum(Lambda, _MIN_LAMBDA))
-    eye = jnp.broadcast_to(jnp.eye(M.shape[-1], dtype=M.dtype), M.shape)
-    mean = BlockMeanMatrix(Lambda + damping, M + damping * eye, sizes)
-    inverse = mean.power(-1, min_eigenvalue=floor, absolute=True)
-    eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M)) + damping
-    resolved = _spectral.resolution(M.shape[-1], M.dtype) * jnp.max(
-        jnp.abs(eigenvalues)
-    )
-    floored = jnp.sum(eigenvalues < jnp.maximum(floor, resolved), dtype=jnp.int32)
-    smallest = jnp.min(eigenvalues) - damping
-    return inverse.correction / outer, inverse.Lambda, Lambda, smallest, floored
 
 
 def diagonal_of(blocks, inverse_diagonal, Lambda, damping):
@@ -96,10 +88,19 @@ def diagonal_of(blocks, inverse_diagonal, Lambda, damping):
     return jax.tree.map(jnp.divide, scale, inverse_diagonal)
 
 
-def apply(blocks, inverse_diagonal, K, g):
+def apply(systems, blocks, inverse_diagonal, K, g):
     """C g, in the dtypes of statistics."""
     g = jax.tree.map(lambda g, d: g.astype(d.dtype), g, inverse_diagonal)
-    shift = blocks.expand(blocks.matvec(K, blocks.block_sums(g)), g)
+    sums = blocks.block_sums(g)
+    parts = [
+        system.correct(part, _coarse.take(system, sums))
+        for system, part in zip(
+            systems,
+            _coarse.split(systems, K, lambda system: system.K_size),
+            strict=True,
+        )
+    ]
+    shift = blocks.expand(_coarse.assemble(systems, parts, sums), g)
     return jax.tree.map(lambda d, g, c: d * g + c, inverse_diagonal, g, shift)
 
 

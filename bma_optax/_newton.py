@@ -9,10 +9,11 @@ import optax
 from bma_optax import (
     _block_mean_inverse,
     _checks,
+    _coarse,
     _curvature,
     _damping,
+    _diagonal,
     _partition,
-    _probes,
     _rules,
     _steps,
     _trees,
@@ -46,12 +47,15 @@ class ScaleByNewtonBMAState(NamedTuple):
     failures: jax.Array  # shape (), int32: factors that were not finite.
     coarse_ratio: jax.Array  # shape (): min eig(M) / median(Λ).
     floored: jax.Array  # shape (), int32: eigenvalues of M negative or below the floor.
+    local: jax.Array  # shape (), bool: whether G reached no further than declared.
 
 
 def scale_by_newton_bma(
     partition: _rules.Rule = _rules.per_leaf,
     *,
     curvature: Curvature = _curvature.Hessian(),  # noqa: B008 - a frozen value.
+    reach: int | tuple[int, ...] | None = None,
+    levels: str | tuple[tuple[int, ...], ...] = "auto",
     couple: str = "all",
     update_interval: jax.typing.ArrayLike = 5,
     b2: jax.typing.ArrayLike = 0.0,
@@ -80,6 +84,17 @@ def scale_by_newton_bma(
       partition: the rule that cuts parameters into blocks, ``bma.per_leaf`` and so on.
         An array without blocks is scaled by its diagonal.
       curvature: what G is: ``bma.Hessian()``, ``bma.GaussNewton(...)``, ...
+      reach: a declaration, on which M costs (2k + 1)^dim products whatever its size:
+        entries of G further apart than this along an axis do not meet, in arrays that
+        the rule cuts into several tiles. An integer, or one for each axis (a tuple also
+        under ``optax.inject_hyperparams``, which traces integers). Along an axis of one
+        tile all elements may meet. Arrays of one shape are fields on one grid and see
+        each other; M between these and other arrays is taken for zero. Each refresh
+        checks it against a product with a random vector: where it is not true,
+        ``update`` raises a ValueError outside ``jax.jit``, and within takes the
+        diagonal alone and sets ``state.local`` to False.
+      levels: with ``reach``, how M is inverted: by nested levels of tiles of 4 (or the
+        reach) down to 64 blocks, or by tiles of the shapes given here; then densely.
       couple: which blocks see each other: "all", those of one "array", or of one
         "layer".
       update_interval: steps from one refresh of the factor to the next; the first step
@@ -134,13 +149,14 @@ def scale_by_newton_bma(
     _checks.not_negative(damping=damping, min_eigenvalue=min_eigenvalue)
     _checks.below_one(b2=b2)
     _checks.at_least_one(update_interval=update_interval)
+    _coarse.check_reach(reach, levels)
     if adaptive_damping and isinstance(damping, (int, float)) and damping == 0:
         raise ValueError("`adaptive_damping` needs a `damping` above 0 to start from.")
 
     def init_fn(params):
         _trees.check_floating(params)
-        blocks = _partition.partition(params, partition, couple)
-        inverse = _block_mean_inverse.identity(blocks, params)
+        blocks, systems = plan(params, partition, couple, reach, levels, warn=True)
+        inverse = _block_mean_inverse.identity(systems, blocks, params)
         zero = jnp.zeros_like(inverse.floored)
         return ScaleByNewtonBMAState(
             count=jnp.zeros((), jnp.int32),
@@ -148,7 +164,8 @@ def scale_by_newton_bma(
             inverse_diagonal=inverse.inverse_diagonal,
             Lambda=inverse.Lambda,
             K=inverse.K,
-            N=inverse.K,
+            N=0 * inverse.coarse_ratio
+            + jnp.zeros(_block_mean_inverse.shapes(systems)[0], inverse.K.dtype),
             refreshes=zero,
             damping=jnp.zeros_like(inverse.coarse_ratio)
             + jnp.asarray(damping).astype(inverse.coarse_ratio.dtype),
@@ -157,6 +174,7 @@ def scale_by_newton_bma(
             failures=zero,
             coarse_ratio=inverse.coarse_ratio,
             floored=zero,
+            local=zero == 0,
         )
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
@@ -165,10 +183,10 @@ def scale_by_newton_bma(
                 "`update` needs the parameters here: update(grads, state, params, ...)."
             )
         _trees.check_same_shapes(updates, state.inverse_diagonal)
-        blocks = _partition.layout(updates, partition, couple)
+        blocks, systems = plan(updates, partition, couple, reach, levels)
 
         def refresh(state):
-            key, key_diagonal, key_labels = jax.random.split(state.key, 3)
+            key, key_N, key_diagonal, key_labels = jax.random.split(state.key, 4)
             products = 0
 
             def linearize(params):
@@ -188,11 +206,15 @@ def scale_by_newton_bma(
 
             # Gather: N and diag G.
             product = linearize(params)
-            N = _probes.block_products(product, blocks, params)
-            diagonal = _probes.diagonal(
-                curvature, product, blocks, N, params, key_diagonal, extra_args
+            N, error = _coarse.gather(systems, product, blocks, params, key_N)
+            N = N.reshape(state.N.shape)
+            diagonal, diagonal_error = _diagonal.diagonal(
+                curvature, systems, product, blocks, N, params, key_diagonal, extra_args
             )
-            products = _probes.num_products(curvature, blocks, params, extra_args)
+            local = jnp.maximum(error, diagonal_error) <= tolerance(params)
+            products = _diagonal.num_products(
+                curvature, systems, blocks, params, extra_args
+            )
             last = _block_mean_inverse.diagonal_of(
                 blocks, state.inverse_diagonal, state.Lambda, state.damping
             )
@@ -206,7 +228,7 @@ def scale_by_newton_bma(
 
             # The small matrix and its inverse.
             inverse = _block_mean_inverse.invert(
-                blocks, N, diagonal, mu, min_eigenvalue
+                systems, blocks, N, diagonal, mu, min_eigenvalue, local
             )
             refreshed = state._replace(
                 inverse_diagonal=inverse.inverse_diagonal,
@@ -217,6 +239,7 @@ def scale_by_newton_bma(
                 damping=mu,
                 coarse_ratio=inverse.coarse_ratio,
                 floored=inverse.floored,
+                local=local,
             )
             failed = state._replace(failures=optax.safe_increment(state.failures))
             finite = _trees.all_finite(inverse)
@@ -231,9 +254,11 @@ def scale_by_newton_bma(
             state.count % update_interval == 0, refresh, lambda state: state, state
         )
 
+        raise_if_not_local(state.local, reach)
+
         # Apply.
         result = _block_mean_inverse.apply(
-            blocks, state.inverse_diagonal, state.K, updates
+            systems, blocks, state.inverse_diagonal, state.K, updates
         )
         result = jax.tree.map(lambda x, g: x.astype(g.dtype), result, updates)
         return result, state._replace(
@@ -249,6 +274,8 @@ def newton_bma(
     partition: _rules.Rule = _rules.per_leaf,
     *,
     curvature: Curvature = _curvature.Hessian(),  # noqa: B008 - a frozen value.
+    reach: int | tuple[int, ...] | None = None,
+    levels: str | tuple[tuple[int, ...], ...] = "auto",
     couple: str = "all",
     update_interval: jax.typing.ArrayLike = 5,
     b2: jax.typing.ArrayLike = 0.0,
@@ -267,6 +294,8 @@ def newton_bma(
         no tuning; a number or a schedule for a, with b = 0.
       partition: see :func:`scale_by_newton_bma`, as for the arguments below.
       curvature: what G is.
+      reach: how far entries that meet are apart.
+      levels: the nested levels.
       couple: which blocks see each other.
       update_interval: steps from one refresh of the factor to the next.
       b2: the decay of the averages over refreshes.
@@ -306,6 +335,8 @@ def newton_bma(
         scale_by_newton_bma(
             partition,
             curvature=curvature,
+            reach=reach,
+            levels=levels,
             couple=couple,
             update_interval=update_interval,
             b2=b2,
@@ -319,6 +350,33 @@ def newton_bma(
         max_norm=max_norm,
         key=key,
     )
+
+
+def plan(params, rule, couple, reach, levels, warn=False):
+    """The partition of parameters and its coarse systems; static."""
+    make = _partition.partition if warn and reach is None else _partition.layout
+    blocks = make(params, rule, couple)
+    return blocks, _coarse.systems(blocks, reach, levels)
+
+
+def tolerance(params) -> float:
+    """How exact a product by a declared reach is, with room for rounding."""
+    eps = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params)]
+    return max(eps, default=0.0) ** 0.5
+
+
+def raise_if_not_local(local, reach) -> None:
+    """Raises a ValueError if the flag is False and not traced."""
+    try:
+        failed = not bool(local)
+    except jax.errors.ConcretizationTypeError:
+        return  # Under jit: the state has the flag.
+    if failed:
+        raise ValueError(
+            f"The curvature reaches further than `reach`={reach} declares (or around a "
+            "periodic grid whose tiles, or elements, are not a multiple of 2k + 1). A "
+            "larger reach, or None, is accepted."
+        )
 
 
 def _average(new, old, weight):

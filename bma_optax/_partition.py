@@ -182,15 +182,9 @@ class Partition:
         ]
         return self.join(products, values.shape, values.dtype)
 
-    def within_groups(self, full: jax.Array) -> jax.Array:
-        """The entries within groups of an L x L matrix, in :attr:`matrix_shape`."""
-        parts, start = [], 0
-        for count, n in self.buckets:
-            stop = start + count * n
-            square = full[start:stop, start:stop].reshape(count, n, count, n)
-            parts.append(jnp.einsum("gigj->gij", square))
-            start = stop
-        return self.join(parts, self.matrix_shape, full.dtype)
+    def group_of(self, array: Tiles) -> Path:
+        """A name for the group that the blocks of an array are in."""
+        return _group_of(array, self.couple)
 
     def join(self, parts: list[jax.Array], shape: Shape, dtype: Any) -> jax.Array:
         """The inverse of :meth:`split` and :meth:`split_matrix`."""
@@ -290,7 +284,7 @@ def _layout(leaves, rule, couple) -> Partition:
                 "merged."
             )
         if array.num_blocks:
-            key = {"all": (), "array": array.owner, "layer": array.path[:-1]}[couple]
+            key = _group_of(array, couple)
             groups.setdefault(key, {})[array.owner] = array.num_blocks
     # Groups of equal size lie side by side, so that one batched eigh serves them all.
     ordered = sorted(groups.values(), key=lambda owners: sum(owners.values()))
@@ -305,6 +299,10 @@ def _layout(leaves, rule, couple) -> Partition:
         dataclasses.replace(array, start=starts.get(array.owner, 0)) for array in arrays
     )
     return Partition(rule, couple, placed, buckets)
+
+
+def _group_of(array: Tiles, couple: str) -> Path:
+    return {"all": (), "array": array.owner, "layer": array.path[:-1]}[couple]
 
 
 def _tile(rule: Rule, path: Path, shape: Shape) -> Shape | None:

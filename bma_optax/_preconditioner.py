@@ -5,13 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bma_optax import (
     _block_mean_inverse,
     _checks,
+    _coarse,
     _curvature,
+    _diagonal,
+    _newton,
     _partition,
-    _probes,
     _rules,
     _trees,
 )
@@ -34,6 +37,7 @@ class Preconditioner:
     inverse_diagonal: Any
     K: jax.Array
     blocks: _partition.Partition = dataclasses.field(metadata={"static": True})
+    systems: tuple[_coarse.System, ...] = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Any) -> Any:
         """C x, in the dtypes of x.
@@ -43,7 +47,9 @@ class Preconditioner:
           >>> print(bma.preconditioner(lambda v: 2 * v, jnp.zeros(2))(jnp.ones(2)))
           [0.5 0.5]
         """
-        y = _block_mean_inverse.apply(self.blocks, self.inverse_diagonal, self.K, x)
+        y = _block_mean_inverse.apply(
+            self.systems, self.blocks, self.inverse_diagonal, self.K, x
+        )
         return jax.tree.map(lambda y, x: y.astype(x.dtype), y, x)
 
     def as_lineax(self) -> Any:
@@ -72,6 +78,8 @@ def preconditioner(
     partition: _rules.Rule = _rules.per_leaf,
     *,
     diagonal: Any = None,
+    reach: int | tuple[int, ...] | None = None,
+    levels: str | tuple[tuple[int, ...], ...] = "auto",
     couple: str = "all",
     damping: jax.typing.ArrayLike = 0.0,
     min_eigenvalue: jax.typing.ArrayLike = 0.0,
@@ -90,6 +98,8 @@ def preconditioner(
       like: a tree of floating arrays; its values do not matter.
       partition: the rule that cuts it into blocks.
       diagonal: the diagonal of A, a tree like ``like``, if it is known.
+      reach: how far entries of A that meet are apart, and
+      levels: the nested levels, see :func:`scale_by_newton_bma`.
       couple: which blocks see each other: "all", "array" or "layer".
       damping: μ >= 0.
       min_eigenvalue: the least eigenvalue of M, >= 0.
@@ -115,16 +125,22 @@ def preconditioner(
     """
     _checks.not_negative(damping=damping, min_eigenvalue=min_eigenvalue)
     _trees.check_floating(like)
+    _coarse.check_reach(reach, levels)
     curvature = _curvature.Operator(
         lambda _: product_fn,
         None if diagonal is None else lambda _: diagonal,
         num_probes=num_probes,
     )
-    blocks = _partition.partition(like, partition, couple)
+    blocks, systems = _newton.plan(like, partition, couple, reach, levels, warn=True)
     zeros = _trees.zeros_like(like)
-    N = _probes.block_products(product_fn, blocks, zeros)
-    z2 = _probes.diagonal(
-        curvature, product_fn, blocks, N, zeros, _curvature.random_key(key), {}
+    key_N, key_diagonal = jax.random.split(_curvature.random_key(key))
+    N, error = _coarse.gather(systems, product_fn, blocks, zeros, key_N)
+    z2, diagonal_error = _diagonal.diagonal(
+        curvature, systems, product_fn, blocks, N, zeros, key_diagonal, {}
     )
-    inverse = _block_mean_inverse.invert(blocks, N, z2, damping, min_eigenvalue)
-    return Preconditioner(inverse.inverse_diagonal, inverse.K, blocks)
+    local = jnp.maximum(error, diagonal_error) <= _newton.tolerance(like)
+    _newton.raise_if_not_local(local, reach)
+    inverse = _block_mean_inverse.invert(
+        systems, blocks, N, z2, damping, min_eigenvalue, local
+    )
+    return Preconditioner(inverse.inverse_diagonal, inverse.K, blocks, systems)

@@ -1,6 +1,4 @@
-"""What Newton-BMA gathers of G by products with it: block sums and the diagonal."""
-
-import math
+"""Entries of G by products with it: block sums and the diagonal."""
 
 import jax
 import jax.numpy as jnp
@@ -12,63 +10,20 @@ from bma_optax import _trees
 _BATCH_ELEMENTS = 2**22
 
 
-def block_products(product, blocks, params):
-    """N = 1ᵀ G 1 within groups, for the indicators 1 of the blocks, by L products."""
-    if not blocks.num_blocks:
-        dtype = _trees.common_statistic_dtype(params)
-        return jnp.zeros(blocks.matrix_shape, dtype)
+def block_products(product, blocks, params, positions):
+    """1ᵀ G 1 for the indicators 1 of the blocks at these positions."""
 
     def row(i):
         indicator = (jnp.arange(blocks.num_blocks) == i).astype(jnp.float32)
         tangent = _tangent(blocks.expand(indicator, params), params)
-        return blocks.block_sums(product(tangent))
+        return blocks.block_sums(product(tangent))[positions]
 
-    full = _map(row, (jnp.arange(blocks.num_blocks),), params)
-    return blocks.within_groups((full + full.T) / 2)
-
-
-def diagonal(curvature, product, blocks, N, params, key, extra_args):
-    """|diag G| like params, in the dtypes of statistics; see ``Curvature``."""
-    given = curvature.diagonal(params, extra_args)
-    if _is_full(blocks):
-        entries = [
-            jnp.diagonal(part, axis1=1, axis2=2) for part in blocks.split_matrix(N)
-        ]
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros_like(p, dtype=_trees.statistic_dtype(p)), params
-        )
-        exact = blocks.expand(
-            blocks.join(entries, (blocks.num_blocks,), N.dtype), zeros
-        )
-        exact = jax.tree.map(jnp.add, exact, zeros)
-    elif given is not None:
-        exact = jax.tree.map(
-            lambda x, p: x.astype(_trees.statistic_dtype(p)), given, params
-        )
-    elif _size(params) <= curvature.num_probes:
-        exact = _by_units(product, params)
-    else:
-        return _by_signs(product, params, key, curvature.num_probes)
-    return jax.tree.map(jnp.abs, exact)
+    full = _map(row, (jnp.asarray(positions),), params)
+    return (full + full.T) / 2
 
 
-def num_products(curvature, blocks, params, extra_args) -> int:
-    """How many products the two functions above cost."""
-    given = jax.eval_shape(lambda: curvature.diagonal(params, extra_args)) is not None
-    probes = min(curvature.num_probes, _size(params))
-    return blocks.num_blocks + (0 if given or _is_full(blocks) else probes)
-
-
-def _is_full(blocks) -> bool:
-    """Whether every element is a block of its own: N is then G."""
-    return all(
-        array.num_blocks == math.prod(array.shape) and array.owner == array.path
-        for array in blocks.arrays
-    )
-
-
-def _by_units(product, params):
-    """e_iᵀ G e_i for every i."""
+def by_units(product, params, active):
+    """e_iᵀ G e_i for every i in the active arrays, 0 in others."""
     leaves, treedef = jax.tree.flatten(params)
 
     def entry(number, position):
@@ -79,19 +34,21 @@ def _by_units(product, params):
         unit = _tangent(jax.tree.unflatten(treedef, units), params)
         return _trees.vdot(unit, product(unit))
 
-    sizes = [leaf.size for leaf in leaves]
+    sizes = [leaf.size if on else 0 for leaf, on in zip(leaves, active, strict=True)]
     numbers = np.repeat(np.arange(len(leaves), dtype=np.int32), sizes)
     positions = np.concatenate([np.arange(n, dtype=np.int32) for n in (0, *sizes)])
     entries = _map(entry, (jnp.asarray(numbers), jnp.asarray(positions)), params)
     parts = [
         x.astype(_trees.statistic_dtype(leaf)).reshape(leaf.shape)
-        for x, leaf in zip(_split(entries, sizes), leaves, strict=True)
+        if on
+        else jnp.zeros_like(leaf, dtype=_trees.statistic_dtype(leaf))
+        for x, leaf, on in zip(_split(entries, sizes), leaves, active, strict=True)
     ]
     return _tangent(jax.tree.unflatten(treedef, parts), params)
 
 
-def _by_signs(product, params, key, num_probes):
-    """max(|mean|, standard error) of x ∘ G x over random signs x."""
+def by_signs(product, params, active, key, num_probes):
+    """max(|mean|, standard error) of x ∘ G x over random signs x in active arrays."""
     zeros = jax.tree.map(
         lambda p: jnp.zeros_like(p, dtype=_trees.statistic_dtype(p)), params
     )
@@ -101,7 +58,9 @@ def _by_signs(product, params, key, num_probes):
         keys = jax.random.split(key, len(leaves))
         signs = [
             jax.random.rademacher(k, leaf.shape, leaf.dtype)
-            for k, leaf in zip(keys, leaves, strict=True)
+            if on
+            else jnp.zeros_like(leaf)
+            for k, leaf, on in zip(keys, leaves, active, strict=True)
         ]
         x = _tangent(jax.tree.unflatten(treedef, signs), params)
         return jax.tree.map(
@@ -137,16 +96,12 @@ def _tangent(tree, params):
 def _map(f, xs, params):
     """``f`` over the first axis in chunks that bound the memory."""
     length = len(xs[0])
-    batch = max(1, min(length, _BATCH_ELEMENTS // max(_size(params), 1)))
+    batch = max(1, min(length, _BATCH_ELEMENTS // max(_trees.size(params), 1)))
     return jax.lax.map(lambda x: f(*x), xs, batch_size=batch)
 
 
 def _split(x, sizes):
     return jnp.split(x, np.cumsum(sizes)[:-1])
-
-
-def _size(tree) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _positions(leaf):

@@ -12,6 +12,8 @@ import numpy as np
 from bma_optax import _trees
 from bma_optax._rules import Path, Shape
 
+_MAX_SLICES = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -75,12 +77,9 @@ class Tiles:
         if all(w or t == 1 for w, t in zip(whole, tile, strict=True)):
             return _replicated(x)
         x = _replicated(x)  # Splitting an axis must not split a sharded one.
-        for axis, (w, t, g) in enumerate(zip(whole, tile, self.grid, strict=True)):
+        for axis, (w, t) in enumerate(zip(whole, tile, strict=True)):
             if not w and t > 1:
-                padding = [(0, 0)] * x.ndim
-                padding[axis] = (0, g * t - x.shape[axis])
-                shape = (*x.shape[:axis], g, t, *x.shape[axis + 1 :])
-                x = jnp.sum(jnp.pad(x, padding).reshape(shape), axis=axis + 1)
+                x = axis_sums(x, axis, t)
         return x
 
     def fill(self, values: jax.Array) -> jax.Array:
@@ -90,9 +89,34 @@ class Tiles:
             zip(self.shape, self.tile or (), self.grid, strict=True)
         ):
             if g > 1 and t > 1:
-                x = jnp.repeat(x, t, axis=axis, total_repeat_length=g * t)
-                x = jax.lax.slice_in_dim(x, 0, n, axis=axis)
+                x = axis_fill(x, axis, t, n)
         return jnp.broadcast_to(x, self.shape)
+
+
+def axis_sums(x: jax.Array, axis: int, t: int) -> jax.Array:
+    """Sums over consecutive pieces of t elements of one axis, the last may be shorter.
+
+    Strided slices: XLA on CPU takes many times longer for a reshape and a reduction
+    over a short axis.
+    """
+    n = x.shape[axis]
+    pieces = -(-n // t)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, pieces * t - n)
+    x = jnp.pad(x, padding) if pieces * t > n else x
+    if t > _MAX_SLICES:
+        shape = (*x.shape[:axis], pieces, t, *x.shape[axis + 1 :])
+        return jnp.sum(x.reshape(shape), axis=axis + 1)
+    slices = [
+        jax.lax.slice_in_dim(x, i, pieces * t, stride=t, axis=axis) for i in range(t)
+    ]
+    return sum(slices[1:], slices[0])
+
+
+def axis_fill(x: jax.Array, axis: int, t: int, n: int) -> jax.Array:
+    """Every element of one axis t times, the last fewer so that there are n."""
+    x = jnp.repeat(x, t, axis=axis, total_repeat_length=x.shape[axis] * t)
+    return jax.lax.slice_in_dim(x, 0, n, axis=axis)
 
 
 def _replicated(x: jax.Array) -> jax.Array:

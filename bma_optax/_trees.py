@@ -53,6 +53,11 @@ def zeros_like(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
+def size(tree) -> int:
+    """The number of elements."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 def all_finite(tree) -> jax.Array:
     """Whether every element of every leaf is finite."""
     finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]

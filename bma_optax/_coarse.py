@@ -1,0 +1,295 @@
+"""The coarse systems of Newton-BMA: blocks that see each other, and N on them.
+
+Each gathers its part of N = 1ᵀ G 1 by products, and turns it into a factor with which
+K r = (N^-1 - (Λ n²)^-1) r costs little: dense, or nested where G has a reach.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax import _coloring, _nested, _probes, _spectral, _trees
+from bma_optax._block_mean_matrix import BlockMeanMatrix
+from bma_optax._nested import Levels
+from bma_optax._partition import Partition
+from bma_optax._rules import Shape
+from bma_optax._stencil import Stencil
+
+# F has a unit diagonal: Λ, a mean of its eigenvalues, is far above this but for noise.
+_MIN_LAMBDA = 1e-3
+
+
+Spans = tuple[tuple[int, int], ...]  # positions of consecutive blocks
+
+
+class Factor(NamedTuple):
+    """What the inverse needs of one system."""
+
+    K: jax.Array  # flat.
+    inverse_Lambda: jax.Array  # damped, one a block.
+    Lambda: jax.Array  # undamped.
+    smallest: jax.Array  # (): the least eigenvalue of M.
+    floored: jax.Array  # (), int32.
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Groups of equally many blocks, a dense matrix each."""
+
+    spans: Spans
+    count: int
+    n: int
+    sizes: tuple[tuple[int, ...], ...]
+
+    @property
+    def N_size(self) -> int:
+        """The length of N."""
+        return self.count * self.n**2
+
+    K_size = N_size
+
+    def invert(self, N, n2, damping, floor) -> Factor:
+        """K by the absolute eigenvalues of the damped M."""
+        shape = (self.count, self.n, self.n)
+        n2 = n2.reshape(shape[:2])
+        root = jnp.sqrt(n2)
+        outer = root[:, :, None] * root[:, None, :]
+        M = N.reshape(shape) / outer
+        s = np.asarray(self.sizes).astype(n2.dtype)
+        Lambda = _lambda(s, jnp.diagonal(M, axis1=1, axis2=2))
+        eye = jnp.broadcast_to(jnp.eye(self.n, dtype=M.dtype), shape)
+        mean = BlockMeanMatrix(Lambda + damping, M + damping * eye, self.sizes)
+        inverse = mean.power(-1, min_eigenvalue=floor, absolute=True)
+        eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
+        return Factor(
+            (inverse.correction / outer).reshape(-1),
+            inverse.Lambda.reshape(-1),
+            Lambda.reshape(-1),
+            jnp.min(eigenvalues),
+            _count_floored(eigenvalues + damping, floor),
+        )
+
+    def correct(self, K, r):
+        """K r."""
+        y = jnp.einsum(
+            "gij,gj->gi",
+            K.reshape(self.count, self.n, self.n),
+            r.reshape(self.count, self.n),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return y.reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """Arrays on one grid of tiles, whose curvature has a reach."""
+
+    spans: Spans
+    arrays: tuple[int, ...]
+    sizes: tuple[int, ...]
+    elements: Stencil  # its cells are the elements.
+    tiles: Stencil  # its cells are the blocks.
+    levels: Levels
+
+    @property
+    def N_size(self) -> int:
+        """The length of N."""
+        return math.prod(self.tiles.shape)
+
+    @property
+    def K_size(self) -> int:
+        """The length of K."""
+        return self.tiles.num_cells + self.levels.packed_size
+
+    def invert(self, N, n2, damping, floor) -> Factor:
+        """The nested levels of the damped N; eigenvalues are those of the last one."""
+        shape = (self.tiles.fields, *self.tiles.grid)
+        n2 = n2.reshape(shape)
+        S = N.reshape(self.tiles.shape)
+        s = np.asarray(self.sizes).reshape(shape).astype(n2.dtype)
+        Lambda = _lambda(s, self.tiles.diagonal(S) / n2)
+        damped = self.tiles.add_diagonal(S, damping * n2)
+        packed, eigenvalues = self.levels.pack(damped, n2, floor)
+        inverse_Lambda = 1 / (Lambda + damping)
+        smoothed = inverse_Lambda / n2
+        return Factor(
+            jnp.concatenate([smoothed.reshape(-1), packed]),
+            inverse_Lambda.reshape(-1),
+            Lambda.reshape(-1),
+            jnp.min(eigenvalues) - damping,
+            _count_floored(eigenvalues, floor),
+        )
+
+    def correct(self, K, r):
+        """K r; 0 where an indefinite matrix would have made it an ascent direction.
+
+        rᵀ(N^-1 - (Λn²)^-1)r + gᵀ(Λ̄z²)^-1g is at least rᵀN^-1r for the block sums r of
+        g, by Cauchy and Schwarz.
+        """
+        shape = (self.tiles.fields, *self.tiles.grid)
+        split = self.tiles.num_cells
+        smoothed = K[:split].reshape(shape)
+        r = r.reshape(shape)
+        x = self.levels.solve(K[split:], r)
+        descends = jnp.sum(r * x) >= 0
+        return jnp.where(descends, x - smoothed * r, 0).reshape(-1)
+
+
+System = Dense | Nested
+
+
+def systems(blocks: Partition, reach, levels) -> tuple[System, ...]:
+    """The coarse systems of a partition."""
+    if reach is None:
+        starts = itertools.accumulate((c * n for c, n in blocks.buckets), initial=0)
+        return tuple(
+            Dense(((start, start + count * n),), count, n, sizes)
+            for start, (count, n), sizes in zip(
+                starts, blocks.buckets, blocks.split_sizes(), strict=False
+            )
+        )
+    grids: dict[Any, list[int]] = {}
+    single: dict[Any, set[int]] = {}
+    for position, array in enumerate(blocks.arrays):
+        group = blocks.group_of(array)
+        if array.num_blocks > 1:
+            grids.setdefault((array.shape, array.tile, group), []).append(position)
+        elif array.num_blocks:
+            single.setdefault(group, set()).add(array.start)
+    dense = [
+        Dense(
+            tuple((i, i + 1) for i in sorted(starts)),
+            1,
+            len(starts),
+            (tuple(blocks.sizes[i] for i in sorted(starts)),),
+        )
+        for starts in single.values()
+    ]
+    return (*dense, *(_nested_system(blocks, g, reach, levels) for g in grids.values()))
+
+
+def _nested_system(blocks, positions, reach, levels) -> Nested:
+    array = blocks.arrays[positions[0]]
+    elements = Stencil(len(positions), array.shape, _reach_of(array, reach))
+    tiles = elements.coarse(array.tile)
+    coarsened = tuple(
+        t > 1 and g > 1 for t, g in zip(array.tile, array.grid, strict=True)
+    )
+    starts = [blocks.arrays[i].start for i in positions]
+    spans = tuple((start, start + array.num_blocks) for start in starts)
+    return Nested(
+        spans,
+        tuple(positions),
+        tuple(size for a, b in spans for size in blocks.sizes[a:b]),
+        elements,
+        tiles,
+        _nested.levels_below(tiles, coarsened, levels),
+    )
+
+
+def _reach_of(array, reach) -> Shape:
+    """The reach along each axis; along an axis that is one tile all elements meet."""
+    given = (reach,) * len(array.shape) if isinstance(reach, int) else tuple(reach)
+    return tuple(
+        n if g == 1 or axis >= len(given) else given[axis]
+        for axis, (n, g) in enumerate(zip(array.shape, array.grid, strict=True))
+    )
+
+
+def gather(systems, product, blocks, params, key):
+    """N of all systems one after the other, and the worst error of a declared reach."""
+    dtype = _trees.common_statistic_dtype(params)
+    parts, error = [jnp.zeros(0, dtype)], jnp.zeros((), dtype)
+    dense = [system for system in systems if isinstance(system, Dense)]
+    if dense:
+        positions = [np.arange(a, b) for system in dense for a, b in system.spans]
+        full = _probes.block_products(
+            product, blocks, params, np.concatenate(positions)
+        )
+        row = 0
+        for system in dense:
+            c, n = system.count, system.n
+            square = full[row : row + c * n, row : row + c * n].reshape(c, n, c, n)
+            parts.append(jnp.einsum("gigj->gij", square).reshape(-1))
+            row += c * n
+    for number, system in enumerate(systems):
+        if isinstance(system, Nested):
+            S, this = _coloring.block_sums(
+                product,
+                params,
+                system.arrays,
+                blocks.arrays[system.arrays[0]],
+                system.tiles,
+                jax.random.fold_in(key, number),
+            )
+            parts.append(S.reshape(-1).astype(dtype))
+            error = jnp.maximum(error, this.astype(dtype))
+    return jnp.concatenate(parts), error
+
+
+def take(system: System, values):
+    """The part of a vector over all blocks that belongs to a system."""
+    parts = [values[a:b] for a, b in system.spans]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def assemble(systems, parts, like):
+    """The inverse of ``take`` for all systems."""
+    pieces = {}
+    for system, part in zip(systems, parts, strict=True):
+        offset = 0
+        for a, b in system.spans:
+            pieces[a] = part[offset : offset + b - a]
+            offset += b - a
+    ordered = [pieces[a] for a in sorted(pieces)]
+    if not ordered:
+        return jnp.zeros_like(like)
+    return ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered)
+
+
+def split(systems, packed, size):
+    """The part of each system of a vector that holds them one after the other."""
+    bounds = itertools.accumulate((size(system) for system in systems), initial=0)
+    flat = packed.reshape(-1)
+    return [flat[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def check_reach(reach, levels) -> None:
+    """Raises a TypeError or ValueError for a reach or levels of another form."""
+    numbers = (reach,) if isinstance(reach, int) else reach
+    if numbers is not None and not (
+        isinstance(numbers, tuple) and all(isinstance(k, int) for k in numbers)
+    ):
+        raise TypeError(
+            f"`reach` must be an integer, a tuple of them or None, got {reach!r}; a "
+            "tuple under optax.inject_hyperparams."
+        )
+    if numbers is not None and any(k < 0 for k in numbers):
+        raise ValueError(f"`reach` must not be negative, got {reach}.")
+    valid = levels == "auto" or (
+        isinstance(levels, tuple)
+        and all(
+            isinstance(tile, tuple) and all(isinstance(t, int) and t > 0 for t in tile)
+            for tile in levels
+        )
+    )
+    if not valid:
+        raise ValueError(
+            f'`levels` must be "auto" or a tuple of shapes of tiles, got {levels!r}.'
+        )
+
+
+def _lambda(s, M_diagonal):
+    Lambda = (s - M_diagonal) / np.maximum(s - 1, 1)
+    return jnp.where(s == 1, 1, jnp.maximum(Lambda, _MIN_LAMBDA))
+
+
+def _count_floored(eigenvalues, floor):
+    largest = jnp.max(jnp.abs(eigenvalues), axis=-1, keepdims=True)
+    resolved = _spectral.resolution(eigenvalues.shape[-1], eigenvalues.dtype) * largest
+    return jnp.sum(eigenvalues < jnp.maximum(floor, resolved), dtype=jnp.int32)

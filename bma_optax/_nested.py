@@ -1,0 +1,167 @@
+"""An approximate inverse of a block stencil by nested block means.
+
+Below the finest level, where products with the matrix cost little: on each level a
+symmetric cycle (smooth, correct the block means, smooth), and two Chebyshev steps
+with it, so that its quality does not fall with the number of levels (algebraic
+multilevel iteration, Axelsson and Vassilevski 1989). Linear, symmetric, and positive
+definite where the matrix is.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax import _spectral, _tiles
+from bma_optax._rules import Shape
+from bma_optax._stencil import Stencil
+
+MAX_DENSE = 64
+_COARSENING = 4
+# Of the cycle times the matrix: its eigenvalues are at most about 1, and a part of
+# those below the lower end is left to the finest level's conjugate directions.
+_INTERVAL = (0.2, 1.1)
+# Of the rows' absolute sums, which bound the eigenvalues: below 2 every step converges.
+_RELAXATION = 1.6
+
+
+class _Level(NamedTuple):
+    stencil: Stencil
+    tile: Shape  # Of its cells, to the next level.
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """The layout of the levels below the finest one; static."""
+
+    levels: tuple[_Level, ...]
+    bottom: Stencil
+
+    @property
+    def packed_size(self) -> int:
+        """The length of what ``pack`` returns."""
+        stencils = sum(
+            math.prod(level.stencil.shape) + level.stencil.num_cells
+            for level in self.levels
+        )
+        return stencils + self.bottom.num_cells**2
+
+    def pack(self, S, n2, min_eigenvalue):
+        """Everything ``solve`` needs in one vector; and M's eigenvalues at the bottom.
+
+        Args:
+          S: the stencil of the first level.
+          n2: the diagonal of the metric there, shape (fields, *grid).
+          min_eigenvalue: a floor for the eigenvalues of the dense matrix relative to
+            the metric.
+        """
+        parts = []
+        for stencil, tile in self.levels:
+            sums = stencil.absolute_row_sums(S)
+            smoother = _RELAXATION / jnp.where(sums > 0, sums, 1)
+            parts += [S.reshape(-1), smoother.reshape(-1)]
+            _, S = stencil.coarsen(S, tile)
+            n2 = _sums(n2, tile)
+        root = jnp.sqrt(n2.reshape(-1))
+        outer = root[:, None] * jnp.broadcast_to(root, (root.size, root.size))
+        M = self.bottom.dense(S) / outer
+        relative = _spectral.resolution(M.shape[-1], M.dtype)
+        inverse = _spectral.matrix_power(M, -1, min_eigenvalue, relative, absolute=True)
+        parts.append((inverse / outer).reshape(-1))
+        eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
+        return jnp.concatenate(parts), eigenvalues
+
+    def solve(self, packed, r):
+        """The approximate inverse times r of shape (fields, *grid)."""
+        factors, start = [], 0
+        for stencil, _ in self.levels:
+            split = start + math.prod(stencil.shape)
+            stop = split + stencil.num_cells
+            S = packed[start:split].reshape(stencil.shape)
+            smoother = packed[split:stop].reshape(stencil.fields, *stencil.grid)
+            factors.append((S, smoother))
+            start = stop
+        n = self.bottom.num_cells
+        inverse = packed[start:].reshape(n, n)
+
+        def solve(level, r):
+            if level == len(self.levels):
+                x = jnp.matmul(
+                    inverse, r.reshape(-1), precision=jax.lax.Precision.HIGHEST
+                )
+                return x.reshape(r.shape)
+            stencil, tile = self.levels[level]
+            S, smoother = factors[level]
+
+            def cycle(r):
+                x = smoother * r
+                coarse = solve(level + 1, _sums(r - stencil.matvec(S, x), tile))
+                x = x + _fill(coarse, tile, r.shape)
+                return x + smoother * (r - stencil.matvec(S, x))
+
+            # A loop, not two copies: those would double at every level.
+            def step(carry, coefficients):
+                x, d, residual = carry
+                a, b = coefficients
+                d = a * cycle(residual) + b * d
+                return (x + d, d, residual - stencil.matvec(S, d)), None
+
+            zero = jnp.zeros_like(r)
+            carry, _ = jax.lax.scan(step, (zero, zero, r), _chebyshev(r.dtype))
+            return carry[0]
+
+        return solve(0, r)
+
+
+def levels_below(stencil: Stencil, coarsened: Shape, tiles) -> Levels:
+    """From the first level down to at most 64 blocks, or by the tiles given.
+
+    Args:
+      stencil: the layout of the first level.
+      coarsened: for each axis whether it may be coarsened.
+      tiles: "auto", or the shapes of the tiles of each level.
+    """
+    levels = []
+    if tiles == "auto":
+        while stencil.num_cells > MAX_DENSE:
+            tile = tuple(
+                min(max(_COARSENING, k), g) if c else 1
+                for c, k, g in zip(coarsened, stencil.reach, stencil.grid, strict=True)
+            )
+            if math.prod(tile) == 1:
+                break
+            levels.append(_Level(stencil, tile))
+            stencil = stencil.coarse(tile)
+    else:
+        for tile in tiles:
+            full = (*tile, *[1] * (len(stencil.grid) - len(tile)))[: len(stencil.grid)]
+            levels.append(_Level(stencil, full))
+            stencil = stencil.coarse(full)
+    return Levels(tuple(levels), stencil)
+
+
+def _chebyshev(dtype):
+    """The coefficients of two steps: d = a B r + b d."""
+    low, high = _INTERVAL
+    center, half = (high + low) / 2, (high - low) / 2
+    first = half / center
+    second = 1 / (2 * center / half - first)
+    a, b = (1 / center, 2 * second / half), (0.0, second * first)
+    return np.asarray(a, dtype), np.asarray(b, dtype)
+
+
+def _sums(x, tile):
+    for axis, t in enumerate(tile):
+        if t > 1:
+            x = _tiles.axis_sums(x, 1 + axis, t)
+    return x
+
+
+def _fill(x, tile, shape):
+    for axis, t in enumerate(tile):
+        if t > 1:
+            x = _tiles.axis_fill(x, 1 + axis, t, shape[1 + axis])
+    return x
