@@ -70,7 +70,9 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
 
     colors = probes.all_colors()
     count = len(colors[0])
-    batch = max(1, min(count, _BATCH_ELEMENTS // max(_trees.size(params), 1)))
+    most = max(1, _BATCH_ELEMENTS // max(_trees.size(params), 1))
+    # A divisor: jax.lax.map compiles what is left over a second time.
+    batch = max(b for b in range(1, count + 1) if count % b == 0 and b <= most)
     Y = jax.lax.map(lambda color: respond(*color), colors, batch_size=batch)
     Y = Y.reshape(stencil.fields, *stencil.colors, stencil.fields, *stencil.grid)
     S = stencil.from_colors(Y)
@@ -94,26 +96,18 @@ class _Probes:
         leaves = jax.tree.leaves(params)
         self.leaves = [leaves[i] for i in arrays]
         self.dtype = _trees.common_statistic_dtype(self.leaves)
-        sign_key, test_key = jax.random.split(key)
-        self.axis_signs = [
-            jax.random.rademacher(k, (g,), self.dtype)
-            for k, g in self._axis_keys(sign_key)
-        ]
-        field_keys = jax.random.split(test_key, stencil.fields)
-        self.axis_tests = [
-            jnp.stack([jax.random.normal(k, (g,), self.dtype) for k in keys])
-            for keys, g in zip(
-                jax.vmap(lambda k: jax.random.split(k, len(stencil.grid)))(
-                    field_keys
-                ).T,
-                stencil.grid,
-                strict=True,
+        # One call: each costs a tenth of a second to compile.
+        counts = [g for g in stencil.grid for _ in range(1 + stencil.fields)]
+        uniform = jax.random.uniform(
+            key, (sum(counts),), self.dtype, minval=-1.0, maxval=1.0
+        )
+        parts = iter(jnp.split(uniform, np.cumsum(counts)[:-1]))
+        self.axis_signs, self.axis_tests = [], []
+        for _ in stencil.grid:
+            self.axis_signs.append(jnp.where(next(parts) < 0, -1, 1).astype(self.dtype))
+            self.axis_tests.append(
+                jnp.stack([next(parts) for _ in range(stencil.fields)])
             )
-        ]
-
-    def _axis_keys(self, key):
-        keys = jax.random.split(key, len(self.stencil.grid))
-        return zip(keys, self.stencil.grid, strict=True)
 
     def all_colors(self):
         """(field, color along each axis) of every probe, as one array for each."""
@@ -125,7 +119,7 @@ class _Probes:
     def signs(self, color):
         """The probe, in the shape of an array."""
         axes = [
-            jnp.where(np.arange(g) % m == c, e, 0)
+            jnp.where(np.arange(g, dtype=np.int32) % m == c, e, 0)
             for c, m, g, e in zip(
                 color[1:],
                 self.stencil.colors,

@@ -19,8 +19,10 @@ class Curvature:
     ``linearize``.
 
     Args:
-      num_probes: how many products the diagonal of G may cost. If d is no larger the
-        diagonal is exact; otherwise it is the mean of x ∘ G x over so many random signs
+      diagonal_fn: ``params -> diag G``, a tree like params, where it is known; it saves
+        the probes. Keywords of ``update`` that its signature names are passed on.
+      num_probes: how many products the diagonal of G may cost else. If d is no larger
+        it is exact; otherwise it is the mean of x ∘ G x over so many random signs
         x (Hutchinson), whose standard error at entry i is that of Σ_{j≠i} G_ij² /
         num_probes under the root. Entries smaller than their standard error are taken
         for it.
@@ -34,12 +36,15 @@ class Curvature:
       ...     def linearize(self, params, key, value_fn, extra_args):
       ...         return lambda v: 2 * v
       >>> Scaled(num_probes=8)
-      Scaled(num_probes=8)
+      Scaled(diagonal_fn=None, num_probes=8)
 
     Source: eq. (1); Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a
     matrix, Applied Numerical Mathematics 57, 2007.
     """
 
+    diagonal_fn: Callable[..., Any] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
     num_probes: int = dataclasses.field(default=32, kw_only=True)
 
     def __post_init__(self):
@@ -79,7 +84,9 @@ class Curvature:
           >>> bma.Hessian().diagonal(jnp.ones(2), {}) is None
           True
         """
-        del params, extra_args
+        if self.diagonal_fn is None:
+            return None
+        return bind(self.diagonal_fn, extra_args)(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Hessian(Curvature):
     Products are forward over reverse: each costs about two gradients.
 
     Args:
-      num_probes: see :class:`Curvature`.
+      diagonal_fn, num_probes: see :class:`Curvature`.
 
     Example:
       >>> import jax, jax.numpy as jnp, bma_optax as bma
@@ -120,7 +127,7 @@ class GaussNewton(Curvature):
       model_fn: ``params -> outputs``, any pytree. Keywords of ``update`` that its
         signature names are passed on, such as ``batch``; likewise below.
       loss_fn: ``outputs -> scalar``.
-      num_probes: see :class:`Curvature`.
+      diagonal_fn, num_probes: see :class:`Curvature`.
 
     Example:
       >>> import jax, jax.numpy as jnp, bma_optax as bma
@@ -155,7 +162,7 @@ class EmpiricalFisher(Curvature):
     Args:
       losses_fn: ``params -> losses``, shape (n,): one loss an example, whose mean is
         the loss. Keywords of ``update`` that it names are passed on.
-      num_probes: see :class:`Curvature`.
+      diagonal_fn, num_probes: see :class:`Curvature`.
 
     Example:
       >>> import jax, jax.numpy as jnp, bma_optax as bma
@@ -192,7 +199,7 @@ class Fisher(Curvature):
       sample_fn: ``(key, outputs) -> labels``, such as ``jax.random.categorical``.
       losses_fn: ``(outputs, labels) -> losses``, shape (n,): -log p, such as
         ``optax.softmax_cross_entropy_with_integer_labels``.
-      num_probes: see :class:`Curvature`.
+      diagonal_fn, num_probes: see :class:`Curvature`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, bma_optax as bma
@@ -233,8 +240,7 @@ class Operator(Curvature):
     Args:
       product_fn: ``params -> (v -> G v)``. Keywords of ``update`` that it names are
         passed on.
-      diagonal_fn: ``params -> diag G``, a tree like params, if it is known.
-      num_probes: see :class:`Curvature`.
+      diagonal_fn, num_probes: see :class:`Curvature`.
 
     Example:
       >>> import jax, jax.numpy as jnp, bma_optax as bma
@@ -245,18 +251,11 @@ class Operator(Curvature):
     """
 
     product_fn: Callable[..., Product]
-    diagonal_fn: Callable[..., Any] | None = None
 
     def linearize(self, params, key, value_fn, extra_args):
         """The product at ``params``, see :meth:`Curvature.linearize`."""
         del key, value_fn
         return bind(self.product_fn, extra_args)(params)
-
-    def diagonal(self, params, extra_args):
-        """``diagonal_fn(params)``, or None."""
-        if self.diagonal_fn is None:
-            return None
-        return bind(self.diagonal_fn, extra_args)(params)
 
 
 def check_curvature(curvature: Any) -> None:

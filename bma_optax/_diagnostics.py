@@ -16,6 +16,7 @@ _FIELDS: dict[type, tuple[str, ...]] = {
         "products",
         "damping",
         "floored",
+        "local",
         "refreshes",
         "failures",
     ),
@@ -38,6 +39,7 @@ def diagnostics(state: Any) -> dict[str, jax.Array]:
       indefinite.
     - ``floored``: eigenvalues of M that were negative or below the floor, so that
       absolute values or the floor stood in their place.
+    - ``local``: whether the curvature reached no further than declared.
     - ``products``: products with the curvature so far, each about two gradients for
       the Hessian. ``step_products`` are those of the step rule.
     - ``damping``; ``refreshes`` and ``failures``: factors made, and not finite.

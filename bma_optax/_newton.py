@@ -35,7 +35,7 @@ class ScaleByNewtonBMAState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # shape (), int32: steps taken.
-    key: jax.Array  # shape (), a typed random key.
+    key: jax.Array  # shape (), a typed random key, the same throughout.
     inverse_diagonal: optax.Updates  # like params: 1 / (Λ̄ z²).
     Lambda: jax.Array  # shape (L,): the damped Λ.
     K: jax.Array  # shape (L, L): (M^-1 - Λ^-1) / (n nᵀ) of the last good factor.
@@ -57,7 +57,7 @@ def scale_by_newton_bma(
     reach: int | tuple[int, ...] | None = None,
     levels: str | tuple[tuple[int, ...], ...] = "auto",
     couple: str = "all",
-    update_interval: jax.typing.ArrayLike = 5,
+    update_interval: jax.typing.ArrayLike = 10,
     b2: jax.typing.ArrayLike = 0.0,
     damping: jax.typing.ArrayLike = 0.0,
     adaptive_damping: bool = False,
@@ -98,7 +98,9 @@ def scale_by_newton_bma(
       couple: which blocks see each other: "all", those of one "array", or of one
         "layer".
       update_interval: steps from one refresh of the factor to the next; the first step
-        has one. A constant curvature needs no other.
+        has one. A constant curvature needs no other. Refreshing at every step was
+        slowest on each of five problems, 10 to 20 fastest
+        (``benchmarks/curvature.py``).
       b2: the decay of the averages of N and diag G over refreshes, in [0, 1); for
         mini-batches. Bias-corrected.
       damping: μ >= 0: the inverse is that of the block mean of F + μ I, that is M + μ I
@@ -186,8 +188,11 @@ def scale_by_newton_bma(
         blocks, systems = plan(updates, partition, couple, reach, levels)
 
         def refresh(state):
-            key, key_N, key_diagonal, key_labels = jax.random.split(state.key, 4)
-            products = 0
+            # The same probes at every refresh, or the directions that conjugate
+            # gradients build would lose their meaning; new ones where averages gain.
+            again = jnp.where(jnp.asarray(b2) > 0, state.refreshes, 0)
+            key_N, key_diagonal = jax.random.split(jax.random.fold_in(state.key, again))
+            key_labels = jax.random.fold_in(state.key, state.count)
 
             def linearize(params):
                 return curvature.linearize(params, key_labels, value_fn, extra_args)
@@ -247,7 +252,7 @@ def scale_by_newton_bma(
                 lambda x, y: jnp.where(finite, x, y), refreshed, failed
             )
             return chosen._replace(
-                key=key, products=state.products + products + int(adaptive_damping)
+                products=state.products + products + int(adaptive_damping)
             )
 
         state = jax.lax.cond(
@@ -277,7 +282,7 @@ def newton_bma(
     reach: int | tuple[int, ...] | None = None,
     levels: str | tuple[tuple[int, ...], ...] = "auto",
     couple: str = "all",
-    update_interval: jax.typing.ArrayLike = 5,
+    update_interval: jax.typing.ArrayLike = 10,
     b2: jax.typing.ArrayLike = 0.0,
     damping: jax.typing.ArrayLike = 0.0,
     adaptive_damping: bool = False,

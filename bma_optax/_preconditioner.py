@@ -128,7 +128,7 @@ def preconditioner(
     _coarse.check_reach(reach, levels)
     curvature = _curvature.Operator(
         lambda _: product_fn,
-        None if diagonal is None else lambda _: diagonal,
+        diagonal_fn=None if diagonal is None else lambda _: diagonal,
         num_probes=num_probes,
     )
     blocks, systems = _newton.plan(like, partition, couple, reach, levels, warn=True)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -48,23 +49,25 @@ class Stencil:
 
     def from_colors(self, Y):
         """S from responses Y[a, *color, b, *cell]: color is (cell + offset) mod m."""
-        dim = len(self.grid)
-        index = []
+        S = Y.transpose(self._from_colors_order())
         for axis, (m, g) in enumerate(zip(self.colors, self.grid, strict=True)):
-            shape = [1] * (2 * dim)
-            shape[axis], shape[dim + axis] = m, g
-            color = (np.arange(m)[:, None] + np.arange(g)) % m
-            index.append(np.broadcast_to(color.reshape(shape), self.shape[2:]))
-        cells = []
-        for axis, g in enumerate(self.grid):
-            shape = [1] * (2 * dim)
-            shape[dim + axis] = g
-            cells.append(np.broadcast_to(np.arange(g).reshape(shape), self.shape[2:]))
-        rows = [
-            jnp.stack([Y[(a, *index, b, *cells)] for a in range(self.fields)])
-            for b in range(self.fields)
-        ]
-        return jnp.stack(rows)
+            color_axis, cell_axis = 2 + axis, 2 + len(self.grid) + axis
+            offset, cell = np.arange(m)[:, None], np.arange(g)
+            shape = [1] * S.ndim
+            shape[color_axis], shape[cell_axis] = m, g
+            total = jnp.zeros_like(S)
+            for color in range(m):
+                mask = ((cell + offset) % m == color).astype(S.dtype)
+                part = jax.lax.slice_in_dim(S, color, color + 1, axis=color_axis)
+                mask = jnp.broadcast_to(mask.reshape(shape), S.shape)
+                total = total + mask * jnp.broadcast_to(part, S.shape)
+            S = total
+        return S
+
+    def _from_colors_order(self):
+        """From (a, *color, b, *cell) to (b, a, *color, *cell)."""
+        dim = len(self.grid)
+        return (1 + dim, 0, *range(1, 1 + dim), *range(2 + dim, 2 + 2 * dim))
 
     def matvec(self, S, x):
         """S x for x of shape (fields, *grid)."""

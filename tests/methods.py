@@ -37,12 +37,6 @@ METHODS = [
         form="symmetric",
     ),
     row(
-        "adagrad_bma per_element",
-        bma.adagrad_bma,
-        learning_rate=1.0,
-        partition=bma.per_element,
-    ),
-    row(
         "adagrad_bma per_tile by layer",
         bma.adagrad_bma,
         learning_rate=1.0,
@@ -63,6 +57,15 @@ METHODS = [
         adaptive_damping=True,
         max_norm=10.0,
         key=1,
+    ),
+    row(
+        "newton_bma with a reach",
+        bma.newton_bma,
+        trees=2,
+        learning_rate=None,
+        partition=bma.per_tile((2,)),
+        reach=(5,),
+        levels=((2,),),
     ),
     row(
         "natural_bma",

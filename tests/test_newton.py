@@ -1,5 +1,6 @@
 """Newton-BMA and its parts against float64 NumPy that builds the d x d matrices."""
 
+import functools
 import itertools
 
 import jax
@@ -109,14 +110,27 @@ def dense_inverse(G, rule, *, damping=0.0, couple="all"):
 def operator_of(tx, G):
     """C of one step, column by column."""
     params = tree_of(np.zeros(D))
-    state = tx.init(params)
-    _, state = tx.update(params, state, params, value_fn=quadratic(G))
-    columns = jax.vmap(
-        lambda e: tx.update(tree_of_jax(e), state, params, value_fn=quadratic(G))[0]
-    )(jnp.eye(D))
-    return np.stack(
-        [flat(jax.tree.map(lambda x, i=i: x[i], columns)) for i in range(D)], axis=1
-    )
+
+    @jax.jit
+    def columns():
+        update = functools.partial(tx.update, value_fn=quadratic(G))
+        _, state = update(params, tx.init(params), params)
+        return jax.vmap(
+            lambda e: ravel_pytree(update(tree_of_jax(e), state, params)[0])[0]
+        )(jnp.eye(D))
+
+    return np.asarray(columns()).T
+
+
+def one_update(tx, params, f, grads=None):
+    """The updates and the state after one jitted step from ``params``."""
+
+    @jax.jit
+    def step(params):
+        g = jax.grad(f)(params) if grads is None else grads
+        return tx.update(g, tx.init(params), params, value_fn=f)
+
+    return step(params)
 
 
 def tree_of_jax(vector):
@@ -133,10 +147,17 @@ def test_weighted_projection_is_nearest(seed, sizes):
     d = sum(sizes)
     G = positive_definite(seed, d)
     weights = rng.uniform(0.5, 2, d) * rng.choice([-1, 1], d)
-    matrix = bma.BlockMeanMatrix.project(jnp.asarray(G), sizes, jnp.asarray(weights))
+    x = rng.standard_normal(d)
+
+    @jax.jit
+    def run(G, weights, x):
+        matrix = bma.BlockMeanMatrix.project(G, sizes, weights)
+        solved = matrix.inverse().matvec(x, weights)
+        return matrix, matrix.to_dense(weights), solved
+
+    matrix, dense, solved = run(G, weights, x)
     E = np.repeat(np.eye(len(sizes)), sizes, axis=0) * weights[:, None]
     E /= np.linalg.norm(E, axis=0)
-    dense = np.asarray(matrix.to_dense(jnp.asarray(weights)))
     M = E.T @ G @ E
     np.testing.assert_allclose(matrix.M, M, rtol=1e-9, atol=1e-9 * np.abs(M).max())
     expected = np.diag(np.repeat(matrix.Lambda, sizes))
@@ -152,14 +173,7 @@ def test_weighted_projection_is_nearest(seed, sizes):
             rest = np.diag(inside * 1.0) - np.outer(E[:, i], E[:, i])
             np.testing.assert_allclose(np.sum(residual * rest), 0, atol=1e-9 * scale)
     # A function of it, and products.
-    x = rng.standard_normal(d)
-    inverse = matrix.inverse()
-    np.testing.assert_allclose(
-        dense @ np.asarray(inverse.matvec(jnp.asarray(x), jnp.asarray(weights))),
-        x,
-        rtol=1e-6,
-        atol=1e-6,
-    )
+    np.testing.assert_allclose(dense @ solved, x, rtol=1e-6, atol=1e-6)
 
 
 def test_weights_must_fit():
@@ -182,6 +196,7 @@ def test_absolute_power_and_its_derivatives():
     sizes = (1,) * 6
     A, B = positive_definite(1, 6), positive_definite(2, 6)
 
+    @jax.jit
     def power(t, u):
         matrix = bma.BlockMeanMatrix.project(jnp.asarray(G) + t * A + u * B, sizes)
         return matrix.power(-1, min_eigenvalue=0.3, absolute=True).to_dense()
@@ -195,6 +210,7 @@ def test_absolute_power_and_its_derivatives():
         first, (power(h, 0.0) - power(-h, 0.0)) / (2 * h), rtol=1e-5, atol=1e-6
     )
 
+    @jax.jit
     def slope(u):
         return jax.jvp(lambda t: power(t, u), (0.0,), (1.0,))[1]
 
@@ -230,8 +246,8 @@ def test_indefinite_curvature_is_caught(rule):
     np.testing.assert_allclose(C, expected, rtol=1e-7, atol=1e-8 * np.abs(C).max())
     assert np.linalg.eigvalsh(C)[0] > 0
     params = tree_of(np.zeros(D))
-    _, state = tx.update(params, tx.init(params), params, value_fn=quadratic(G))
     if rule == bma.per_element:
+        _, state = one_update(tx, params, quadratic(G))
         negative = int(np.sum(np.linalg.eigvalsh(G) < 0))
         assert state.floored == negative > 0
         assert bma.diagnostics(state)["coarse_ratio"] < 0
@@ -242,7 +258,7 @@ def test_newton_solves_a_quadratic_in_one_step():
     f = quadratic(G, b)
     params = tree_of(np.ones(D))
     tx = optax.chain(bma.scale_by_newton_bma(bma.per_element), optax.scale(-1.0))
-    updates, _ = tx.update(jax.grad(f)(params), tx.init(params), params, value_fn=f)
+    updates, _ = one_update(tx, params, f)
     solution = flat(optax.apply_updates(params, updates))
     np.testing.assert_allclose(solution, np.linalg.solve(G, b), rtol=1e-7)
 
@@ -252,8 +268,7 @@ def test_dead_parameters_and_no_curvature_at_all():
     params = jnp.ones(4)
     for f in (lambda x: x[0] ** 2, lambda x: x[0] + 0 * x[1]):
         tx = bma.newton_bma(partition=bma.per_tile((2,)))
-        state = tx.init(params)
-        updates, state = tx.update(jax.grad(f)(params), state, params, value_fn=f)
+        updates, _ = one_update(tx, params, f)
         assert jnp.all(jnp.isfinite(updates))
         np.testing.assert_array_equal(updates[2:], 0)
         assert f(params + updates) < f(params)
@@ -279,23 +294,28 @@ def entropy(y, labels):
 
 def dense_of(curvature, w, value_fn=None, extra=None):
     extra = extra or {}
-    product = curvature.linearize(w, jax.random.key(0), value_fn, extra)
     basis = jnp.eye(w.size).reshape(w.size, *w.shape)
-    return np.asarray(jax.vmap(product)(basis)).reshape(w.size, w.size)
+
+    @jax.jit
+    def columns(w):
+        product = curvature.linearize(w, jax.random.key(0), value_fn, extra)
+        return jax.vmap(product)(basis)
+
+    return np.asarray(columns(w)).reshape(w.size, w.size)
 
 
 def test_every_curvature_against_its_explicit_matrix():
     w = jnp.asarray(np.random.default_rng(6).standard_normal((3, 3)))
     n, d = len(X), w.size
-    J = np.asarray(jax.jacobian(logits)(w)).reshape(n * 3, d)
+    J = np.asarray(jax.jit(jax.jacobian(logits))(w)).reshape(n * 3, d)
     outer = jax.hessian(lambda y: entropy(y.reshape(n, 3), jnp.asarray(LABELS)))
-    H = np.asarray(outer(logits(w).reshape(-1)))
-    rows = np.asarray(jax.jacobian(losses)(w)).reshape(n, d)
+    H = np.asarray(jax.jit(outer)(logits(w).reshape(-1)))
+    rows = np.asarray(jax.jit(jax.jacobian(losses))(w)).reshape(n, d)
 
     def mean(w):
         return losses(w).mean()
 
-    hessian = np.asarray(jax.hessian(mean)(w)).reshape(d, d)
+    hessian = np.asarray(jax.jit(jax.hessian(mean))(w)).reshape(d, d)
     labels = jnp.asarray(LABELS)
     cases = [
         (bma.Hessian(), mean, {}, hessian),
@@ -349,7 +369,7 @@ def test_diagonal_given_exact_and_probed():
     def inverse_diagonal(curvature):
         # Without blocks, the inverse of the diagonal and nothing else.
         tx = bma.scale_by_newton_bma(bma.by_path({"": None}), curvature=curvature)
-        _, state = tx.update(params, tx.init(params), params, value_fn=f)
+        _, state = one_update(tx, params, f)
         return flat(state.inverse_diagonal), state.products
 
     exact, products = inverse_diagonal(bma.Hessian(num_probes=D))
@@ -357,7 +377,7 @@ def test_diagonal_given_exact_and_probed():
     assert products == D
     given = bma.Operator(
         lambda p: lambda v: tree_of_jax(jnp.asarray(G) @ ravel_pytree(v)[0]),
-        lambda p: tree_of(np.diag(G)),
+        diagonal_fn=lambda p: tree_of(np.diag(G)),
     )
     from_user, products = inverse_diagonal(given)
     np.testing.assert_allclose(1 / from_user, np.diag(G), rtol=1e-12)
@@ -427,11 +447,12 @@ def test_adaptive_damping_follows_the_model():
     tx = bma.scale_by_newton_bma(update_interval=1, damping=1.0, adaptive_damping=True)
 
     def after_a_step(f, step):
-        state = tx.init(params)
-        _, state = tx.update(params, state, params, value_fn=f)
-        moved = params + step
-        _, state = tx.update(moved, state, moved, value_fn=f)
-        return float(state.damping)
+        @jax.jit
+        def run(moved):
+            _, state = tx.update(params, tx.init(params), params, value_fn=f)
+            return tx.update(moved, state, moved, value_fn=f)[1].damping
+
+        return float(run(params + step))
 
     def square(x):
         return jnp.sum(x**2)
@@ -449,7 +470,7 @@ def test_damped_operator_needs_no_new_product():
     params = tree_of(np.zeros(D))
     for damping in (0.0, 1.0):
         tx = bma.scale_by_newton_bma(damping=damping)
-        _, state = tx.update(params, tx.init(params), params, value_fn=quadratic(G))
+        _, state = one_update(tx, params, quadratic(G))
         assert state.products == 3 + D
 
 
@@ -525,7 +546,7 @@ def test_step_norm_limit():
     params = tree_of(np.zeros(D))
     for rate in (None, 1.0):
         tx = bma.newton_bma(rate, max_norm=0.25)
-        updates, _ = tx.update(jax.grad(f)(params), tx.init(params), params, value_fn=f)
+        updates, _ = one_update(tx, params, f)
         np.testing.assert_allclose(np.linalg.norm(flat(updates)), 0.25)
 
 
@@ -618,20 +639,24 @@ def test_preconditioner_for_conjugate_gradients_on_pytrees():
     def product(v):
         return tree_of_jax(jnp.asarray(G) @ ravel_pytree(v)[0])
 
-    C = bma.preconditioner(product, b, bma.per_layer)
+    def matrix_of(**kwargs):
+        def columns():
+            C = bma.preconditioner(product, b, bma.per_layer, **kwargs)
+            return jax.vmap(lambda e: ravel_pytree(C(tree_of_jax(e)))[0])(jnp.eye(D))
+
+        return np.asarray(jax.jit(columns)()).T
+
+    C = jax.jit(lambda: bma.preconditioner(product, b, bma.per_layer))()
     x, _ = jax.jit(
         lambda C: jax.scipy.sparse.linalg.cg(product, b, M=C, tol=1e-10, maxiter=8)
     )(C)
     np.testing.assert_allclose(G @ flat(x), flat(b), atol=1e-8)
-    matrix = np.stack([flat(C(tree_of(e))) for e in np.eye(D)])
-    np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * np.abs(matrix).max())
-    assert np.linalg.eigvalsh(matrix)[0] > 0
-    exact = bma.preconditioner(product, b, bma.per_layer, num_probes=D)
-    given = bma.preconditioner(product, b, bma.per_layer, diagonal=tree_of(np.diag(G)))
+    exact = matrix_of(num_probes=D)
     expected = dense_inverse(G, bma.per_layer)
-    for C in (exact, given):
-        matrix = np.stack([flat(C(tree_of(e))) for e in np.eye(D)])
+    for matrix in (exact, matrix_of(diagonal=tree_of(np.diag(G)))):
         np.testing.assert_allclose(matrix, expected, atol=1e-8 * np.abs(expected).max())
+        np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * np.abs(matrix).max())
+    assert np.linalg.eigvalsh(exact)[0] > 0
 
 
 def test_lineax_operator():
@@ -665,8 +690,7 @@ def test_diagnostics():
     f = quadratic(G)
     params = tree_of(np.ones(D))
     tx = bma.newton_bma(partition=bma.per_layer)
-    state = tx.init(params)
-    _, state = tx.update(jax.grad(f)(params), state, params, value_fn=f)
+    _, state = one_update(tx, params, f)
     numbers = jax.jit(bma.diagnostics)(state)
     z = np.sqrt(np.diag(G))
     E = np.repeat(np.eye(2), (16, 8), axis=0) / np.sqrt((16, 8))

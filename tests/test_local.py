@@ -1,0 +1,339 @@
+"""Curvature with a reach: colors and nested levels against dense float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import bma_optax as bma
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def grad_squared(u, axes, periodic=False):
+    if periodic:
+        return sum(jnp.sum((jnp.roll(u, 1, axis) - u) ** 2) for axis in axes)
+    return sum(jnp.sum(jnp.diff(u, axis=axis) ** 2) for axis in axes)
+
+
+def smooth(seed, axes, periodic=False):
+    """Differences between neighbours, with weights that vary, and a few data."""
+
+    def f(u):
+        rng = np.random.default_rng(seed)
+        weights = jnp.asarray(rng.uniform(0.5, 2, u.shape))
+        seen = jnp.asarray(rng.uniform(size=u.shape) < 0.1, float)
+        varied = jnp.sum(weights * u**2) * 1e-3 + jnp.sum(seen * (u - 1) ** 2)
+        return grad_squared(u, axes, periodic) + varied
+
+    return f
+
+
+def channels(u):
+    """Neighbours and the channels of one pixel."""
+    mixed = u @ jnp.array([[1.0, 0.3, -0.2], [0, 1, 0.5], [0, 0, 1]])
+    return grad_squared(u, (0, 1)) + 0.1 * jnp.sum(mixed**2)
+
+
+def two_fields(p):
+    strain = jnp.diff(p["u"], axis=0)[:, :-1] + jnp.diff(p["v"], axis=1)[:-1]
+    return (
+        jnp.sum(strain**2)
+        + 0.1 * (grad_squared(p["u"], (0, 1)) + grad_squared(p["v"], (0, 1)))
+        + 1e-2 * (jnp.sum(p["u"] ** 2) + jnp.sum(p["v"] ** 2))
+    )
+
+
+def beside_scalars(p):
+    field = smooth(3, (0, 1))(p["u"])
+    return field + (p["a"] - 2) ** 2 + p["a"] * p["b"] + p["b"] ** 2
+
+
+def fourth_order(u):
+    return jnp.sum(jnp.diff(u, n=2) ** 2) + 1e-2 * jnp.sum(u**2)
+
+
+# name -> loss, parameters, tile, reach
+CASES = {
+    "1 dimension": (smooth(0, (0,)), np.zeros(40), (4,), 1),
+    "2 dimensions": (smooth(1, (0, 1)), np.zeros((16, 20)), (4, 4), 1),
+    "3 dimensions": (smooth(2, (0, 1, 2)), np.zeros((8, 6, 4)), (2, 2, 2), 1),
+    "sizes that do not divide": (smooth(3, (0, 1)), np.zeros((13, 18)), (4, 5), 1),
+    "periodic": (smooth(4, (0, 1), True), np.zeros((24, 12)), (4, 4), 1),
+    "periodic in tiles of 2": (smooth(4, (0,), True), np.zeros(24), (2,), 1),
+    "reach 2": (fourth_order, np.zeros(50), (4,), 2),
+    "reach beyond a tile": (fourth_order, np.zeros(50), (1,), (2,)),
+    "channels in one block": (channels, np.zeros((9, 8, 3)), (4, 4), 1),
+    "a block each channel": (channels, np.zeros((9, 8, 3)), (4, 4, 1), (1, 1, 2)),
+    "two fields": (
+        two_fields,
+        {"u": np.zeros((12, 12)), "v": np.zeros((12, 12))},
+        (4, 4),
+        1,
+    ),
+    "beside scalars": (
+        beside_scalars,
+        {"a": np.zeros(()), "b": np.zeros(()), "u": np.zeros((9, 9))},
+        (3, 3),
+        1,
+    ),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def as_matrix(make, like):
+    """The linear function of trees that ``make()`` gives, as a dense matrix."""
+    flat, unravel = ravel_pytree(like)
+
+    @jax.jit
+    def columns():
+        function = make()
+        return jax.vmap(lambda e: ravel_pytree(function(unravel(e)))[0])(
+            jnp.eye(flat.size)
+        )
+
+    return np.asarray(columns()).T
+
+
+def product(f, like):
+    return jax.linearize(jax.grad(f), like)[1]
+
+
+def inverse(f, like, *args, **kwargs):
+    """The preconditioner as a dense matrix."""
+    return as_matrix(
+        lambda: bma.preconditioner(product(f, like), like, *args, **kwargs), like
+    )
+
+
+@every_case
+def test_colors_give_what_a_product_a_block_gives(name):
+    """Up to 64 blocks the coarse matrix is dense: C must be the same to rounding."""
+    f, params, tile, reach = CASES[name]
+    params = jax.tree.map(jnp.asarray, params)
+    rule = bma.per_tile(tile)
+    d = sum(x.size for x in jax.tree.leaves(params))
+    got = inverse(f, params, rule, reach=reach)
+    expected = inverse(f, params, rule, num_probes=d)
+    assert len(bma.partition(params, rule).sizes) <= 64
+    np.testing.assert_allclose(got, expected, atol=1e-10 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "levels"),
+    [*((name, "auto") for name in CASES), ("1 dimension", "by hand")],
+)
+def test_nested_operator_is_symmetric_and_positive_definite(name, levels):
+    f, params, tile, reach = CASES[name]
+    params = jax.tree.map(jnp.asarray, params)
+    tile = tuple(1 if t == 1 else 2 for t in tile)  # more blocks, more levels
+    shapes = "auto" if levels == "auto" else ((2,) * len(tile), (2, 3, 2)[: len(tile)])
+    rule = bma.per_tile(tile)
+    matrix = inverse(f, params, rule, reach=reach, levels=shapes)
+    scale = np.abs(matrix).max()
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * scale)
+    assert np.linalg.eigvalsh(matrix)[0] > 0
+    # As good as its definition: the dense coarse correction is in reach of it.
+    G = as_matrix(lambda: product(f, params), params)
+    dense = inverse(f, params, rule, num_probes=len(G))
+    root = np.linalg.cholesky(G)
+    kappa, best = (np.linalg.cond(root.T @ m @ root) for m in (matrix, dense))
+    assert kappa < 2.5 * max(best, 5)
+
+
+def laplacian(n):
+    """Jacobi sees κ of 3000 to 30 000; with 40 data on n x n."""
+    seen = np.zeros(n * n)
+    seen[np.random.default_rng(0).choice(n * n, 40, replace=False)] = 1
+    seen = jnp.asarray(seen.reshape(n, n))
+
+    def f(u):
+        return grad_squared(u, (0, 1)) / 2 + jnp.sum(seen * (u - 1) ** 2) / 2
+
+    return f
+
+
+def condition(f, like, steps=30):
+    """κ of C G from the coefficients of conjugate gradients (Lanczos)."""
+    r = np.random.default_rng(1).standard_normal(like.shape)
+    G = jax.jit(product(f, like))
+    C = jax.jit(
+        lambda: bma.preconditioner(
+            product(f, like), like, bma.per_tile((4, 4)), reach=1
+        )
+    )()
+    z = np.asarray(C(jnp.asarray(r)))
+    p, rz, a, b = z, np.vdot(r, z), [], []
+    for _ in range(steps):
+        Gp = np.asarray(G(jnp.asarray(p)))
+        a.append(rz / np.vdot(p, Gp))
+        r = r - a[-1] * Gp
+        z = np.asarray(C(jnp.asarray(r)))
+        new = np.vdot(r, z)
+        b.append(new / rz)
+        p, rz = z + b[-1] * p, new
+    a, b = np.array(a), np.array(b)
+    diagonal = 1 / a + np.concatenate([[0], b[:-1] / a[:-1]])
+    off = np.sqrt(b[:-1]) / a[:-1]
+    values = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
+    return values[-1] / values[0]
+
+
+def test_condition_number_does_not_grow():
+    found = {}
+    for n in (16, 32, 64):
+        found[n] = condition(laplacian(n), jnp.zeros((n, n)))
+    assert all(kappa < 32 for kappa in found.values()), found
+
+
+@pytest.mark.parametrize("rate", [None, 1.3])
+def test_a_field_is_solved_in_twenty_steps(rate):
+    f, start = laplacian(64), jnp.zeros((64, 64))
+    if rate is None:
+        tx = bma.newton_bma(partition=bma.per_tile((4, 4)), reach=1)
+    else:
+        direction = bma.scale_by_newton_bma(
+            bma.per_tile((4, 4)), reach=1, update_interval=100
+        )
+        tx = optax.chain(direction, optax.trace(0.4), optax.scale(-rate))
+
+    def step(carry, _):
+        u, state = carry
+        updates, state = tx.update(jax.grad(f)(u), state, u, value_fn=f)
+        u = optax.apply_updates(u, updates)
+        return (u, state), f(u)
+
+    (_, state), values = jax.jit(
+        lambda u: jax.lax.scan(step, (u, tx.init(u)), length=20)
+    )(start)
+    # The data are all 1: so is the solution, with loss 0.
+    assert values[-1] < 2e-6 * f(start)
+    numbers = bma.diagnostics(state)
+    assert numbers["local"] and numbers["coarse_ratio"] < 0.01
+    refreshes = 1 if rate else 2
+    assert numbers["products"] == refreshes * 2 * (9 + 1)
+
+
+def test_products_do_not_depend_on_the_size():
+    counts = set()
+    for n in (16, 32):
+        tx = bma.scale_by_newton_bma(bma.per_tile((4, 4)), reach=1)
+        u = jnp.zeros((n, n))
+        update = functools.partial(tx.update, value_fn=laplacian(n))
+        _, state = jax.jit(update)(u, tx.init(u), u)
+        counts.add(int(state.products))
+    assert counts == {20}
+
+
+# The declaration ----------------------------------------------------------------------
+
+BEYOND = {
+    "reach too small": (fourth_order, np.zeros(64), (4,), 1),
+    "no reach at all": (smooth(0, (0, 1)), np.zeros((16, 16)), (4, 4), 0),
+    "a global term": (
+        lambda u: smooth(0, (0, 1))(u) + 1e-4 * jnp.sum(u) ** 2,
+        np.zeros((16, 16)),
+        (4, 4),
+        1,
+    ),
+    "periodic elements": (smooth(4, (0,), True), np.zeros(32), (4,), 1),
+    "periodic tiles": (smooth(4, (0,), True), np.zeros(48), (3,), 1),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_wrong_declaration_is_caught(name):
+    f, params, tile, reach = BEYOND[name]
+    params = jnp.asarray(params)
+    tx = bma.scale_by_newton_bma(bma.per_tile(tile), reach=reach)
+    with pytest.raises(ValueError, match="`reach`"):
+        tx.update(params, tx.init(params), params, value_fn=f)
+    # Within jit: a flag, and the inverse of a diagonal.
+    g = params + 1.0
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=f))
+    updates, state = update(g, tx.init(params), params)
+    assert not state.local and not bma.diagnostics(state)["local"]
+    np.testing.assert_array_equal(updates, state.inverse_diagonal * g)
+    assert jnp.all(state.inverse_diagonal > 0)
+    # A term that is only a little out of reach leaves the diagonal nearly right.
+    if name == "a global term":
+        G = as_matrix(lambda: product(f, params), params)
+        np.testing.assert_allclose(
+            1 / state.inverse_diagonal.ravel(), np.diag(G), rtol=0.05
+        )
+
+
+def test_a_wrong_declaration_is_caught_in_a_preconditioner():
+    G = product(fourth_order, jnp.zeros(16))
+    with pytest.raises(ValueError, match="`reach`"):
+        bma.preconditioner(G, jnp.zeros(16), bma.per_tile((4,)), reach=1)
+
+
+def test_a_true_declaration_passes_in_float32():
+    with jax.enable_x64(False):
+        u = jnp.zeros((16, 16), jnp.float32)
+        tx = bma.scale_by_newton_bma(bma.per_tile((4, 4)), reach=1)
+        update = functools.partial(tx.update, value_fn=laplacian(16))
+        assert jax.jit(update)(u, tx.init(u), u)[1].local
+
+
+def test_not_a_number_keeps_the_last_good_factor():
+    def f(u, scale):
+        return scale * laplacian(16)(u)
+
+    u = jnp.ones((16, 16))
+    tx = bma.scale_by_newton_bma(bma.per_tile((4, 4)), reach=1, update_interval=1)
+    update = jax.jit(
+        lambda state, scale: tx.update(u, state, u, value_fn=f, scale=scale)
+    )
+    first, state = update(tx.init(u), 1.0)
+    second, state = update(state, float("nan"))
+    np.testing.assert_array_equal(first, second)
+    assert state.failures == 1 and state.local
+
+
+def test_indefinite_curvature_still_descends():
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(rng.standard_normal((31, 32)))
+
+    def f(u):
+        return jnp.sum(weights * jnp.diff(u, axis=0) ** 2) - jnp.sum(u**2)
+
+    u = jnp.asarray(rng.standard_normal((32, 32)))
+    tx = bma.scale_by_newton_bma(bma.per_tile((2, 2)), reach=1, update_interval=100)
+    state = tx.init(u)
+    update = jax.jit(lambda g, s: tx.update(g, s, u, value_fn=f))
+    for _ in range(20):
+        g = jnp.asarray(rng.standard_normal((32, 32)))
+        updates, state = update(g, state)
+        assert jnp.vdot(g, updates) > 0
+
+
+def test_lineax_and_conjugate_gradients_take_nested_levels():
+    f, like = laplacian(32), jnp.zeros((32, 32))
+    G = product(f, like)
+    C = jax.jit(lambda: bma.preconditioner(G, like, bma.per_tile((2, 2)), reach=1))()
+    b = jnp.asarray(np.random.default_rng(0).standard_normal((32, 32)))
+    x, _ = jax.scipy.sparse.linalg.cg(G, b, M=C, tol=1e-8, maxiter=30)
+    np.testing.assert_allclose(G(x), b, atol=1e-6)
+    operator = C.as_lineax()
+    np.testing.assert_allclose(operator.T.mv(b), C(b), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"reach": 1.0}, TypeError, "`reach`"),
+        ({"reach": [1]}, TypeError, "`reach`"),
+        ({"reach": -1}, ValueError, "`reach`"),
+        ({"reach": 1, "levels": "many"}, ValueError, "`levels`"),
+        ({"reach": 1, "levels": ((0,),)}, ValueError, "`levels`"),
+    ],
+)
+def test_errors(kwargs, error, match):
+    with pytest.raises(error, match=match):
+        bma.newton_bma(partition=bma.per_tile((4,)), **kwargs)
