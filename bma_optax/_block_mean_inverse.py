@@ -91,7 +91,12 @@ def diagonal_of(blocks, inverse_diagonal, Lambda, damping):
 def apply(systems, blocks, inverse_diagonal, K, g):
     """C g, in the dtypes of statistics."""
     g = jax.tree.map(lambda g, d: g.astype(d.dtype), g, inverse_diagonal)
-    sums = blocks.block_sums(g)
+    shift = blocks.expand(correct(systems, K, blocks.block_sums(g)), g)
+    return jax.tree.map(lambda d, g, c: d * g + c, inverse_diagonal, g, shift)
+
+
+def correct(systems, K, sums):
+    """K times a vector over blocks."""
     parts = [
         system.correct(part, _coarse.take(system, sums))
         for system, part in zip(
@@ -100,8 +105,7 @@ def apply(systems, blocks, inverse_diagonal, K, g):
             strict=True,
         )
     ]
-    shift = blocks.expand(_coarse.assemble(systems, parts, sums), g)
-    return jax.tree.map(lambda d, g, c: d * g + c, inverse_diagonal, g, shift)
+    return _coarse.assemble(systems, parts, sums)
 
 
 def _positive(diagonal):

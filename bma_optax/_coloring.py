@@ -28,23 +28,28 @@ def diagonal(product, params, arrays, stencil, key):
       key: a random key.
 
     Returns:
-      ``(diagonals, error)``: an array for each of ``arrays``; relative, shape ().
+      ``(diagonals, row_sums, error)``: an array for each of ``arrays``; of absolute
+      values, likewise; relative, shape ().
     """
     probes = _Probes(params, arrays, stencil, [1] * len(stencil.grid), key)
 
     def add(carry, color):
-        diagonals, images = carry
+        diagonals, row_sums, images = carry
         x = probes.signs(color)
         y = probes.respond(product, color, x)
         near = probes.near(color)
         diagonals = [
             d + jnp.where(color[0] == a, x * y[a], 0) for a, d in enumerate(diagonals)
         ]
-        return (diagonals, [i + y * near for i, y in zip(images, y, strict=True)]), None
+        row_sums = [r + jnp.abs(y) for r, y in zip(row_sums, y, strict=True)]
+        images = [i + y * near for i, y in zip(images, y, strict=True)]
+        return (diagonals, row_sums, images), None
 
     zeros = [jnp.zeros(stencil.grid, probes.dtype) for _ in arrays]
-    (diagonals, images), _ = jax.lax.scan(add, (zeros, zeros), probes.all_colors())
-    return diagonals, probes.error(product, jnp.stack(images))
+    (diagonals, row_sums, images), _ = jax.lax.scan(
+        add, (zeros, zeros, zeros), probes.all_colors()
+    )
+    return diagonals, row_sums, probes.error(product, jnp.stack(images))
 
 
 def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):

@@ -37,7 +37,7 @@ def diagonal(curvature, systems, product, blocks, N, params, key, extra_args):
     error = exact
     for number, system in enumerate(systems):
         if isinstance(system, _coarse.Nested):
-            found, this = _coloring.diagonal(
+            found, _, this = _coloring.diagonal(
                 product,
                 params,
                 system.arrays,
@@ -56,6 +56,24 @@ def diagonal(curvature, systems, product, blocks, N, params, key, extra_args):
         )
         leaves = [x + y for x, y in zip(leaves, jax.tree.leaves(probe), strict=True)]
     return jax.tree.map(jnp.abs, jax.tree.unflatten(treedef, leaves)), error
+
+
+def row_sums(systems, product, params, key):
+    """Σ_j |G_ij| like params, where every array has a reach."""
+    leaves, treedef = jax.tree.flatten(params)
+    sums = list(leaves)
+    for number, system in enumerate(systems):
+        if not isinstance(system, _coarse.Nested):
+            raise ValueError(
+                'cycle="multiplicative" needs a `reach`, and arrays of several tiles.'
+            )
+        key_system = jax.random.fold_in(key, number)
+        _, found, _ = _coloring.diagonal(
+            product, params, system.arrays, system.elements, key_system
+        )
+        for position, values in zip(system.arrays, found, strict=True):
+            sums[position] = values
+    return jax.tree.unflatten(treedef, sums)
 
 
 def num_products(curvature, systems, blocks, params, extra_args) -> int:

@@ -25,7 +25,7 @@ _COARSENING = 4
 # those below the lower end is left to the finest level's conjugate directions.
 _INTERVAL = (0.2, 1.1)
 # Of the rows' absolute sums, which bound the eigenvalues: below 2 every step converges.
-_RELAXATION = 1.6
+RELAXATION = 1.6
 
 
 class _Level(NamedTuple):
@@ -61,7 +61,7 @@ class Levels:
         parts = []
         for stencil, tile in self.levels:
             sums = stencil.absolute_row_sums(S)
-            smoother = _RELAXATION / jnp.where(sums > 0, sums, 1)
+            smoother = RELAXATION / jnp.where(sums > 0, sums, 1)
             parts += [S.reshape(-1), smoother.reshape(-1)]
             _, S = stencil.coarsen(S, tile)
             n2 = _sums(n2, tile)

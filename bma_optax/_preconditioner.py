@@ -13,11 +13,14 @@ from bma_optax import (
     _coarse,
     _curvature,
     _diagonal,
+    _nested,
     _newton,
     _partition,
     _rules,
     _trees,
 )
+
+_CYCLES = ("additive", "multiplicative")
 
 
 @jax.tree_util.register_dataclass
@@ -36,8 +39,10 @@ class Preconditioner:
 
     inverse_diagonal: Any
     K: jax.Array
+    cycle: tuple[Any, ...]  # () or what _multiplicative needs
     blocks: _partition.Partition = dataclasses.field(metadata={"static": True})
     systems: tuple[_coarse.System, ...] = dataclasses.field(metadata={"static": True})
+    product_fn: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def __call__(self, x: Any) -> Any:
         """C x, in the dtypes of x.
@@ -47,10 +52,32 @@ class Preconditioner:
           >>> print(bma.preconditioner(lambda v: 2 * v, jnp.zeros(2))(jnp.ones(2)))
           [0.5 0.5]
         """
-        y = _block_mean_inverse.apply(
-            self.systems, self.blocks, self.inverse_diagonal, self.K, x
-        )
+        if self.product_fn is None:
+            y = _block_mean_inverse.apply(
+                self.systems, self.blocks, self.inverse_diagonal, self.K, x
+            )
+        else:
+            y = self._multiplicative(x)
         return jax.tree.map(lambda y, x: y.astype(x.dtype), y, x)
+
+    def _multiplicative(self, g):
+        """Smooth, correct the block means, smooth: symmetric, two products."""
+        smoother, coarse_diagonal = self.cycle
+        g = jax.tree.map(lambda g, d: g.astype(d.dtype), g, smoother)
+
+        def residual(x):
+            typed = jax.tree.map(lambda x, g: x.astype(g.dtype), x, g)
+            return jax.tree.map(jnp.subtract, g, self.product_fn(typed))
+
+        def smooth(r):
+            return jax.tree.map(jnp.multiply, smoother, r)
+
+        x = smooth(g)
+        sums = self.blocks.block_sums(residual(x))
+        means = _block_mean_inverse.correct(self.systems, self.K, sums)
+        filled = self.blocks.expand(means + coarse_diagonal * sums, x)
+        x = jax.tree.map(jnp.add, x, filled)
+        return jax.tree.map(jnp.add, x, smooth(residual(x)))
 
     def as_lineax(self) -> Any:
         """C as a ``lineax.FunctionLinearOperator``, tagged positive semi-definite.
@@ -80,6 +107,7 @@ def preconditioner(
     diagonal: Any = None,
     reach: int | tuple[int, ...] | None = None,
     levels: str | tuple[tuple[int, ...], ...] = "auto",
+    cycle: str = "additive",
     couple: str = "all",
     damping: jax.typing.ArrayLike = 0.0,
     min_eigenvalue: jax.typing.ArrayLike = 0.0,
@@ -100,6 +128,9 @@ def preconditioner(
       diagonal: the diagonal of A, a tree like ``like``, if it is known.
       reach: how far entries of A that meet are apart, and
       levels: the nested levels, see :func:`scale_by_newton_bma`.
+      cycle: "additive" for C, or with a reach "multiplicative" for the symmetric cycle
+        smooth, correct, smooth: fewer iterations at two more products each. It calls
+        ``product_fn``, which must then not close over traced arrays.
       couple: which blocks see each other: "all", "array" or "layer".
       damping: μ >= 0.
       min_eigenvalue: the least eigenvalue of M, >= 0.
@@ -124,6 +155,8 @@ def preconditioner(
     Source: the report's eq. (3).
     """
     _checks.not_negative(damping=damping, min_eigenvalue=min_eigenvalue)
+    if cycle not in _CYCLES:
+        raise ValueError(f"`cycle` must be one of {_CYCLES}, got {cycle!r}.")
     _trees.check_floating(like)
     _coarse.check_reach(reach, levels)
     curvature = _curvature.Operator(
@@ -143,4 +176,13 @@ def preconditioner(
     inverse = _block_mean_inverse.invert(
         systems, blocks, N, z2, damping, min_eigenvalue, local
     )
-    return Preconditioner(inverse.inverse_diagonal, inverse.K, blocks, systems)
+    scale, K = inverse.inverse_diagonal, inverse.K
+    if cycle == "additive":
+        return Preconditioner(scale, K, (), blocks, systems)
+    rows = _diagonal.row_sums(systems, product_fn, zeros, key_diagonal)
+    smoother = jax.tree.map(lambda r: _nested.RELAXATION / jnp.where(r > 0, r, 1), rows)
+    z2 = _block_mean_inverse.diagonal_of(blocks, scale, inverse.Lambda, damping)
+    coarse_diagonal = 1 / (inverse.Lambda * blocks.block_sums(z2))
+    return Preconditioner(
+        scale, K, (smoother, coarse_diagonal), blocks, systems, product_fn
+    )

@@ -157,15 +157,17 @@ def laplacian(n):
     return f
 
 
-def condition(f, like, steps=30):
+def condition(f, like, steps=30, **kwargs):
     """κ of C G from the coefficients of conjugate gradients (Lanczos)."""
     r = np.random.default_rng(1).standard_normal(like.shape)
-    G = jax.jit(product(f, like))
-    C = jax.jit(
+    linear = product(f, like)
+    G = jax.jit(linear)
+    made = jax.jit(
         lambda: bma.preconditioner(
-            product(f, like), like, bma.per_tile((4, 4)), reach=1
+            linear, like, bma.per_tile((4, 4)), reach=1, **kwargs
         )
     )()
+    C = jax.jit(lambda x: made(x))
     z = np.asarray(C(jnp.asarray(r)))
     p, rz, a, b = z, np.vdot(r, z), [], []
     for _ in range(steps):
@@ -188,6 +190,20 @@ def test_condition_number_does_not_grow():
     for n in (16, 32, 64):
         found[n] = condition(laplacian(n), jnp.zeros((n, n)))
     assert all(kappa < 32 for kappa in found.values()), found
+
+
+def test_multiplicative_cycle():
+    like = jnp.zeros((32, 32))
+    kwargs = {"cycle": "multiplicative"}
+    assert condition(laplacian(32), like, steps=12, **kwargs) < 8
+    f, like = smooth(3, (0, 1)), jnp.zeros((13, 18))
+    matrix = inverse(f, like, bma.per_tile((4, 4)), reach=1, **kwargs)
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * np.abs(matrix).max())
+    assert np.linalg.eigvalsh(matrix)[0] > 0
+    with pytest.raises(ValueError, match="`cycle`"):
+        bma.preconditioner(lambda v: v, like, cycle="other")
+    with pytest.raises(ValueError, match="needs a `reach`"):
+        bma.preconditioner(lambda v: v, like, **kwargs)
 
 
 @pytest.mark.parametrize("rate", [None, 1.3])
