@@ -20,6 +20,9 @@ from bma_optax._tiles import Tiles
 def diagonal(product, params, arrays, stencil, key):
     """The diagonal of G on some arrays, and how far it is from what was declared.
 
+    For it, elements of one color need not share neighbours, only not meet: reach + 1
+    colors an axis. Those that do meet give two answers to two random vectors.
+
     Args:
       product: v -> G v on trees like params.
       params: the parameters.
@@ -28,28 +31,43 @@ def diagonal(product, params, arrays, stencil, key):
       key: a random key.
 
     Returns:
-      ``(diagonals, row_sums, error)``: an array for each of ``arrays``; of absolute
-      values, likewise; relative, shape ().
+      ``(diagonals, error)``: an array for each of ``arrays``; relative, shape ().
     """
-    probes = _Probes(params, arrays, stencil, [1] * len(stencil.grid), key)
+    probes = _Probes(params, arrays, stencil, None, key, stencil.apart)
 
     def add(carry, color):
-        diagonals, row_sums, images = carry
-        x = probes.signs(color)
+        diagonals, difference, norm = carry
+        x, test = probes.signs(color), probes.tests(color)
         y = probes.respond(product, color, x)
-        near = probes.near(color)
+        z = probes.respond(product, color, test)
+        # x is ±1 on the color and 0 elsewhere: its product with y is the diagonal.
+        own = sum(jnp.where(color[0] == a, y, 0) for a, y in enumerate(y)) * x
+        seen = sum(jnp.where(color[0] == a, z, 0) for a, z in enumerate(z)) * x
+        difference = difference + jnp.sum(jnp.square(seen - own * test * x))
+        norm = norm + jnp.sum(jnp.square(seen))
         diagonals = [
-            d + jnp.where(color[0] == a, x * y[a], 0) for a, d in enumerate(diagonals)
+            d + jnp.where(color[0] == a, own, 0) for a, d in enumerate(diagonals)
         ]
-        row_sums = [r + jnp.abs(y) for r, y in zip(row_sums, y, strict=True)]
-        images = [i + y * near for i, y in zip(images, y, strict=True)]
-        return (diagonals, row_sums, images), None
+        return (diagonals, difference, norm), None
+
+    zero = jnp.zeros((), probes.dtype)
+    zeros = [jnp.zeros(stencil.grid, probes.dtype) for _ in arrays]
+    (diagonals, difference, norm), _ = jax.lax.scan(
+        add, (zeros, zero, zero), probes.all_colors()
+    )
+    return diagonals, jnp.sqrt(difference / jnp.where(norm > 0, norm, 1))
+
+
+def row_sums(product, params, arrays, stencil, key):
+    """Σ_j |G_ij| on some arrays, with arguments as for ``diagonal``."""
+    probes = _Probes(params, arrays, stencil, None, key, stencil.colors)
+
+    def add(sums, color):
+        y = probes.respond(product, color, probes.signs(color))
+        return [s + jnp.abs(y) for s, y in zip(sums, y, strict=True)], None
 
     zeros = [jnp.zeros(stencil.grid, probes.dtype) for _ in arrays]
-    (diagonals, row_sums, images), _ = jax.lax.scan(
-        add, (zeros, zeros, zeros), probes.all_colors()
-    )
-    return diagonals, row_sums, probes.error(product, jnp.stack(images))
+    return jax.lax.scan(add, zeros, probes.all_colors())[0]
 
 
 def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
@@ -66,7 +84,7 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
     Returns:
       ``(S, error)``.
     """
-    probes = _Probes(params, arrays, stencil, tiles.tile, key)
+    probes = _Probes(params, arrays, stencil, tiles.tile, key, stencil.colors)
 
     def respond(*color):
         y = probes.respond(product, color, probes.signs(color))
@@ -95,9 +113,10 @@ class _Probes:
     bias, not row sums.
     """
 
-    def __init__(self, params, arrays, stencil, tile, key):
-        self.params, self.arrays = params, arrays
-        self.stencil, self.tile = stencil, tile
+    def __init__(self, params, arrays, stencil, tile, key, colors):
+        self.params, self.arrays, self.stencil = params, arrays, stencil
+        self.tile = tile or (1,) * len(stencil.grid)
+        self.colors = colors
         leaves = jax.tree.leaves(params)
         self.leaves = [leaves[i] for i in arrays]
         self.dtype = _trees.common_statistic_dtype(self.leaves)
@@ -116,24 +135,26 @@ class _Probes:
 
     def all_colors(self):
         """(field, color along each axis) of every probe, as one array for each."""
-        every = itertools.product(
-            range(self.stencil.fields), *map(range, self.stencil.colors)
-        )
+        every = itertools.product(range(self.stencil.fields), *map(range, self.colors))
         return tuple(jnp.asarray(c) for c in np.array(list(every), np.int32).T)
 
     def signs(self, color):
-        """The probe, in the shape of an array."""
-        axes = [
-            jnp.where(np.arange(g, dtype=np.int32) % m == c, e, 0)
-            for c, m, g, e in zip(
-                color[1:],
-                self.stencil.colors,
-                self.stencil.grid,
-                self.axis_signs,
-                strict=True,
+        """Random signs on the color, in the shape of an array."""
+        return self._fine(self._on_color(color, self.axis_signs))
+
+    def tests(self, color):
+        """The test vector of the field on the color, in the shape of an array."""
+        return self._fine(
+            self._on_color(color, [test[color[0]] for test in self.axis_tests])
+        )
+
+    def _on_color(self, color, axes):
+        return [
+            jnp.where(np.arange(g, dtype=np.int32) % m == c, v, 0)
+            for c, m, g, v in zip(
+                color[1:], self.colors, self.stencil.grid, axes, strict=True
             )
         ]
-        return self._fine(axes)
 
     def respond(self, product, color, x):
         """G x on the arrays, for a probe x in the field of the color."""
@@ -147,17 +168,6 @@ class _Probes:
             [self._near(e, axis, color) for axis, e in enumerate(self.axis_signs)]
         )
 
-    def near(self, color):
-        """The same, times the test vector there."""
-        return self._outer(
-            [
-                self._near(e * test[color[0]], axis, color)
-                for axis, (e, test) in enumerate(
-                    zip(self.axis_signs, self.axis_tests, strict=True)
-                )
-            ]
-        )
-
     def coarse_test(self):
         """The test vector, shape (fields, *grid)."""
         return jnp.stack(
@@ -167,30 +177,29 @@ class _Probes:
             ]
         )
 
-    def error(self, product, image, tiles=None):
+    def error(self, product, image, tiles):
         """Relative distance of ``image`` from what G makes of the test vector."""
         x = [
             self._fine([test[a] for test in self.axis_tests])
             for a in range(self.stencil.fields)
         ]
         y = self._product(product, x)
-        y = jnp.stack([tiles.sums(y) for y in y] if tiles else y)
+        y = jnp.stack([tiles.sums(y) for y in y])
         difference, norm = jnp.sum(jnp.square(y - image)), jnp.sum(jnp.square(y))
         return jnp.sqrt(difference / jnp.where(norm > 0, norm, 1))
 
     def _near(self, values, axis, color):
-        g, m = self.stencil.grid[axis], self.stencil.colors[axis]
+        g, m = self.stencil.grid[axis], self.colors[axis]
         offsets = np.array([self.stencil.offset(axis, i) for i in range(m)], np.int32)
         cells = np.arange(g, dtype=np.int32)
         steps = jnp.asarray(offsets)[(color[1 + axis] - cells) % m]
         return values[(cells + steps) % g]
 
     def _outer(self, axes):
-        dim = len(axes)
+        dim, shape = len(axes), tuple(len(v) for v in axes)
         shaped = [
             jnp.broadcast_to(
-                v.reshape([-1 if i == axis else 1 for i in range(dim)]),
-                self.stencil.grid if self.tile is None else tuple(map(len, axes)),
+                v.reshape([-1 if i == axis else 1 for i in range(dim)]), shape
             )
             for axis, v in enumerate(axes)
         ]

@@ -37,7 +37,7 @@ def diagonal(curvature, systems, product, blocks, N, params, key, extra_args):
     error = exact
     for number, system in enumerate(systems):
         if isinstance(system, _coarse.Nested):
-            found, _, this = _coloring.diagonal(
+            found, this = _coloring.diagonal(
                 product,
                 params,
                 system.arrays,
@@ -68,7 +68,7 @@ def row_sums(systems, product, params, key):
                 'cycle="multiplicative" needs a `reach`, and arrays of several tiles.'
             )
         key_system = jax.random.fold_in(key, number)
-        _, found, _ = _coloring.diagonal(
+        found = _coloring.row_sums(
             product, params, system.arrays, system.elements, key_system
         )
         for position, values in zip(system.arrays, found, strict=True):
@@ -83,10 +83,10 @@ def num_products(curvature, systems, blocks, params, extra_args) -> int:
     total = 0 if known else min(_rest(systems, params)[1], curvature.num_probes)
     for system in systems:
         if isinstance(system, _coarse.Nested):
-            for stencil in (
-                (system.tiles,) if known else (system.tiles, system.elements)
-            ):
-                total += stencil.fields * math.prod(stencil.colors) + 1
+            tiles, elements = system.tiles, system.elements
+            total += tiles.fields * math.prod(tiles.colors) + 1
+            if not known:
+                total += 2 * elements.fields * math.prod(elements.apart)
         else:
             total += system.count * system.n
     return total

@@ -33,6 +33,11 @@ class Stencil:
         )
 
     @property
+    def apart(self) -> Shape:
+        """For each axis: cells of equal index modulo this do not meet."""
+        return tuple(min(k + 1, g) for k, g in zip(self.reach, self.grid, strict=True))
+
+    @property
     def shape(self) -> Shape:
         """The shape of S."""
         return (self.fields, self.fields, *self.colors, *self.grid)
