@@ -35,39 +35,41 @@ def diagonal(product, params, arrays, stencil, key):
     """
     probes = _Probes(params, arrays, stencil, None, key, stencil.apart)
 
-    def add(carry, color):
-        diagonals, difference, norm = carry
+    def respond(*color):
         x, test = probes.signs(color), probes.tests(color)
-        y = probes.respond(product, color, x)
-        z = probes.respond(product, color, test)
-        # x is ±1 on the color and 0 elsewhere: its product with y is the diagonal.
-        own = sum(jnp.where(color[0] == a, y, 0) for a, y in enumerate(y)) * x
-        seen = sum(jnp.where(color[0] == a, z, 0) for a, z in enumerate(z)) * x
-        difference = difference + jnp.sum(jnp.square(seen - own * test * x))
-        norm = norm + jnp.sum(jnp.square(seen))
-        diagonals = [
-            d + jnp.where(color[0] == a, own, 0) for a, d in enumerate(diagonals)
+        # x is ±1 on the color and 0 elsewhere: its product with G x is the diagonal.
+        return [
+            [probes.own(color, a, x * y) for a, y in enumerate(responses)]
+            for responses in (
+                probes.respond(product, color, x),
+                probes.respond(product, color, test),
+            )
         ]
-        return (diagonals, difference, norm), None
 
-    zero = jnp.zeros((), probes.dtype)
+    def add(total, colors):
+        parts = jax.vmap(respond)(*colors)
+        return jax.tree.map(lambda t, p: t + jnp.sum(p, axis=0), total, parts), None
+
     zeros = [jnp.zeros(stencil.grid, probes.dtype) for _ in arrays]
-    (diagonals, difference, norm), _ = jax.lax.scan(
-        add, (zeros, zero, zero), probes.all_colors()
-    )
-    return diagonals, jnp.sqrt(difference / jnp.where(norm > 0, norm, 1))
+    (diagonals, seen), _ = jax.lax.scan(add, [zeros, zeros], probes.chunks())
+    # Where two of a color meet, the diagonal does not explain the second response.
+    expected = [d * x for d, x in zip(diagonals, probes.signed_test(), strict=True)]
+    return diagonals, _relative_error(jnp.stack(seen), jnp.stack(expected))
 
 
 def row_sums(product, params, arrays, stencil, key):
     """Σ_j |G_ij| on some arrays, with arguments as for ``diagonal``."""
     probes = _Probes(params, arrays, stencil, None, key, stencil.colors)
 
-    def add(sums, color):
-        y = probes.respond(product, color, probes.signs(color))
-        return [s + jnp.abs(y) for s, y in zip(sums, y, strict=True)], None
+    def respond(*color):
+        return [jnp.abs(y) for y in probes.respond(product, color, probes.signs(color))]
+
+    def add(total, colors):
+        parts = jax.vmap(respond)(*colors)
+        return jax.tree.map(lambda t, p: t + jnp.sum(p, axis=0), total, parts), None
 
     zeros = [jnp.zeros(stencil.grid, probes.dtype) for _ in arrays]
-    return jax.lax.scan(add, zeros, probes.all_colors())[0]
+    return jax.lax.scan(add, zeros, probes.chunks())[0]
 
 
 def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
@@ -91,18 +93,22 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
         near = probes.near_signs(color)
         return jnp.stack([tiles.sums(y) * near for y in y])
 
-    colors = probes.all_colors()
-    count = len(colors[0])
-    most = max(1, _BATCH_ELEMENTS // max(_trees.size(params), 1))
-    # A divisor: jax.lax.map compiles what is left over a second time.
-    batch = max(b for b in range(1, count + 1) if count % b == 0 and b <= most)
-    Y = jax.lax.map(lambda color: respond(*color), colors, batch_size=batch)
+    _, Y = jax.lax.scan(
+        lambda _, colors: (None, jax.vmap(respond)(*colors)), None, probes.chunks()
+    )
     Y = Y.reshape(stencil.fields, *stencil.colors, stencil.fields, *stencil.grid)
     S = stencil.from_colors(Y)
-    image = stencil.matvec(S, probes.coarse_test())
-    return S, probes.error(product, image, tiles)
+    response = probes.respond_to_test(product)
+    image = jnp.stack([tiles.sums(y) for y in response])
+    return S, _relative_error(image, stencil.matvec(S, probes.coarse_test()))
 
 
+def _relative_error(x, y):
+    difference, norm = jnp.sum(jnp.square(x - y)), jnp.sum(jnp.square(x))
+    return jnp.sqrt(difference / jnp.where(norm > 0, norm, 1))
+
+
+# Products run side by side as long as their vectors hold no more elements than this.
 _BATCH_ELEMENTS = 2**16
 
 
@@ -138,6 +144,14 @@ class _Probes:
         every = itertools.product(range(self.stencil.fields), *map(range, self.colors))
         return tuple(jnp.asarray(c) for c in np.array(list(every), np.int32).T)
 
+    def chunks(self):
+        """The same in equal chunks of probes that run side by side."""
+        colors = self.all_colors()
+        count = len(colors[0])
+        most = max(1, _BATCH_ELEMENTS // max(_trees.size(self.params), 1))
+        size = max(b for b in range(1, count + 1) if count % b == 0 and b <= most)
+        return tuple(c.reshape(count // size, size) for c in colors)
+
     def signs(self, color):
         """Random signs on the color, in the shape of an array."""
         return self._fine(self._on_color(color, self.axis_signs))
@@ -156,10 +170,14 @@ class _Probes:
             )
         ]
 
+    def own(self, color, a, x):
+        """x for the field of the color, else 0."""
+        return x if self.stencil.fields == 1 else jnp.where(color[0] == a, x, 0)
+
     def respond(self, product, color, x):
         """G x on the arrays, for a probe x in the field of the color."""
         return self._product(
-            product, [jnp.where(color[0] == a, x, 0) for a in range(len(self.arrays))]
+            product, [self.own(color, a, x) for a in range(len(self.arrays))]
         )
 
     def near_signs(self, color):
@@ -177,16 +195,27 @@ class _Probes:
             ]
         )
 
-    def error(self, product, image, tiles):
-        """Relative distance of ``image`` from what G makes of the test vector."""
-        x = [
-            self._fine([test[a] for test in self.axis_tests])
+    def respond_to_test(self, product):
+        """G times the test vector of all fields, on the arrays."""
+        return self._product(
+            product,
+            [
+                self._fine([test[a] for test in self.axis_tests])
+                for a in range(self.stencil.fields)
+            ],
+        )
+
+    def signed_test(self):
+        """The signs times the test vector, an array for each field."""
+        return [
+            self._fine(
+                [
+                    e * test[a]
+                    for e, test in zip(self.axis_signs, self.axis_tests, strict=True)
+                ]
+            )
             for a in range(self.stencil.fields)
         ]
-        y = self._product(product, x)
-        y = jnp.stack([tiles.sums(y) for y in y])
-        difference, norm = jnp.sum(jnp.square(y - image)), jnp.sum(jnp.square(y))
-        return jnp.sqrt(difference / jnp.where(norm > 0, norm, 1))
 
     def _near(self, values, axis, color):
         g, m = self.stencil.grid[axis], self.colors[axis]
