@@ -90,14 +90,13 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
 
     def respond(*color):
         y = probes.respond(product, color, probes.signs(color))
-        near = probes.near_signs(color)
-        return jnp.stack([tiles.sums(y) * near for y in y])
+        return jnp.stack([tiles.sums(y) for y in y])
 
     _, Y = jax.lax.scan(
         lambda _, colors: (None, jax.vmap(respond)(*colors)), None, probes.chunks()
     )
     Y = Y.reshape(stencil.fields, *stencil.colors, stencil.fields, *stencil.grid)
-    S = stencil.from_colors(Y)
+    S = stencil.from_colors(Y * probes.near_signs())
     response = probes.respond_to_test(product)
     image = jnp.stack([tiles.sums(y) for y in response])
     return S, _relative_error(image, stencil.matvec(S, probes.coarse_test()))
@@ -180,11 +179,20 @@ class _Probes:
             product, [self.own(color, a, x) for a in range(len(self.arrays))]
         )
 
-    def near_signs(self, color):
-        """For each cell the sign of the one near it that has the color."""
-        return self._outer(
-            [self._near(e, axis, color) for axis, e in enumerate(self.axis_signs)]
-        )
+    def near_signs(self):
+        """For each color and cell the sign of the cell near it that has the color."""
+        dim = len(self.stencil.grid)
+        whole = (1, *self.colors, 1, *self.stencil.grid)  # field, *color, field, *cell
+        product = jnp.ones(whole, self.dtype)
+        for axis, (g, m) in enumerate(zip(self.stencil.grid, self.colors, strict=True)):
+            cells = np.arange(g)
+            steps = np.array([self.stencil.offset(axis, i) for i in range(m)])
+            near = cells + steps[(np.arange(m)[:, None] - cells) % m]
+            shape = [1] * len(whole)
+            shape[1 + axis], shape[2 + dim + axis] = m, g
+            signs = self.axis_signs[axis][near % g].reshape(shape)
+            product = product * jnp.broadcast_to(signs, whole)
+        return product
 
     def coarse_test(self):
         """The test vector, shape (fields, *grid)."""
@@ -216,13 +224,6 @@ class _Probes:
             )
             for a in range(self.stencil.fields)
         ]
-
-    def _near(self, values, axis, color):
-        g, m = self.stencil.grid[axis], self.colors[axis]
-        offsets = np.array([self.stencil.offset(axis, i) for i in range(m)], np.int32)
-        cells = np.arange(g, dtype=np.int32)
-        steps = jnp.asarray(offsets)[(color[1 + axis] - cells) % m]
-        return values[(cells + steps) % g]
 
     def _outer(self, axes):
         dim, shape = len(axes), tuple(len(v) for v in axes)
