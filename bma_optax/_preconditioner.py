@@ -13,8 +13,8 @@ from bma_optax import (
     _coarse,
     _curvature,
     _diagonal,
+    _gather,
     _nested,
-    _newton,
     _partition,
     _rules,
     _trees,
@@ -164,22 +164,20 @@ def preconditioner(
         diagonal_fn=None if diagonal is None else lambda _: diagonal,
         num_probes=num_probes,
     )
-    blocks, systems = _newton.plan(like, partition, couple, reach, levels, warn=True)
+    blocks, systems = _gather.plan(like, partition, couple, reach, levels, warn=True)
     zeros = _trees.zeros_like(like)
-    key_N, key_diagonal = jax.random.split(_curvature.random_key(key))
-    N, error = _coarse.gather(systems, product_fn, blocks, zeros, key_N)
-    z2, diagonal_error = _diagonal.diagonal(
-        curvature, systems, product_fn, blocks, N, zeros, key_diagonal, {}
+    key = _curvature.random_key(key)
+    N, z2, local = _gather.gather(
+        curvature, systems, blocks, product_fn, zeros, key, {}
     )
-    local = jnp.maximum(error, diagonal_error) <= _newton.tolerance(like)
-    _newton.raise_if_not_local(local, reach)
+    _gather.raise_if_not_local(local, reach)
     inverse = _block_mean_inverse.invert(
         systems, blocks, N, z2, damping, min_eigenvalue, local
     )
     scale, K = inverse.inverse_diagonal, inverse.K
     if cycle == "additive":
         return Preconditioner(scale, K, (), blocks, systems)
-    rows = _diagonal.row_sums(systems, product_fn, zeros, key_diagonal)
+    rows = _diagonal.row_sums(systems, product_fn, zeros, key)
     smoother = jax.tree.map(lambda r: _nested.RELAXATION / jnp.where(r > 0, r, 1), rows)
     z2 = _block_mean_inverse.diagonal_of(blocks, scale, inverse.Lambda, damping)
     coarse_diagonal = 1 / (inverse.Lambda * blocks.block_sums(z2))

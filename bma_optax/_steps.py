@@ -115,15 +115,18 @@ def scale_by_quadratic_model(
         product = curvature.linearize(params, key, value_fn, extra_args)
         direction = jax.tree.map(lambda x, p: x.astype(p.dtype), updates, params)
 
-        a, b = _minimise(gradient, product, direction, state.previous_step, dtype)
+        a, b, slope = _minimise(
+            gradient, product, direction, state.previous_step, dtype
+        )
         step = _combine(a, direction, b, state.previous_step)
         if max_norm is not None:
             square = _trees.vdot(step, step).astype(dtype)
             limit = jnp.asarray(max_norm).astype(dtype)
             long = square > jnp.square(limit)
             part = jnp.where(long, limit * jax.lax.rsqrt(jnp.where(long, square, 1)), 1)
-            a, b, step = a * part, b * part, _scale(part, step)
-        t = _backtrack(f, params, step, value, _trees.vdot(gradient, step), dtype)
+            a, b, slope = a * part, b * part, slope * part
+            step = _scale(part, step)
+        t = _backtrack(f, params, step, value, slope, dtype)
         step = _scale(t, step)
         # A direction that is not finite shows in the updates and is forgotten here.
         finite = _trees.all_finite(step)
@@ -160,16 +163,16 @@ def descend(
 
 
 def _minimise(gradient, product, direction, previous, dtype):
-    """The minimiser (a, b) of the quadratic model over the two directions."""
+    """The minimiser (a, b) of the model over the two directions, and its slope."""
     curved, curved_previous = product(direction), product(previous)
     vdot = _trees.vdot
+    mixed = vdot(direction, curved_previous)
     A = jnp.array(
         [
-            [vdot(direction, curved), vdot(direction, curved_previous)],
-            [vdot(previous, curved), vdot(previous, curved_previous)],
+            [vdot(direction, curved), mixed],
+            [mixed, vdot(previous, curved_previous)],
         ]
     ).astype(dtype)
-    A = (A + A.T) / 2
     r = -jnp.array([vdot(gradient, direction), vdot(gradient, previous)]).astype(dtype)
     # In the units in which both directions have curvature 1. One without curvature has
     # length 1 at most a thousand times, where only backtracking can limit it.
@@ -182,12 +185,13 @@ def _minimise(gradient, product, direction, previous, dtype):
     inverse = _spectral.matrix_power(scaled, -1.0, floor, absolute=True)
     a, b = unit * (inverse @ (unit * r))
     finite = jnp.isfinite(a) & jnp.isfinite(b)
-    return jnp.where(finite, a, 1), jnp.where(finite, b, 0)
+    a, b = jnp.where(finite, a, 1), jnp.where(finite, b, 0)
+    return a, b, -(a * r[0] + b * r[1])
 
 
 def _backtrack(f, params, step, value, slope, dtype):
     """A t in (0, 1] with f(params + t step) low enough, 0 if none was found."""
-    value, slope = value.astype(dtype), slope.astype(dtype)
+    value = value.astype(dtype)
     slack = 10 * float(jnp.finfo(dtype).eps) * jnp.abs(value)
 
     def attempt(t):
