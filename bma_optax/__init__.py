@@ -5,6 +5,7 @@
 """
 
 from bma_optax._adagrad import ScaleByBMAState, adagrad_bma, scale_by_bma
+from bma_optax._aliases import natural_bma, newton_bma
 from bma_optax._block_mean_matrix import BlockMeanMatrix
 from bma_optax._curvature import (
     Curvature,
@@ -15,12 +16,8 @@ from bma_optax._curvature import (
     Operator,
 )
 from bma_optax._diagnostics import diagnostics
-from bma_optax._natural import natural_bma, scale_by_natural_bma
-from bma_optax._newton import (
-    ScaleByNewtonBMAState,
-    newton_bma,
-    scale_by_newton_bma,
-)
+from bma_optax._natural import scale_by_natural_bma
+from bma_optax._newton import ScaleByNewtonBMAState, scale_by_newton_bma
 from bma_optax._partition import Partition, partition
 from bma_optax._preconditioner import Preconditioner, preconditioner
 from bma_optax._rules import (

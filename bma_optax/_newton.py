@@ -16,7 +16,6 @@ from bma_optax import (
     _gather,
     _partition,
     _rules,
-    _steps,
     _trees,
 )
 from bma_optax._curvature import Curvature
@@ -279,89 +278,6 @@ def scale_by_newton_bma(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def newton_bma(
-    learning_rate: optax.ScalarOrSchedule | None = None,
-    partition: _rules.Rule = _rules.per_leaf,
-    *,
-    curvature: Curvature = _curvature.Hessian(),  # noqa: B008 - a frozen value.
-    reach: int | tuple[int, ...] | None = None,
-    levels: str | tuple[tuple[int, ...], ...] = "auto",
-    couple: str = "all",
-    update_interval: jax.typing.ArrayLike = 10,
-    b2: jax.typing.ArrayLike = 0.0,
-    damping: jax.typing.ArrayLike = 0.0,
-    adaptive_damping: bool = False,
-    min_eigenvalue: jax.typing.ArrayLike = 0.0,
-    max_norm: jax.typing.ArrayLike | None = None,
-    key: jax.typing.ArrayLike = 0,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Newton's method with a block mean of the Hessian, with its own step rule.
-
-    .. math:: \theta \leftarrow \theta - a \, C g + b \, (\theta - \theta_{previous})
-
-    Args:
-      learning_rate: None for a and b by :func:`scale_by_quadratic_model`, which needs
-        no tuning; a number or a schedule for a, with b = 0.
-      partition: see :func:`scale_by_newton_bma`, as for the arguments below.
-      curvature: what G is.
-      reach: how far entries that meet are apart.
-      levels: the nested levels.
-      couple: which blocks see each other.
-      update_interval: steps from one refresh of the factor to the next.
-      b2: the decay of the averages over refreshes.
-      damping: μ >= 0.
-      adaptive_damping: whether μ follows Levenberg and Marquardt's rule.
-      min_eigenvalue: the least eigenvalue of M.
-      max_norm: the largest global norm of a step; None for no limit.
-      key: a seed or a random key.
-
-    Returns:
-      A chain of :func:`scale_by_newton_bma` and the step rule. ``update`` takes
-      ``value_fn``, the loss, and its other arguments.
-
-    Raises:
-      TypeError, ValueError: as :func:`scale_by_newton_bma`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import bma_optax as bma
-      >>> def f(x): return jnp.sum(jnp.cosh(x - jnp.arange(4.0))) + jnp.sum(x) ** 2
-      >>> solver = bma.newton_bma()
-      >>> params = jnp.zeros(4)
-      >>> state = solver.init(params)
-      >>> update = jax.jit(lambda g, s, p: solver.update(g, s, p, value_fn=f))
-      >>> for _ in range(4):
-      ...     updates, state = update(jax.grad(f)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      ...     print(f"Objective function: {f(params):.4f}")
-      Objective function: 9.6408
-      Objective function: 8.6105
-      Objective function: 8.5417
-      Objective function: 8.5250
-
-    Source: the report's eq. (1) and (3).
-    """
-    return _steps.descend(
-        scale_by_newton_bma(
-            partition,
-            curvature=curvature,
-            reach=reach,
-            levels=levels,
-            couple=couple,
-            update_interval=update_interval,
-            b2=b2,
-            damping=damping,
-            adaptive_damping=adaptive_damping,
-            min_eigenvalue=min_eigenvalue,
-            key=key,
-        ),
-        learning_rate,
-        curvature=curvature,
-        max_norm=max_norm,
-        key=key,
-    )
 
 
 def _average(new, old, weight):

@@ -1,6 +1,6 @@
 """Step rules: how far along a direction, and how much of the previous step."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,24 +142,6 @@ def scale_by_quadratic_model(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def descend(
-    direction: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule | None,
-    *,
-    curvature: Curvature,
-    max_norm: jax.typing.ArrayLike | None,
-    key: jax.typing.ArrayLike,
-) -> optax.GradientTransformationExtraArgs:
-    """``direction`` followed by the quadratic model's step rule, or by a rate."""
-    if learning_rate is None:
-        rule = scale_by_quadratic_model(curvature, max_norm=max_norm, key=key)
-        return optax.chain(direction, optax.scale(-1.0), rule)
-    parts: list[Any] = [direction, optax.scale_by_learning_rate(learning_rate)]
-    if max_norm is not None:
-        parts.append(optax.clip_by_global_norm(max_norm))
-    return optax.chain(*parts)
 
 
 def _minimise(gradient, product, direction, previous, dtype):

@@ -1,9 +1,28 @@
 """AdaGrad-BMA in float64 NumPy, with every d x d matrix built from its entries.
 
-Independent of the library: blocks are given by a label for each element.
+Independent of the library: a label for each element says which block it is in.
 """
 
 import numpy as np
+
+import bma_optax as bma
+
+
+def by_tile(path, index):
+    return path, tuple(i // 2 for i in index)
+
+
+# rule -> the name of the block of an element, None for plain AdaGrad
+RULES = {
+    bma.per_leaf: lambda path, index: path,
+    bma.per_layer: lambda path, index: path[:-1],
+    bma.per_unit: lambda path, index: (path, index[-1] if len(index) > 1 else 0),
+    bma.per_element: lambda path, index: (path, index),
+    bma.per_tile((2, 2)): by_tile,
+    bma.by_path({"bias": None, "b/": bma.per_tile((2, 2))}): lambda path, index: (
+        None if "bias" in path else by_tile(path, index) if path[0] == "b" else path
+    ),
+}
 
 
 class DenseAdaGradBMA:

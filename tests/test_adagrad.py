@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import DenseAdaGradBMA
+from reference import RULES, DenseAdaGradBMA
 
 import bma_optax as bma
 
@@ -27,23 +27,6 @@ def random_tree(rng, dtype=np.float64):
 
 def flat(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-
-
-def by_tile(path, index):
-    return path, tuple(i // 2 for i in index)
-
-
-# rule -> the name of the block of an element, None for plain AdaGrad
-RULES = {
-    bma.per_leaf: lambda path, index: path,
-    bma.per_layer: lambda path, index: path[:-1],
-    bma.per_unit: lambda path, index: (path, index[-1] if len(index) > 1 else 0),
-    bma.per_element: lambda path, index: (path, index),
-    bma.per_tile((2, 2)): by_tile,
-    bma.by_path({"bias": None, "b/": bma.per_tile((2, 2))}): lambda path, index: (
-        None if "bias" in path else by_tile(path, index) if path[0] == "b" else path
-    ),
-}
 
 
 def labels_and_groups(name_of, couple):

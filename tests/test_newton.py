@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
+from reference import RULES
 
 import bma_optax as bma
 
@@ -53,22 +54,6 @@ def quadratic(G, b=None):
         return x @ jnp.asarray(G) @ x / 2 - jnp.asarray(b) @ x
 
     return f
-
-
-def by_tile(path, index):
-    return path, tuple(i // 2 for i in index)
-
-
-RULES = {
-    bma.per_leaf: lambda path, index: path,
-    bma.per_layer: lambda path, index: path[:-1],
-    bma.per_unit: lambda path, index: (path, index[-1] if len(index) > 1 else 0),
-    bma.per_element: lambda path, index: (path, index),
-    bma.per_tile((2, 2)): by_tile,
-    bma.by_path({"bias": None, "": bma.per_tile((2, 2))}): lambda path, index: (
-        None if "bias" in path else by_tile(path, index)
-    ),
-}
 
 
 def elements():
