@@ -167,7 +167,10 @@ def scale_by_newton_bma(
             params, partition, couple, reach, levels, warn=True
         )
         inverse = _block_mean_inverse.identity(systems, blocks, params)
-        zero = jnp.zeros_like(inverse.floored)
+
+        def zero():  # A new one each time: donated buffers must not be shared.
+            return jnp.zeros_like(inverse.floored)
+
         return ScaleByNewtonBMAState(
             count=jnp.zeros((), jnp.int32),
             key=_curvature.random_key(key),
@@ -176,15 +179,15 @@ def scale_by_newton_bma(
             K=inverse.K,
             N=0 * inverse.coarse_ratio
             + jnp.zeros(_block_mean_inverse.shapes(systems)[0], inverse.K.dtype),
-            refreshes=zero,
+            refreshes=zero(),
             damping=jnp.zeros_like(inverse.coarse_ratio)
             + jnp.asarray(damping).astype(inverse.coarse_ratio.dtype),
             previous_params=_trees.zeros_like(params) if adaptive_damping else (),
-            products=zero,
-            failures=zero,
+            products=zero(),
+            failures=zero(),
             coarse_ratio=inverse.coarse_ratio,
-            floored=zero,
-            local=zero == 0,
+            floored=zero(),
+            local=zero() == 0,
         )
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):

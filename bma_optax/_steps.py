@@ -92,14 +92,17 @@ def scale_by_quadratic_model(
 
     def init_fn(params):
         _trees.check_floating(params)
-        zero = 0 * _trees.vdot(_trees.zeros_like(params), _trees.zeros_like(params))
+
+        def zero():  # A new one each time: donated buffers must not be shared.
+            return 0 * _trees.vdot(_trees.zeros_like(params), _trees.zeros_like(params))
+
         return ScaleByQuadraticModelState(
             key=_curvature.random_key(key),
             previous_step=_trees.zeros_like(params),
-            learning_rate=zero,
-            momentum=zero,
-            backtracking=zero,
-            products=zero.astype(jnp.int32),
+            learning_rate=zero(),
+            momentum=zero(),
+            backtracking=zero(),
+            products=zero().astype(jnp.int32),
         )
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):

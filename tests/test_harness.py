@@ -118,7 +118,7 @@ def test_extra_args_and_no_second_compile(method):
     start, _, f = rosenbrock()
     traces = []
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnames="state")
     def step(params, state):
         traces.append(1)
         return make_step(tx, f, unexpected=1)(params, state)
