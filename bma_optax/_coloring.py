@@ -246,8 +246,12 @@ class _Probes:
 
     def _product(self, product, x):
         leaves, treedef = jax.tree.flatten(self.params)
-        tangent = [jnp.zeros_like(leaf) for leaf in leaves]
-        for position, part in zip(self.arrays, x, strict=True):
-            tangent[position] = tangent[position] + part.astype(leaves[position].dtype)
+        parts = dict(zip(self.arrays, x, strict=True))
+        tangent = [
+            _trees.sharded_like(parts[i].astype(leaf.dtype), leaf)
+            if i in parts
+            else jnp.zeros_like(leaf)
+            for i, leaf in enumerate(leaves)
+        ]
         y = jax.tree.leaves(product(jax.tree.unflatten(treedef, tangent)))
         return [y[position].astype(self.dtype) for position in self.arrays]

@@ -90,7 +90,7 @@ def by_signs(product, params, active, key, num_probes):
 
 def _tangent(tree, params):
     """``tree`` typed as a tangent of ``params`` must be: sharded as they are."""
-    return jax.tree.map(lambda x, p: jnp.zeros_like(p, dtype=x.dtype) + x, tree, params)
+    return jax.tree.map(_trees.sharded_like, tree, params)
 
 
 def _map(f, xs, params):

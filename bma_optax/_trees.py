@@ -48,6 +48,14 @@ def common_statistic_dtype(tree) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
+def sharded_like(x, leaf):
+    """``x`` sharded as ``leaf`` is, where that is part of its type."""
+    sharding = jax.typeof(leaf).sharding
+    if all(axis is None for axis in sharding.spec):
+        return x
+    return jax.sharding.reshard(x, sharding)
+
+
 def zeros_like(tree):
     """Zeros of the dtypes of ``tree``; its leaves may be abstract."""
     return jax.tree.map(jnp.zeros_like, tree)
