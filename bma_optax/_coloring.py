@@ -46,12 +46,8 @@ def diagonal(product, params, arrays, stencil, key):
             )
         ]
 
-    def add(total, colors):
-        parts = jax.vmap(respond)(*colors)
-        return jax.tree.map(lambda t, p: t + jnp.sum(p, axis=0), total, parts), None
-
     zeros = [jnp.zeros(stencil.grid, probes.dtype) for _ in arrays]
-    (diagonals, seen), _ = jax.lax.scan(add, [zeros, zeros], probes.chunks())
+    diagonals, seen = probes.total(respond, [zeros, zeros])
     # Where two of a color meet, the diagonal does not explain the second response.
     expected = [d * x for d, x in zip(diagonals, probes.signed_test(), strict=True)]
     return diagonals, _relative_error(jnp.stack(seen), jnp.stack(expected))
@@ -64,12 +60,8 @@ def row_sums(product, params, arrays, stencil, key):
     def respond(*color):
         return [jnp.abs(y) for y in probes.respond(product, color, probes.signs(color))]
 
-    def add(total, colors):
-        parts = jax.vmap(respond)(*colors)
-        return jax.tree.map(lambda t, p: t + jnp.sum(p, axis=0), total, parts), None
-
     zeros = [jnp.zeros(stencil.grid, probes.dtype) for _ in arrays]
-    return jax.lax.scan(add, zeros, probes.chunks())[0]
+    return probes.total(respond, zeros)
 
 
 def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
@@ -150,6 +142,15 @@ class _Probes:
         most = max(1, _BATCH_ELEMENTS // max(_trees.size(self.params), 1))
         size = max(b for b in range(1, count + 1) if count % b == 0 and b <= most)
         return tuple(c.reshape(count // size, size) for c in colors)
+
+    def total(self, respond, zeros):
+        """The sum over all colors of what ``respond(*color)`` gives."""
+
+        def add(total, colors):
+            parts = jax.vmap(respond)(*colors)
+            return jax.tree.map(lambda t, p: t + jnp.sum(p, axis=0), total, parts), None
+
+        return jax.lax.scan(add, zeros, self.chunks())[0]
 
     def signs(self, color):
         """Random signs on the color, in the shape of an array."""

@@ -98,9 +98,7 @@ def scale_by_newton_bma(
       couple: which blocks see each other: "all", those of one "array", or of one
         "layer".
       update_interval: steps from one refresh of the factor to the next; the first step
-        has one. A constant curvature needs no other. Refreshing at every step was
-        slowest on each of five problems, 10 to 20 fastest
-        (``benchmarks/curvature.py``).
+        has one. A constant curvature needs no other; each costs all products anew.
       b2: the decay of the averages of N and diag G over refreshes, in [0, 1); for
         mini-batches. Bias-corrected.
       damping: μ >= 0: the inverse is that of the block mean of F + μ I, that is M + μ I
