@@ -1,5 +1,6 @@
 """Problems of inverse_problems.py that Newton-BMA, or any iteration, does not suit."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
@@ -141,6 +142,56 @@ def tomography(n: int = 48, rays: int = 1000, weight: float = 0.1) -> Problem:
         reach=None,
         direct=direct,
         direct_label="dense Cholesky",
+    )
+
+
+def heat(n: int = 32, experiments: int = 4, steps: int = 60) -> Problem:
+    """The conductivity of a plate from temperatures at a few points and two times."""
+    rate, noise, weight = 0.15, 0.002, 0.1
+
+    def temperatures(u, hot):
+        conductivity = rate * jnp.exp(u)
+        down = (conductivity[1:] + conductivity[:-1]) / 2
+        right = (conductivity[:, 1:] + conductivity[:, :-1]) / 2
+
+        def advance(T, _):
+            flow_down = down * jnp.diff(T, axis=1)
+            flow_right = right * jnp.diff(T, axis=2)
+            T = T.at[:, :-1].add(flow_down).at[:, 1:].add(-flow_down)
+            T = T.at[:, :, :-1].add(flow_right).at[:, :, 1:].add(-flow_right)
+            return T, T
+
+        return jax.lax.scan(advance, hot, length=steps)[1][steps // 2 - 1 :: steps // 2]
+
+    def make(seed: int):
+        rng = np.random.default_rng(seed)
+        x = np.linspace(0, 1, n)
+        waves = np.cos(np.pi * np.outer(np.arange(4), x))
+        true = np.einsum("ij,ix,jy->xy", rng.normal(0, 0.25, (4, 4)), waves, waves)
+        centers = rng.uniform(0.1, 0.9, (experiments, 2, 1))
+        near = np.exp(-(((x - centers) / 0.15) ** 2))
+        hot = np.einsum("kx,ky->kxy", near[:, 0], near[:, 1])
+        mask = seen_pixels((n, n), n * n // 10, rng)
+        seen = np.asarray(temperatures(jnp.asarray(np.minimum(true, 0.5)), hot))
+        noisy = seen + noise * rng.standard_normal(seen.shape)
+        return np.zeros((n, n)), (mask, mask * noisy, hot)
+
+    def loss(u, data):
+        mask, y, hot = data
+        error = mask * (temperatures(u, hot) - y) / noise
+        return jnp.sum(error**2) / 2 + weight / noise * dirichlet(u, 2)
+
+    return Problem(
+        "heat",
+        f"conductivity of a plate, {n} x {n}, through the heat equation",
+        make,
+        loss,
+        lambda u, data: weight / noise * laplacian_diagonal(u.shape),
+        bma.per_tile((4, 4)),
+        reach=None,
+        update_interval=10,
+        quadratic=False,
+        picture=np.asarray,
     )
 
 

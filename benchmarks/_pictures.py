@@ -63,7 +63,9 @@ def observed(study: Study) -> np.ndarray:
     data = jax.tree.map(np.asarray, study.instance[1])
     if len(data) == 1:
         return data[0]
-    mask, y = data
+    mask, y, *more = data
+    if more:  # Temperatures: the last ones of the first experiment.
+        y = y[-1, 0]
     if y.ndim > mask.ndim:
         return np.where(mask[..., None] > 0, study.problem.picture(y), 1.0)
     return np.where(mask > 0, y, np.nan)

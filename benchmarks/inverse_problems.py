@@ -8,7 +8,8 @@ compilation apart, in float64. Newton-BMA, L-BFGS and conjugate gradients run as
 come; the rates and momentum of the others are tuned on another instance, on a grid
 that grows until the best point is inside. Experts' tools are given the assembled
 matrix. What does not get there on a grid is left out on finer ones. Total variation,
-deblurring and tomography are what Newton-BMA does not suit.
+deblurring, tomography, splines and the conductivity of a plate are what Newton-BMA
+does not suit.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import jax
 import numpy as np
 import optax
 from _grids import paint, photo, plasma, terrain
-from _hard_grids import deblur, spline, tomography, total_variation
+from _hard_grids import deblur, heat, spline, tomography, total_variation
 from _peers import EXPERTS, METHODS
 from _pictures import draw
 from _study import Study
@@ -39,6 +40,7 @@ REAL = {
     "deblur": deblur,
     "tomography": tomography,
     "spline": spline,
+    "heat": heat,
 }
 
 

@@ -7,12 +7,13 @@ one product with a random vector.
 
 import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _trees
+from bma_optax import _tiles, _trees
 from bma_optax._stencil import Stencil
 from bma_optax._tiles import Tiles
 
@@ -35,14 +36,14 @@ def diagonal(product, params, arrays, stencil, key):
     """
     probes = _Probes(params, arrays, stencil, None, key, stencil.apart)
 
-    def respond(*color):
-        x, test = probes.signs(color), probes.tests(color)
-        # x is ±1 on the color and 0 elsewhere: its product with G x is the diagonal.
+    def respond(probe):
+        # ±1 on the color, 0 elsewhere: its product with the response is the diagonal.
+        x = _outer(probe.signs)
         return [
-            [probes.own(color, a, x * y) for a, y in enumerate(responses)]
+            [probes.own(probe, a, x * y) for a, y in enumerate(responses)]
             for responses in (
-                probes.respond(product, color, x),
-                probes.respond(product, color, test),
+                probes.respond(product, probe, x),
+                probes.respond(product, probe, _outer(probe.tests)),
             )
         ]
 
@@ -57,8 +58,9 @@ def row_sums(product, params, arrays, stencil, key):
     """Σ_j |G_ij| on some arrays, with arguments as for ``diagonal``."""
     probes = _Probes(params, arrays, stencil, None, key, stencil.colors)
 
-    def respond(*color):
-        return [jnp.abs(y) for y in probes.respond(product, color, probes.signs(color))]
+    def respond(probe):
+        y = probes.respond(product, probe, _outer(probe.signs))
+        return [jnp.abs(y) for y in y]
 
     zeros = [jnp.zeros(stencil.grid, probes.dtype) for _ in arrays]
     return probes.total(respond, zeros)
@@ -80,12 +82,12 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
     """
     probes = _Probes(params, arrays, stencil, tiles.tile, key, stencil.colors)
 
-    def respond(*color):
-        y = probes.respond(product, color, probes.signs(color))
+    def respond(probe):
+        y = probes.respond(product, probe, _outer(probe.signs))
         return jnp.stack([tiles.sums(y) for y in y])
 
     _, Y = jax.lax.scan(
-        lambda _, colors: (None, jax.vmap(respond)(*colors)), None, probes.chunks()
+        lambda _, chunk: (None, jax.vmap(respond)(chunk)), None, probes.chunks()
     )
     Y = Y.reshape(stencil.fields, *stencil.colors, stencil.fields, *stencil.grid)
     S = stencil.from_colors(Y * probes.near_signs())
@@ -101,6 +103,26 @@ def _relative_error(x, y):
 
 # Products run side by side as long as their vectors hold no more elements than this.
 _BATCH_ELEMENTS = 2**16
+
+
+class _Probe(NamedTuple):
+    """Vectors along the axes of the grid; outer products of them are on one color.
+
+    Not the products: a loop over probes would make them again for every use.
+    """
+
+    field: jax.Array
+    signs: list[jax.Array]  # one an axis, in the number of its elements.
+    tests: list[jax.Array]  # likewise.
+
+
+def _outer(axes):
+    dim, shape = len(axes), tuple(len(v) for v in axes)
+    shaped = [
+        jnp.broadcast_to(v.reshape([-1 if i == axis else 1 for i in range(dim)]), shape)
+        for axis, v in enumerate(axes)
+    ]
+    return math.prod(shaped[1:], start=shaped[0])
 
 
 class _Probes:
@@ -130,54 +152,60 @@ class _Probes:
                 jnp.stack([next(parts) for _ in range(stencil.fields)])
             )
 
-    def all_colors(self):
-        """(field, color along each axis) of every probe, as one array for each."""
+    def all_probes(self) -> "_Probe":
+        """Every probe, each array with one row for each."""
         every = itertools.product(range(self.stencil.fields), *map(range, self.colors))
-        return tuple(jnp.asarray(c) for c in np.array(list(every), np.int32).T)
+        field, *colors = np.array(list(every), np.int32).T
 
-    def chunks(self):
+        def rows(axis, v, color):
+            g, m = self.stencil.grid[axis], self.colors[axis]
+            on = jnp.arange(g, dtype=jnp.int32)[None] % m == color[:, None]
+            return self._fine(axis, jnp.where(on, v, 0))
+
+        size = (len(field), 1)
+        return _Probe(
+            jnp.asarray(field),
+            [
+                rows(axis, jnp.tile(v, size), color)
+                for axis, (v, color) in enumerate(
+                    zip(self.axis_signs, colors, strict=True)
+                )
+            ],
+            [
+                rows(axis, v[field], color)
+                for axis, (v, color) in enumerate(
+                    zip(self.axis_tests, colors, strict=True)
+                )
+            ],
+        )
+
+    def chunks(self) -> "_Probe":
         """The same in equal chunks of probes that run side by side."""
-        colors = self.all_colors()
-        count = len(colors[0])
+        every = self.all_probes()
+        count = len(every.field)
         most = max(1, _BATCH_ELEMENTS // max(_trees.size(self.params), 1))
         size = max(b for b in range(1, count + 1) if count % b == 0 and b <= most)
-        return tuple(c.reshape(count // size, size) for c in colors)
+        return jax.tree.map(
+            lambda x: x.reshape(count // size, size, *x.shape[1:]), every
+        )
 
     def total(self, respond, zeros):
-        """The sum over all colors of what ``respond(*color)`` gives."""
+        """The sum over all probes of what ``respond(probe)`` gives."""
 
-        def add(total, colors):
-            parts = jax.vmap(respond)(*colors)
+        def add(total, chunk):
+            parts = jax.vmap(respond)(chunk)
             return jax.tree.map(lambda t, p: t + jnp.sum(p, axis=0), total, parts), None
 
         return jax.lax.scan(add, zeros, self.chunks())[0]
 
-    def signs(self, color):
-        """Random signs on the color, in the shape of an array."""
-        return self._fine(self._on_color(color, self.axis_signs))
+    def own(self, probe, a, x):
+        """x for the field of the probe, else 0."""
+        return x if self.stencil.fields == 1 else jnp.where(probe.field == a, x, 0)
 
-    def tests(self, color):
-        """The test vector of the field on the color, in the shape of an array."""
-        return self._fine(
-            self._on_color(color, [test[color[0]] for test in self.axis_tests])
-        )
-
-    def _on_color(self, color, axes):
-        return [
-            jnp.where(np.arange(g, dtype=np.int32) % m == c, v, 0)
-            for c, m, g, v in zip(
-                color[1:], self.colors, self.stencil.grid, axes, strict=True
-            )
-        ]
-
-    def own(self, color, a, x):
-        """x for the field of the color, else 0."""
-        return x if self.stencil.fields == 1 else jnp.where(color[0] == a, x, 0)
-
-    def respond(self, product, color, x):
-        """G x on the arrays, for a probe x in the field of the color."""
+    def respond(self, product, probe, x):
+        """G x on the arrays, for x in the field of a probe."""
         return self._product(
-            product, [self.own(color, a, x) for a in range(len(self.arrays))]
+            product, [self.own(probe, a, x) for a in range(len(self.arrays))]
         )
 
     def near_signs(self):
@@ -199,7 +227,7 @@ class _Probes:
         """The test vector, shape (fields, *grid)."""
         return jnp.stack(
             [
-                self._outer([test[a] for test in self.axis_tests])
+                _outer([test[a] for test in self.axis_tests])
                 for a in range(self.stencil.fields)
             ]
         )
@@ -209,7 +237,9 @@ class _Probes:
         return self._product(
             product,
             [
-                self._fine([test[a] for test in self.axis_tests])
+                _outer(
+                    [self._fine(axis, v[a]) for axis, v in enumerate(self.axis_tests)]
+                )
                 for a in range(self.stencil.fields)
             ],
         )
@@ -217,33 +247,21 @@ class _Probes:
     def signed_test(self):
         """The signs times the test vector, an array for each field."""
         return [
-            self._fine(
+            _outer(
                 [
-                    e * test[a]
-                    for e, test in zip(self.axis_signs, self.axis_tests, strict=True)
+                    self._fine(axis, signs * tests[a])
+                    for axis, (signs, tests) in enumerate(
+                        zip(self.axis_signs, self.axis_tests, strict=True)
+                    )
                 ]
             )
             for a in range(self.stencil.fields)
         ]
 
-    def _outer(self, axes):
-        dim, shape = len(axes), tuple(len(v) for v in axes)
-        shaped = [
-            jnp.broadcast_to(
-                v.reshape([-1 if i == axis else 1 for i in range(dim)]), shape
-            )
-            for axis, v in enumerate(axes)
-        ]
-        return math.prod(shaped[1:], start=shaped[0])
-
-    def _fine(self, axes):
-        """From values along the axes of the grid to an array of the parameters."""
-        shape = self.leaves[0].shape
-        fine = [
-            jnp.repeat(v, t, total_repeat_length=len(v) * t)[:n] if t > 1 else v
-            for v, t, n in zip(axes, self.tile, shape, strict=True)
-        ]
-        return self._outer(fine)
+    def _fine(self, axis, x):
+        """From values on the last axis, cells along one of the grid, to elements."""
+        t, n = self.tile[axis], self.leaves[0].shape[axis]
+        return _tiles.axis_fill(x, x.ndim - 1, t, n) if t > 1 else x
 
     def _product(self, product, x):
         leaves, treedef = jax.tree.flatten(self.params)

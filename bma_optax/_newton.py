@@ -227,16 +227,17 @@ def scale_by_newton_bma(
             products = _diagonal.num_products(
                 curvature, systems, blocks, params, extra_args
             )
-            last = _block_mean_inverse.diagonal_of(
-                blocks, state.inverse_diagonal, state.Lambda, state.damping
-            )
-            b = jnp.asarray(b2).astype(N.dtype)
-            weight = (1 - b) / (1 - b ** (state.refreshes + 1).astype(N.dtype))
-            N, diagonal = jax.tree.map(
-                lambda new, old: _average(new, old, weight.astype(new.dtype)),
-                (N, diagonal),
-                (state.N, last),
-            )
+            if not (isinstance(b2, (int, float)) and b2 == 0):
+                last = _block_mean_inverse.diagonal_of(
+                    blocks, state.inverse_diagonal, state.Lambda, state.damping
+                )
+                b = jnp.asarray(b2).astype(N.dtype)
+                weight = (1 - b) / (1 - b ** (state.refreshes + 1).astype(N.dtype))
+                N, diagonal = jax.tree.map(
+                    lambda new, old: _average(new, old, weight.astype(new.dtype)),
+                    (N, diagonal),
+                    (state.N, last),
+                )
 
             # The small matrix and its inverse.
             inverse = _block_mean_inverse.invert(

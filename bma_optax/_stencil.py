@@ -81,7 +81,9 @@ class Stencil:
             offsets = [self.offset(axis, i) for i in range(m)]
             pads.append((max(0, -min(offsets)), max(0, max(offsets))))
             starts.append([pads[-1][0] + o for o in offsets])
-        padded = jnp.pad(x, pads, mode="wrap")
+        padded = x
+        for axis, (before, after) in enumerate(pads):
+            padded = _wrap(padded, axis, before, after)
         total = jnp.zeros_like(x)
         for index in itertools.product(*map(range, self.colors)):
             window = tuple(
@@ -168,3 +170,14 @@ class Stencil:
                 columns[(b, a, *index)] = a * cell.size + neighbour
         flat = jnp.zeros((n, n), S.dtype)
         return flat.at[rows.ravel(), columns.ravel()].add(S.reshape(-1))
+
+
+def _wrap(x, axis, before, after):
+    """x with its last elements before it along an axis, and its first ones after it.
+
+    One concatenation: ``jnp.pad`` makes one for each end, and they are not fused.
+    """
+    n = x.shape[axis]
+    first = jax.lax.slice_in_dim(x, n - before, n, axis=axis)
+    last = jax.lax.slice_in_dim(x, 0, after, axis=axis)
+    return jnp.concatenate([first, x, last], axis=axis) if before + after else x

@@ -114,9 +114,14 @@ def axis_sums(x: jax.Array, axis: int, t: int) -> jax.Array:
 
 
 def axis_fill(x: jax.Array, axis: int, t: int, n: int) -> jax.Array:
-    """Every element of one axis t times, the last fewer so that there are n."""
-    x = jnp.repeat(x, t, axis=axis, total_repeat_length=x.shape[axis] * t)
-    return jax.lax.slice_in_dim(x, 0, n, axis=axis)
+    """Every element of one axis t times, the last fewer so that there are n.
+
+    Not ``jnp.repeat``: its gather costs more than all else in an update.
+    """
+    whole = (*x.shape[: axis + 1], t, *x.shape[axis + 1 :])
+    filled = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), whole)
+    shape = (*x.shape[:axis], x.shape[axis] * t, *x.shape[axis + 1 :])
+    return jax.lax.slice_in_dim(filled.reshape(shape), 0, n, axis=axis)
 
 
 def _replicated(x: jax.Array) -> jax.Array:
