@@ -72,7 +72,7 @@ def settings_of(problem: Problem) -> dict[str, Any]:
 def heavy_ball(problem: Problem) -> optax.GradientTransformation:
     return optax.chain(
         bma.scale_by_newton_bma(**settings_of(problem)),
-        optax.trace(0.4),
+        optax.trace(0.45),
         optax.scale(-1.3),
     )
 

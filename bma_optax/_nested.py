@@ -1,7 +1,7 @@
 """An approximate inverse of a block stencil by nested block means.
 
 Below the finest level, where products with the matrix cost little: on each level a
-symmetric cycle (smooth, correct the block means, smooth), and two Chebyshev steps
+symmetric cycle (smooth, correct the block means, smooth), and a few Chebyshev steps
 with it, so that its quality does not fall with the number of levels (algebraic
 multilevel iteration, Axelsson and Vassilevski 1989). Linear, symmetric, and positive
 definite where the matrix is.
@@ -24,6 +24,7 @@ _COARSENING = 4
 # Of the cycle times the matrix: its eigenvalues are at most about 1, and a part of
 # those below the lower end is left to the finest level's conjugate directions.
 _INTERVAL = (0.2, 1.1)
+_STEPS = (2, 3)  # At the first level, and at those below, where they cost little.
 # Of the rows' absolute sums, which bound the eigenvalues: below 2 every step converges.
 RELAXATION = 1.6
 
@@ -41,28 +42,31 @@ class Levels:
     bottom: Stencil
 
     @property
-    def packed_size(self) -> int:
-        """The length of what ``pack`` returns."""
-        stencils = sum(
-            math.prod(level.stencil.shape) + level.stencil.num_cells
+    def shapes(self) -> tuple[tuple[tuple[Shape, Shape], ...], Shape]:
+        """The shapes of what ``factor`` returns."""
+        n = self.bottom.num_cells
+        return tuple(
+            (level.stencil.shape, (level.stencil.fields, *level.stencil.grid))
             for level in self.levels
-        )
-        return stencils + self.bottom.num_cells**2
+        ), (n, n)
 
-    def pack(self, S, n2, min_eigenvalue):
-        """Everything ``solve`` needs in one vector; and M's eigenvalues at the bottom.
+    def factor(self, S, n2, min_eigenvalue):
+        """Everything ``solve`` needs; and M's eigenvalues at the bottom.
 
         Args:
           S: the stencil of the first level.
           n2: the diagonal of the metric there, shape (fields, *grid).
           min_eigenvalue: a floor for the eigenvalues of the dense matrix relative to
             the metric.
+
+        Returns:
+          ``((levels, inverse), eigenvalues)``: for each level its stencil and
+          smoother, and the dense inverse at the bottom.
         """
-        parts = []
+        levels = []
         for stencil, tile in self.levels:
             sums = stencil.absolute_row_sums(S)
-            smoother = RELAXATION / jnp.where(sums > 0, sums, 1)
-            parts += [S.reshape(-1), smoother.reshape(-1)]
+            levels.append((S, RELAXATION / jnp.where(sums > 0, sums, 1)))
             _, S = stencil.coarsen(S, tile)
             n2 = _sums(n2, tile)
         root = jnp.sqrt(n2.reshape(-1))
@@ -70,22 +74,12 @@ class Levels:
         M = self.bottom.dense(S) / outer
         relative = _spectral.resolution(M.shape[-1], M.dtype)
         inverse = _spectral.matrix_power(M, -1, min_eigenvalue, relative, absolute=True)
-        parts.append((inverse / outer).reshape(-1))
         eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
-        return jnp.concatenate(parts), eigenvalues
+        return (tuple(levels), inverse / outer), eigenvalues
 
-    def solve(self, packed, r):
+    def solve(self, factor, r):
         """The approximate inverse times r of shape (fields, *grid)."""
-        factors, start = [], 0
-        for stencil, _ in self.levels:
-            split = start + math.prod(stencil.shape)
-            stop = split + stencil.num_cells
-            S = packed[start:split].reshape(stencil.shape)
-            smoother = packed[split:stop].reshape(stencil.fields, *stencil.grid)
-            factors.append((S, smoother))
-            start = stop
-        n = self.bottom.num_cells
-        inverse = packed[start:].reshape(n, n)
+        levels, inverse = factor
 
         def solve(level, r):
             if level == len(self.levels):
@@ -94,7 +88,7 @@ class Levels:
                 )
                 return x.reshape(r.shape)
             stencil, tile = self.levels[level]
-            S, smoother = factors[level]
+            S, smoother = levels[level]
 
             def cycle(r):
                 x = smoother * r
@@ -102,7 +96,7 @@ class Levels:
                 x = x + _fill(coarse, tile, r.shape)
                 return x + smoother * (r - stencil.matvec(S, x))
 
-            # A loop, not two copies: those would double at every level.
+            # A loop, not copies: those would double at every level.
             def step(carry, coefficients):
                 x, d, residual = carry
                 a, b = coefficients
@@ -110,7 +104,8 @@ class Levels:
                 return (x + d, d, residual - stencil.matvec(S, d)), None
 
             zero = jnp.zeros_like(r)
-            carry, _ = jax.lax.scan(step, (zero, zero, r), _chebyshev(r.dtype))
+            coefficients = _chebyshev(_STEPS[level > 0], r.dtype)
+            carry, _ = jax.lax.scan(step, (zero, zero, r), coefficients)
             return carry[0]
 
         return solve(0, r)
@@ -143,13 +138,15 @@ def levels_below(stencil: Stencil, coarsened: Shape, tiles) -> Levels:
     return Levels(tuple(levels), stencil)
 
 
-def _chebyshev(dtype):
-    """The coefficients of two steps: d = a B r + b d."""
+def _chebyshev(steps, dtype):
+    """The coefficients of so many steps: d = a B r + b d."""
     low, high = _INTERVAL
     center, half = (high + low) / 2, (high - low) / 2
-    first = half / center
-    second = 1 / (2 * center / half - first)
-    a, b = (1 / center, 2 * second / half), (0.0, second * first)
+    a, b, rho = [1 / center], [0.0], half / center
+    for _ in range(steps - 1):
+        last, rho = rho, 1 / (2 * center / half - rho)
+        a.append(2 * rho / half)
+        b.append(rho * last)
     return np.asarray(a, dtype), np.asarray(b, dtype)
 
 

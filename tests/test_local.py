@@ -215,7 +215,7 @@ def test_a_field_is_solved_in_twenty_steps(rate):
         direction = bma.scale_by_newton_bma(
             bma.per_tile((4, 4)), reach=1, update_interval=100
         )
-        tx = optax.chain(direction, optax.trace(0.4), optax.scale(-rate))
+        tx = optax.chain(direction, optax.trace(0.45), optax.scale(-rate))
 
     def step(carry, _):
         u, state = carry
