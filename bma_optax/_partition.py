@@ -15,7 +15,7 @@ from bma_optax import _rules, _table, _trees
 from bma_optax._rules import Path, Rule, Shape
 from bma_optax._tiles import Tiles
 
-_COUPLES = ("all", "array", "layer")
+_COUPLES = ("all", "array", "layer", "block")
 _MANY_BLOCKS = 1000
 _INDEX_LIMIT = 2**31  # LAPACK and its peers index the entries of a matrix in 32 bits.
 
@@ -206,8 +206,8 @@ def partition(
         ``jax.ShapeDtypeStruct``: nothing is allocated.
       rule: a :class:`Rule`.
       couple: which blocks see each other: "all" in one matrix, those of one "array",
-        or those of one "layer" (arrays whose paths differ in the last part only). A
-        solve costs Σ L_group³.
+        those of one "layer" (arrays whose paths differ in the last part only), or none,
+        every "block" alone. A solve costs Σ L_group³.
 
     Returns:
       A :class:`Partition`; print it to read it as a table.
@@ -271,7 +271,13 @@ def check_couple(couple: str) -> None:
 @functools.lru_cache(maxsize=128)
 def _layout(leaves, rule, couple) -> Partition:
     arrays = [
-        Tiles(path, shape, _tile(rule, path, shape), rule.owner(path))
+        Tiles(
+            path,
+            shape,
+            _tile(rule, path, shape),
+            rule.owner(path),
+            stacked_axes=rule.stacked_axes(path, shape),
+        )
         for path, shape in leaves
     ]
     _check_patterns(rule, [path for path, _ in leaves])
@@ -289,6 +295,8 @@ def _layout(leaves, rule, couple) -> Partition:
     # Groups of equal size lie side by side, so that one batched eigh serves them all.
     ordered = sorted(groups.values(), key=lambda owners: sum(owners.values()))
     counts = [sum(owners.values()) for owners in ordered]
+    if couple == "block":
+        counts = [1] * sum(counts)
     buckets = tuple((len(list(same)), n) for n, same in itertools.groupby(counts))
     starts, position = {}, 0
     for owners in ordered:
@@ -302,7 +310,9 @@ def _layout(leaves, rule, couple) -> Partition:
 
 
 def _group_of(array: Tiles, couple: str) -> Path:
-    return {"all": (), "array": array.owner, "layer": array.path[:-1]}[couple]
+    if couple == "all":
+        return ()
+    return array.path[:-1] if couple == "layer" else array.owner
 
 
 def _tile(rule: Rule, path: Path, shape: Shape) -> Shape | None:

@@ -19,8 +19,9 @@ class Rule:
 
     Ready-made: ``per_leaf`` (one block an array), ``per_layer`` (the arrays of one
     module merged into one block), ``per_unit`` (one block for each index of the last
-    axis; an array of one axis is one block), ``per_element`` (AdaGrad-Full), and
-    :func:`per_tile`, :func:`by_path`, :func:`by_function`.
+    axis; an array of one axis is one block), ``per_row`` (the same for the first axis:
+    embeddings, Equinox's layers), ``per_element`` (AdaGrad-Full), and :func:`per_tile`,
+    :func:`stacked`, :func:`by_path`, :func:`by_function`.
 
     Example:
       >>> import bma_optax as bma
@@ -61,6 +62,24 @@ class Rule:
         """
         return path
 
+    def stacked_axes(self, path: Path, shape: Shape) -> tuple[int, ...]:
+        """The axes whose entries are arrays of their own, as in scanned layers.
+
+        Args:
+          path: the keys to the array, as strings.
+          shape: its shape.
+
+        Returns:
+          Positions of axes, ascending: by default none.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> rule = bma.stacked(bma.per_unit)
+          >>> rule.stacked_axes(("layers", "kernel"), (12, 784, 32))
+          (0,)
+        """
+        return ()
+
 
 @dataclasses.dataclass(frozen=True)
 class _PerLeaf(Rule):
@@ -93,6 +112,15 @@ class _PerUnit(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
+class _PerRow(Rule):
+    def tile(self, path, shape):
+        return (1, *shape[1:]) if len(shape) > 1 else shape
+
+    def __repr__(self):
+        return "per_row"
+
+
+@dataclasses.dataclass(frozen=True)
 class _PerElement(Rule):
     def tile(self, path, shape):
         return (1,) * len(shape)
@@ -111,6 +139,36 @@ class _PerTile(Rule):
 
     def __repr__(self):
         return f"per_tile({self.leading})"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stacked(Rule):
+    rule: Rule
+    axis: int
+
+    def _axis(self, path, shape):
+        if not -len(shape) <= self.axis < len(shape):
+            raise ValueError(
+                f"{self}: {'/'.join(path) or 'params'!r} of shape {shape} has no axis "
+                f"{self.axis}. Name the stacked arrays by bma.by_path."
+            )
+        return self.axis % len(shape)
+
+    def tile(self, path, shape):
+        axis = self._axis(path, shape)
+        tile = self.rule.tile(path, (*shape[:axis], *shape[axis + 1 :]))
+        return None if tile is None else (*tile[:axis], 1, *tile[axis:])
+
+    def owner(self, path):
+        return self.rule.owner(path)
+
+    def stacked_axes(self, path, shape):
+        axis = self._axis(path, shape)
+        inner = self.rule.stacked_axes(path, (*shape[:axis], *shape[axis + 1 :]))
+        return tuple(sorted((axis, *(i + (i >= axis) for i in inner))))
+
+    def __repr__(self):
+        return f"stacked({self.rule}, axis={self.axis})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +204,10 @@ class _ByPath(Rule):
         rule = self._rule(path)
         return path if rule is None else rule.owner(path)
 
+    def stacked_axes(self, path, shape):
+        rule = self._rule(path)
+        return () if rule is None else rule.stacked_axes(path, shape)
+
     def __repr__(self):
         return f"by_path({dict(self.rules)}, default={self.default})"
 
@@ -153,6 +215,7 @@ class _ByPath(Rule):
 per_leaf: Rule = _PerLeaf()
 per_layer: Rule = _PerLayer()
 per_unit: Rule = _PerUnit()
+per_row: Rule = _PerRow()
 per_element: Rule = _PerElement()
 
 
@@ -183,6 +246,36 @@ def per_tile(tile: tuple[int, ...]) -> Rule:
     if not all(isinstance(t, int) and t > 0 for t in tile):
         raise ValueError(f"`tile` must hold positive integers, got {tile}.")
     return _PerTile(tile)
+
+
+def stacked(rule: Rule, axis: int = 0) -> Rule:
+    """Another rule for every entry along an axis, as if each were an array.
+
+    For layers that are scanned or stacked (``nnx.scan``, ``jax.vmap`` over modules),
+    whose arrays have a leading axis more, and for attention: a kernel of shape
+    (inputs, heads, units) with ``axis=1`` is cut head by head.
+
+    Args:
+      rule: the rule of one entry, without that axis.
+      axis: the position of the axis, from the end if negative.
+
+    Returns:
+      A :class:`Rule`. Partitioning raises a ValueError for an array without that axis.
+
+    Raises:
+      TypeError: if ``rule`` is no rule or ``axis`` no integer.
+
+    Example:
+      >>> import jax, bma_optax as bma
+      >>> layers = jax.ShapeDtypeStruct((2, 5, 3), "float32")
+      >>> blocks = bma.partition(layers, bma.stacked(bma.per_leaf))
+      >>> blocks.names, blocks.sizes
+      (('params[0, :, :]', 'params[1, :, :]'), (15, 15))
+    """
+    check_rule(rule)
+    if not isinstance(axis, int):
+        raise TypeError(f"`axis` must be an integer, got {axis!r}.")
+    return _Stacked(rule, axis)
 
 
 def by_path(
