@@ -82,10 +82,10 @@ def scale_block_mean(
                 return _Array(None, _units.placeholder(zeros))
             return _Array(None, units.start(units.split(zeros)))
 
+        arrays = _partition.layout(params, partition, "block").arrays
         if weights == "constant":
-            _partition.layout(params, partition, "block")
             return ScaleBlockMeanState(None)
-        found = _units.map_arrays(_Array, start, partition, params)
+        found = _units.map_arrays(_Array, start, arrays, params)
         return ScaleBlockMeanState(found.direction)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -101,15 +101,15 @@ def scale_block_mean(
             direction = units.turn(direction, x, units.over_inputs(x * q), b3)
             return _Array(units.join(scaled), direction)
 
+        blocks = _partition.layout(x, partition, "block")
         if weights == "constant":
-            blocks = _partition.layout(x, partition, "block")
             sums = blocks.block_sums(x)
             means = sums / jnp.asarray(blocks.sizes, sums.dtype)
             change = jnp.asarray(factor, sums.dtype) - 1
             shift = change * jnp.where(jnp.isfinite(means), means, 0)
             x = jax.tree.map(jnp.add, x, blocks.expand(shift, x))
         else:
-            found = _units.map_arrays(_Array, step, partition, x, state.direction)
+            found = _units.map_arrays(_Array, step, blocks.arrays, x, state.direction)
             x, state = found.update, ScaleBlockMeanState(found.direction)
         return jax.tree.map(lambda x, u: x.astype(u.dtype), x, updates), state
 

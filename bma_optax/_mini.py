@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _moments, _rules, _trees, _units
+from bma_optax import _checks, _moments, _partition, _rules, _trees, _units
 
 _MIN_LAMBDA = 1e-3  # times a block's mean square: the least Λ.
 
@@ -127,8 +127,9 @@ def scale_by_mini_bma(
 
     def init_fn(params):
         _trees.check_floating(params)
+        arrays = _partition.layout(params, partition, "block").arrays
         start = _units.map_arrays(
-            _Array, lambda units, p: _start(units, p, weights), partition, params
+            _Array, lambda units, p: _start(units, p, weights), arrays, params
         )
         return ScaleByMiniBMAState(
             count=jnp.zeros((), jnp.int32),
@@ -141,6 +142,7 @@ def scale_by_mini_bma(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         _trees.check_same_shapes(updates, state.mu)
+        arrays = _partition.layout(updates, partition, "block").arrays
         count = optax.safe_increment(state.count)
         g = _moments.finite_gradients(updates)
         mu = jax.tree.map(lambda g, m: _moments.decay(g, m, b1), g, state.mu)
@@ -174,7 +176,7 @@ def scale_by_mini_bma(
             return _Array(units.join(r), nu, mean_nu, direction)
 
         result = _units.map_arrays(
-            _Array, step, partition, g, mu, state.nu, state.mean_nu, state.direction
+            _Array, step, arrays, g, mu, state.nu, state.mean_nu, state.direction
         )
         return _moments.like_gradients(result.update, updates), ScaleByMiniBMAState(
             count=count,

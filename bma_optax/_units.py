@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _moments, _partition, _rules, _trees
+from bma_optax import _moments, _trees
 from bma_optax._rules import Shape
 from bma_optax._tiles import Tiles, replicated
 
@@ -46,9 +46,10 @@ class Units:
         return math.prod(self.view[i] for i in self.units)
 
     @property
-    def num_matrices(self) -> int:
-        """How many are stacked."""
-        return math.prod(self.shape) // max(self.num_inputs * self.num_units, 1)
+    def num_statistics(self) -> int:
+        """Two numbers a unit and one an input."""
+        stacked = math.prod(self.shape) // (self.num_inputs * self.num_units)
+        return stacked * (2 * self.num_units + self.num_inputs)
 
     def split(self, x: jax.Array) -> jax.Array:
         """An array in the shape of the view."""
@@ -89,13 +90,12 @@ class Units:
         return jnp.where(moved, _moments.decay(target, direction, b), direction)
 
 
-def map_arrays(kind: Any, f: Callable, rule: _rules.Rule, tree: Any, *rest: Any) -> Any:
+def map_arrays(kind: Any, f: Callable, arrays: Any, tree: Any, *rest: Any) -> Any:
     """``f(units, *leaves)`` for each array; the units are None where it is no matrix.
 
     ``f`` gives NamedTuples of this kind, and the result is one: of trees.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    arrays = _partition.layout(tree, rule, "block").arrays
     columns = [jax.tree.leaves(other) for other in rest]
     results = [
         f(units_of(array), *parts)
@@ -107,6 +107,12 @@ def map_arrays(kind: Any, f: Callable, rule: _rules.Rule, tree: Any, *rest: Any)
             for field in kind._fields
         )
     )
+
+
+def num_statistics(tiles: Tiles) -> int:
+    """What mini-BMA stores of an array beside the momentum."""
+    units = units_of(tiles)
+    return math.prod(tiles.shape) if units is None else units.num_statistics
 
 
 def placeholder(zeros: jax.Array) -> jax.Array:
