@@ -26,15 +26,14 @@ from bma_optax._preconditioner import Preconditioner, preconditioner
 from bma_optax._rules import (
     Rule,
     by_function,
-    by_path,
     per_element,
     per_layer,
     per_leaf,
     per_row,
     per_tile,
     per_unit,
-    stacked,
 )
+from bma_optax._rules_of_rules import by_path, stacked
 from bma_optax._steps import ScaleByQuadraticModelState, scale_by_quadratic_model
 
 __version__ = "0.1.0"

@@ -64,8 +64,8 @@ def scale_by_bma(
     Args:
       partition: the rule that cuts parameters into blocks, ``bma.per_leaf`` and so on;
         see :func:`bma_optax.partition`. An array without blocks gets plain AdaGrad.
-      couple: which blocks see each other: "all", those of one "array", or of one
-        "layer".
+      couple: which blocks see each other: "all", those of one "array", of one "layer",
+        or none, every "block" alone.
       initial_accumulator_value: the start of diag H, >= 0. It is 0 here, not Optax's
         0.1: a large start swamps z, and M then stays at the identity.
       eps: added to diag H inside the root, >= 0.

@@ -13,6 +13,7 @@ import numpy as np
 
 from bma_optax import _rules, _table, _trees
 from bma_optax._rules import Path, Rule, Shape
+from bma_optax._rules_of_rules import ByPath
 from bma_optax._tiles import Tiles
 
 _COUPLES = ("all", "array", "layer", "block")
@@ -235,7 +236,7 @@ def partition(
     largest = max((n for _, n in result.buckets), default=0)
     advice = (
         "Use coarser blocks (bma.per_leaf, larger tiles, None for an array in "
-        'bma.by_path) or couple="layer" or "array".'
+        'bma.by_path) or couple="layer", "array" or "block".'
     )
     if sum(count * n * n for count, n in result.buckets) >= _INDEX_LIMIT:
         raise ValueError(
@@ -335,7 +336,7 @@ def _check_patterns(rule: Rule, paths: list[Path]) -> None:
 
     Optax calls ``init`` on a placeholder without leaves: nothing can match there.
     """
-    if not isinstance(rule, _rules._ByPath) or not paths:
+    if not isinstance(rule, ByPath) or not paths:
         return
     used = {rule.match(path) for path in paths}
     for i, (pattern, _) in enumerate(rule.rules):
