@@ -95,11 +95,12 @@ def scale_block_mean(
         def step(units, x, direction):
             if units is None:
                 return _Array(x, direction)
+            array = x
             x = units.split(x)
             q = _units.unit(direction, units.inputs)
             scaled = jnp.where(jnp.isfinite(x), units.scale_along(x, q, factor), x)
             direction = units.turn(direction, x, units.over_inputs(x * q), b3)
-            return _Array(units.join(scaled), direction)
+            return _Array(units.join(scaled, array), direction)
 
         blocks = _partition.layout(x, partition, "block")
         if weights == "constant":

@@ -157,6 +157,7 @@ def scale_by_mini_bma(
                 return _Array(r, nu, mean_nu, direction)
 
             # Gather: h, M and the next direction.
+            array = g
             g, m = units.split(g), units.split(m)
             if weights == "learned":
                 q = _units.unit(direction, units.inputs)
@@ -173,7 +174,7 @@ def scale_by_mini_bma(
             along = _shrink(mean_nu, Lambda) if factor is None else factor
             m = units.scale_along(m, q, along)
             r = _moments.divide(m, _moments.root(Lambda / started, eps))
-            return _Array(units.join(r), nu, mean_nu, direction)
+            return _Array(units.join(r, array), nu, mean_nu, direction)
 
         result = _units.map_arrays(
             _Array, step, arrays, g, mu, state.nu, state.mean_nu, state.direction

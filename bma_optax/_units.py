@@ -55,9 +55,11 @@ class Units:
         """An array in the shape of the view."""
         return x if self.view == self.shape else replicated(x).reshape(self.view)
 
-    def join(self, x: jax.Array) -> jax.Array:
-        """The inverse of :meth:`split`."""
-        return x if self.view == self.shape else x.reshape(self.shape)
+    def join(self, x: jax.Array, like: jax.Array) -> jax.Array:
+        """The inverse of :meth:`split`, sharded as the array is."""
+        if self.view == self.shape:
+            return x
+        return _trees.sharded_like(x.reshape(self.shape), like)
 
     def over_inputs(self, x: jax.Array) -> jax.Array:
         """Sums over each block."""

@@ -145,6 +145,35 @@ def test_bytes_of_state_and_the_report():
     assert f"{4 * (beside - unused):,} bytes beside the momentum" in report
 
 
+@pytest.mark.parametrize(
+    ("rule", "shape", "spec", "nu"),
+    [
+        (bma.per_unit, (8, 5), ("x", None), (None, None)),
+        (bma.per_row, (8, 5), ("x", None), ("x", None)),
+        (bma.stacked(bma.per_unit), (8, 4, 3), ("x", None, None), ("x", None, None)),
+        (bma.per_tile((2, 2)), (8, 6), ("x", None), (None,) * 4),
+    ],
+    ids=str,
+)
+def test_statistics_are_sharded_as_their_array(rule, shape, spec, nu):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    local = jnp.asarray(np.random.default_rng(5).standard_normal(shape), jnp.float32)
+    params = jax.device_put(local, jax.NamedSharding(mesh, jax.P(*spec)))
+    for tx in (
+        bma.scale_by_mini_bma(partition=rule),
+        bma.scale_block_mean(0.3, rule, weights="learned"),
+    ):
+        state, update = tx.init(params), jax.jit(tx.update)
+        updates, new = update(params, state)
+        assert jax.typeof(updates) == jax.typeof(params)
+        for old, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
+            assert jax.typeof(leaf) == jax.typeof(old) or not leaf.ndim
+        expected, _ = update(local, tx.init(local))
+        np.testing.assert_allclose(updates, expected, rtol=1e-5, atol=1e-6)
+    state = bma.scale_by_mini_bma(partition=rule).init(params)
+    assert tuple(jax.typeof(state.nu).sharding.spec) == nu
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_dtypes(dtype):
     with jax.enable_x64(dtype == "float64"):
