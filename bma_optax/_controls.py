@@ -80,7 +80,7 @@ def scale_block_mean(
             zeros = jnp.zeros_like(p, dtype=_trees.statistic_dtype(p))
             if units is None:
                 return _Array(None, _units.placeholder(zeros))
-            return _Array(None, units.start(units.split(zeros)))
+            return _Array(None, units.constant(units.split(zeros)))
 
         arrays = _partition.layout(params, partition, "block").arrays
         if weights == "constant":
@@ -95,12 +95,13 @@ def scale_block_mean(
         def step(units, x, direction):
             if units is None:
                 return _Array(x, direction)
-            array = x
-            x = units.split(x)
+            matrix = units.split(x)
             q = _units.unit(direction, units.inputs)
-            scaled = jnp.where(jnp.isfinite(x), units.scale_along(x, q, factor), x)
-            direction = units.turn(direction, x, units.over_inputs(x * q), b3)
-            return _Array(units.join(scaled, array), direction)
+            a = units.times(matrix, q)
+            a = jnp.where(jnp.isfinite(a), a, 0)
+            scaled = matrix + (jnp.asarray(factor, x.dtype) - 1) * a * q
+            direction = units.turn(direction, matrix, a, b3)
+            return _Array(units.join(scaled, x), direction)
 
         blocks = _partition.layout(x, partition, "block")
         if weights == "constant":

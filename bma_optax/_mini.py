@@ -144,48 +144,50 @@ def scale_by_mini_bma(
         _trees.check_same_shapes(updates, state.mu)
         arrays = _partition.layout(updates, partition, "block").arrays
         count = optax.safe_increment(state.count)
-        g = _moments.finite_gradients(updates)
-        mu = jax.tree.map(lambda g, m: _moments.decay(g, m, b1), g, state.mu)
 
-        def step(units, g, m, nu, mean_nu, direction):
-            """One array; all its statistics are divided alike for their start."""
-            m = m / _moments.bias_correction(count, b1, g.dtype)
-            started = _moments.bias_correction(count, b2, g.dtype)
+        def step(units, gradient, old_mu, nu, mean_nu, direction):
+            """One array."""
+            g = gradient.astype(nu.dtype)
+            mu = old_mu.astype(g.dtype)
+            started = _moments.bias_correction(count, b1, g.dtype)
+            started_nu = _moments.bias_correction(count, b2, g.dtype)
             if units is None:  # Adam.
+                g = jnp.where(jnp.isfinite(g), g, 0)
+                mu = _moments.decay(g, mu, b1)
                 nu = _moments.decay(jnp.square(g), nu, b2)
-                r = _moments.divide(m, _moments.root(nu / started, eps))
-                return _Array(r, nu, mean_nu, direction)
-
-            # Gather: h, M and the next direction.
-            array = g
-            g, m = units.split(g), units.split(m)
-            if weights == "learned":
-                q = _units.unit(direction, units.inputs)
+                root = _moments.root(nu / started_nu, eps) * started
+                r = _moments.divide(mu, root)
             else:
-                q = units.constant(g)
-            a = units.over_inputs(g * q)
-            nu = _moments.decay(units.over_inputs(jnp.square(g)), nu, b2)
-            mean_nu = _moments.decay(jnp.square(a), mean_nu, b2)
-            if weights == "learned":
-                direction = units.turn(direction, g, a, b3)
+                # Gather: h and M of the units that are finite, and a turn of q.
+                g, mu = units.split(g), units.split(mu)
+                if weights == "learned":
+                    q = _units.unit(direction, units.inputs)
+                else:
+                    q = units.constant(g)
+                squares = units.over_inputs(jnp.square(g))
+                finite = jnp.isfinite(squares)
+                a = jnp.where(finite, units.times(g, q), 0)
+                nu = jnp.where(finite, _moments.decay(squares, nu, b2), nu)
+                mean = jnp.square(a)
+                mean_nu = jnp.where(finite, _moments.decay(mean, mean_nu, b2), mean_nu)
+                if weights == "learned":
+                    direction = units.turn(direction, g, a, b3)
 
-            # Apply: the momentum with less along q, over the root of Λ.
-            Lambda = _rest(nu, mean_nu, units.num_inputs)
-            along = _shrink(mean_nu, Lambda) if factor is None else factor
-            m = units.scale_along(m, q, along)
-            r = _moments.divide(m, _moments.root(Lambda / started, eps))
-            return _Array(units.join(r, array), nu, mean_nu, direction)
+                # Apply: the momentum with another part along q, over the root of Λ.
+                along = units.times(mu, q)
+                along = jnp.where(finite, _moments.decay(a, along, b1), along)
+                mu = jnp.where(finite, _moments.decay(g, mu, b1), mu)
+                Lambda = _rest(nu, mean_nu, units.num_inputs)
+                part = _shrink(mean_nu, Lambda) if factor is None else factor
+                along = (jnp.asarray(part, g.dtype) - 1) * along
+                root = _moments.root(Lambda / started_nu, eps) * started
+                r = (mu + along * q) * _moments.divide(jnp.ones_like(root), root)
+                r, mu = units.join(r, gradient), units.join(mu, gradient)
+            r = jnp.where(jnp.isfinite(gradient), r.astype(gradient.dtype), gradient)
+            return _Array(r, mu.astype(old_mu.dtype), nu, mean_nu, direction)
 
-        result = _units.map_arrays(
-            _Array, step, arrays, g, mu, state.nu, state.mean_nu, state.direction
-        )
-        return _moments.like_gradients(result.update, updates), ScaleByMiniBMAState(
-            count=count,
-            mu=jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu),
-            nu=result.nu,
-            mean_nu=result.mean_nu,
-            direction=result.direction,
-        )
+        new = _units.map_arrays(_Array, step, arrays, updates, *state[1:])
+        return new.update, ScaleByMiniBMAState(count, *new[1:])
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -269,6 +271,7 @@ class _Array(NamedTuple):
     """What there is of one array."""
 
     update: jax.Array | None
+    mu: jax.Array | None
     nu: jax.Array
     mean_nu: jax.Array
     direction: jax.Array
@@ -277,13 +280,13 @@ class _Array(NamedTuple):
 def _start(units, p, weights):
     """The statistics of one array: made by sums over it, they lie on its mesh."""
     zeros = jnp.zeros_like(p, dtype=_trees.statistic_dtype(p))
+    unused = _units.placeholder(zeros)
     if units is None:
-        return _Array(None, zeros, _units.placeholder(zeros), _units.placeholder(zeros))
+        return _Array(None, None, zeros, unused, jnp.copy(unused))
     zeros = units.split(zeros)
     nu, mean_nu = units.over_inputs(zeros), units.over_inputs(zeros)
-    learned = weights == "learned"
-    direction = units.start(zeros) if learned else _units.placeholder(zeros)
-    return _Array(None, nu, mean_nu, direction)
+    direction = units.constant(zeros) if weights == "learned" else unused
+    return _Array(None, None, nu, mean_nu, direction)
 
 
 def _rest(nu, mean_nu, s):
