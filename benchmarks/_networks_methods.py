@@ -1,5 +1,6 @@
 """The methods of networks.py: what they are called, and how they are tuned."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,13 +33,14 @@ class Method(NamedTuple):
     """`make`: settings -> a transformation to the direction that a rate multiplies.
 
     Every combination of the values in `settings` is tuned over rates 2^k around
-    `start`; all of them may be traced.
+    `start`; all of them may be traced. `factorizes`: it has eigenvectors of its own.
     """
 
     label: str
     make: Callable[..., optax.GradientTransformation]
     settings: dict[str, tuple[float, ...]] = {}
     start: int = -8
+    factorizes: bool = False
 
     def variants(self) -> list[dict[str, float]]:
         values = itertools.product(*self.settings.values())
@@ -49,23 +51,24 @@ def adam(b2: Any):
     return optax.scale_by_adam(b2=b2)
 
 
-def muon(rest: Any):
+def muon_dimensions(params: Any):
     """Embeddings, the transformer's head and what is no matrix have Adam."""
 
-    def dimensions(params):
-        def one(path, p):
-            if p.ndim < 2 or is_embedding(path) or "head" in str(path):
-                return None
-            axes = tuple(range(p.ndim - 1))
-            return optax.contrib.MuonDimensionNumbers(axes, p.ndim - 1)
+    def one(path, p):
+        if p.ndim < 2 or is_embedding(path) or "head" in str(path):
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)
 
-        return jax.tree.map_with_path(one, params)
+    return jax.tree.map_with_path(one, params)
 
+
+def muon(beta: Any, rest: Any, consistent_rms: float | None):
     return optax.contrib.muon(
         -1.0,  # Its sign is for descent already.
+        beta=beta,
         adam_learning_rate=-rest,
-        muon_weight_dimension_numbers=dimensions,
-        consistent_rms=0.2,  # Adam's, so that one rate serves all arrays.
+        muon_weight_dimension_numbers=muon_dimensions,
+        consistent_rms=consistent_rms,
     )
 
 
@@ -88,24 +91,44 @@ METHODS = {
         B2,
     ),
     "adam_mini": Method("Adam-mini", lambda b2: scale_by_adam_mini(b2=b2), B2),
-    "muon": Method("Muon", muon, {"rest": (0.3, 1.0)}, -6),
-    "soap": Method("SOAP", lambda b2: scale_by_soap(b2=b2), {"b2": (0.95, 0.99)}),
+    "muon": Method(
+        "Muon, scaled by width",
+        functools.partial(muon, consistent_rms=None),
+        {"beta": (0.9, 0.95), "rest": (0.03, 0.1)},
+        -6,
+    ),
+    "muon_rms": Method(
+        "Muon, scaled to Adam's size",
+        functools.partial(muon, consistent_rms=0.2),
+        {"beta": (0.9, 0.95), "rest": (0.3, 1.0)},
+        -6,
+    ),
+    "soap": Method(
+        "SOAP",
+        scale_by_soap,
+        {"b1": (0.9, 0.95), "b2": (0.95, 0.99)},
+        factorizes=True,
+    ),
     "adagrad": Method(
         "AdaGrad", lambda: optax.scale_by_rss(initial_accumulator_value=0.0), start=-5
     ),
-    "adagrad_bma": Method("AdaGrad-BMA", bma.scale_by_bma, start=-5),
+    "adagrad_bma": Method("AdaGrad-BMA", bma.scale_by_bma, start=-5, factorizes=True),
     "adagrad_bma_projection": Method(
         "AdaGrad-BMA, projection",
         lambda: bma.scale_by_bma(estimator="projection", min_eigenvalue=1.0),
         start=-5,
+        factorizes=True,
     ),
-    "adam_bma": Method("Adam-BMA", lambda b2: bma.scale_by_adam_bma(b2=b2), B2),
+    "adam_bma": Method(
+        "Adam-BMA", lambda b2: bma.scale_by_adam_bma(b2=b2), B2, factorizes=True
+    ),
     "adam_bma_projection": Method(
         "Adam-BMA, projection",
         lambda b2: bma.scale_by_adam_bma(
             b2=b2, estimator="projection", min_eigenvalue=1.0
         ),
         B2,
+        factorizes=True,
     ),
     "adam_shrunk": Method(
         "Adam, block means of the update times c",

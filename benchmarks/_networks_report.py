@@ -119,9 +119,10 @@ def summary(tasks: dict[str, Any]) -> str:
 
 
 def gap_closed(losses: dict[str, float]) -> str:
-    if not {"adam", "soap", "muon", "mini_bma"} <= set(losses):
+    peers = {"soap", "muon", "muon_rms"}
+    if not peers | {"adam", "mini_bma"} <= set(losses):
         return ""
-    best = min(losses["soap"], losses["muon"])
+    best = min(losses[name] for name in peers)
     if not best < losses["adam"]:
         return "no gap"
     return f"{(losses['adam'] - losses['mini_bma']) / (losses['adam'] - best):.0%}"

@@ -24,9 +24,14 @@ class Trainer:
         self.task, self.method = task, method
         self.train = jax.tree.map(jnp.asarray, task.train)
         self.test = in_chunks(task.test)
-        self.runs = jax.jit(jax.vmap(self.run))
+        # One after the other where LAPACK is called: batches of matrices in a loop can
+        # wait for themselves for ever on a CPU with few cores (JAX 0.10.2).
+        one_by_one, at_once = jax.lax.map, lambda run, each: jax.vmap(run)(each)
+        every = one_by_one if method.factorizes else at_once
+        self.runs = jax.jit(lambda arguments: every(self.run, arguments))
 
-    def run(self, seed, rate, settings, batches):
+    def run(self, arguments):
+        seed, rate, settings, batches = arguments
         tx = self.method.make(**settings)
         params = self.task.init(jax.random.key(seed))
         start = params, tx.init(params)
@@ -46,7 +51,7 @@ class Trainer:
         arguments = jax.tree.map(
             lambda x: x.astype(np.float32) if x.dtype.kind == "f" else x, arguments
         )
-        losses, test = jax.device_get(self.runs(*arguments))
+        losses, test = jax.device_get(self.runs(arguments))
         return np.asarray(losses, np.float64), np.asarray(test, np.float64)
 
 

@@ -231,7 +231,7 @@ class Sizes(NamedTuple):
     hidden: tuple[int, ...] = (256, 128)
     code: tuple[int, ...] = (96, 48, 12)
     channels: tuple[int, ...] = (16, 32, 32)
-    width: int = 48
+    width: int = 32
     length: int = 32
     characters: int = 400_000
     steps: dict[str, int] = {"mlp": 200, "conv": 200, "autoencoder": 600, "text": 300}
@@ -256,7 +256,9 @@ def make(name: str, data_dir: Path | None, small: bool, times: int = 1) -> Task:
     def task(init, forward, train, test, kind):
         steps = sizes.steps[kind] * times
         title = name if times == 1 else f"{name}, {times} times the steps"
-        return Task(title, init, forward, train, test, steps, sizes.batch_size)
+        # A window of text is many examples.
+        examples = sizes.batch_size // 2 if kind == "text" else sizes.batch_size
+        return Task(title, init, forward, train, test, steps, examples)
 
     if name == "transformer":
         init = functools.partial(transformer_init, sizes.length, sizes.width, 2)
