@@ -143,6 +143,11 @@ METHODS = {
         C,
     ),
     "mini_bma": Method("mini-BMA, learned weights", mini_bma),
+    "mini_bma_tuned": Method(
+        "mini-BMA, learned weights, b2 and b3 tuned",
+        mini_bma,
+        {"b2": (0.95, 0.99), "b3": (0.8, 0.95, 0.99)},
+    ),
     "mini_bma_constant": Method(
         "mini-BMA, plain means", lambda: mini_bma(weights="constant")
     ),

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 import optax
 from _networks_angles import angles
+from _networks_costs import CHEAP, cost_table, costs
 from _networks_methods import METHODS
 from _networks_report import angle_table, draw, summary, table
 from _networks_study import study, timings
@@ -121,7 +122,7 @@ def start(options: Any) -> dict[str, Any]:
             f"{options.out}: results of other settings or versions. Remove the file or "
             "choose another one with --out."
         )
-    return fresh | {"tasks": tasks}
+    return fresh | {"tasks": tasks, "costs": found.get("costs", {})}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -160,8 +161,14 @@ def main(arguments: list[str] | None = None) -> None:
                 raise SystemExit(str(error)) from None
             result = run(name, task, options, content, bar)
             bar.write(table(name, result))
+        chosen = [name for name in CHEAP if name in options.methods]
+        if not set(chosen) <= set(content.get("costs", {}).get("methods", {})):
+            width = 64 if options.small else 4096
+            content["costs"] = plain(costs(chosen, width, options.repeats, bar))
+            write(content, options.out)
     print(summary(content["tasks"]))
     print(angle_table(content["tasks"]))
+    print(cost_table(content["costs"]))
     draw(content["tasks"], options.out.with_suffix(".png"))
     print(f"\nWrote {options.out} and its figure")
 

@@ -224,15 +224,22 @@ def test_steps_to_a_loss():
 def test_short_run_goes_on(tmp_path, capsys):
     path = tmp_path / "networks.json"
     options = ["--small", "--tasks", "mlp_raw", "--repeats", "1", "--out", str(path)]
-    networks.main([*options, "--methods", "mini_bma"])
-    before = json.loads(path.read_text())["tasks"]["mlp_raw"]
-    assert list(before["methods"]) == ["adam", "mini_bma"]
-    networks.main([*options, "--methods", "mini_bma", "adam_mini"])
+    options += ["--methods", "mini_bma", "adam_mini"]
+    networks.main(options)
+    before = json.loads(path.read_text())
+    lost = before["tasks"]["mlp_raw"]["methods"].pop("adam_mini")
+    path.write_text(json.dumps(before))
+    networks.main(options)
     content = json.loads(path.read_text())
     task = content["tasks"]["mlp_raw"]
     assert content["versions"]["jax"] and content["device"] and content["cores"]
+    assert set(task["methods"]) == {"adam", "adam_mini", "mini_bma"}
+    found = dict(task["methods"])
+    for key in ("tuning", "train_loss", "test_loss", "steps_to_adam"):
+        assert found["adam_mini"][key] == lost[key]
+    del found["adam_mini"]  # The others are not run again.
+    assert found == before["tasks"]["mlp_raw"]["methods"]
     for name, row in task["methods"].items():
-        assert row == before["methods"].get(name, row)
         tuned, timed = row["tuning"], task["timings"][name]
         grid = next(g for g in tuned["grids"] if g["settings"] == tuned["settings"])[
             "losses"
@@ -249,6 +256,7 @@ def test_short_run_goes_on(tmp_path, capsys):
     assert timed["adam"]["state_over_params"] == pytest.approx(2 + 1 / d, rel=1e-4)
     mini = 1 + (6 + 6 + 10 + 10 + 1) / d
     assert timed["adam_mini"]["state_over_params"] == pytest.approx(mini, rel=1e-4)
+    assert set(content["costs"]["methods"]) == {"adam", "adam_mini", "mini_bma"}
     looks = task["methods"]["mini_bma"]["angles"]
     assert set(looks) == {"dense0", "dense1"}
     for row in looks.values():
