@@ -25,14 +25,14 @@ def angles(task: Task, tx, rate: float, seed: int, looks: int = 6) -> dict[str, 
     carry, batches = (params, tx.init(params)), task.batches(seed)
 
     @jax.jit
-    def advance(carry, batches):
+    def advance(carry, batches, train):
         def step(carry, rows):
             return one_step(task, tx, rate, carry, train, rows)
 
         return jax.lax.scan(step, carry, batches)[0]
 
     @jax.jit
-    def moments(params):
+    def moments(params, some):
         def of(inputs):
             rows = inputs.reshape(-1, inputs.shape[-1])
             return rows.mean(axis=0), rows.T @ rows / len(rows)
@@ -42,9 +42,9 @@ def angles(task: Task, tx, rate: float, seed: int, looks: int = 6) -> dict[str, 
     length = max(1, task.steps // looks)
     result: dict[str, Any] = {}
     for look in range(task.steps // length):
-        carry = advance(carry, batches[look * length : (look + 1) * length])
+        carry = advance(carry, batches[look * length : (look + 1) * length], train)
         params, state = carry
-        for name, (mean, second) in jax.device_get(moments(params)).items():
+        for name, (mean, second) in jax.device_get(moments(params, some)).items():
             direction = np.ravel(state.direction[name]["kernel"])
             top = np.linalg.eigh(second.astype(np.float64))[1][:, -1]
             square = float(jnp.sum(state.nu[name]["kernel"]))

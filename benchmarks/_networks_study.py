@@ -22,26 +22,28 @@ class Trainer:
 
     def __init__(self, task: Task, method: Method) -> None:
         self.task, self.method = task, method
-        self.train = jax.tree.map(jnp.asarray, task.train)
-        self.test = in_chunks(task.test)
+        self.data = jax.tree.map(jnp.asarray, task.train), in_chunks(task.test)
         # One after the other where LAPACK is called: batches of matrices in a loop can
         # wait for themselves for ever on a CPU with few cores (JAX 0.10.2).
         one_by_one, at_once = jax.lax.map, lambda run, each: jax.vmap(run)(each)
         every = one_by_one if method.factorizes else at_once
-        self.runs = jax.jit(lambda arguments: every(self.run, arguments))
+        self.runs = jax.jit(
+            lambda arguments, data: every(lambda each: self.run(each, data), arguments)
+        )
 
-    def run(self, arguments):
+    def run(self, arguments, data):
+        train, test = data
         seed, rate, settings, batches = arguments
         tx = self.method.make(**settings)
         params = self.task.init(jax.random.key(seed))
         start = params, tx.init(params)
 
         def step(carry, rows):
-            return one_step(self.task, tx, rate, carry, self.train, rows)
+            return one_step(self.task, tx, rate, carry, train, rows)
 
         (params, _), losses = jax.lax.scan(step, start, batches)
-        test = jax.lax.map(lambda part: self.task.loss(params, part), self.test)
-        return losses, jnp.mean(test)
+        test_losses = jax.lax.map(lambda part: self.task.loss(params, part), test)
+        return losses, jnp.mean(test_losses)
 
     def __call__(self, seeds: list[int], rates: list[float], settings: dict):
         """The losses of every step (runs, steps), and of the test set (runs,)."""
@@ -51,7 +53,7 @@ class Trainer:
         arguments = jax.tree.map(
             lambda x: x.astype(np.float32) if x.dtype.kind == "f" else x, arguments
         )
-        losses, test = jax.device_get(self.runs(arguments))
+        losses, test = jax.device_get(self.runs(arguments, self.data))
         return np.asarray(losses, np.float64), np.asarray(test, np.float64)
 
 
