@@ -87,6 +87,7 @@ METHODS = {
     "adam": Method("Adam", adam, B2),
     "adam_centralized": Method(
         "Adam, centralised gradients",
+        # `optax.centralize` is for the layout (units, inputs).
         lambda b2: optax.chain(bma.scale_block_mean(0.0, UNITS), adam(b2)),
         B2,
     ),

@@ -1,4 +1,4 @@
-"""Peers that Optax does not have, or not as needed: Adam-mini, SOAP, centralising.
+"""Peers that Optax does not have, or not as needed: Adam-mini and SOAP.
 
 Arrays are seen as matrices, inputs x units: the last axis counts units, in embeddings
 the first one. Arrays with one axis have Adam.
@@ -21,20 +21,6 @@ def input_axes(path: Any, array: jax.Array) -> tuple[int, ...]:
     if array.ndim < 2:
         return ()
     return (1,) if is_embedding(path) else tuple(range(array.ndim - 1))
-
-
-def centralize_units() -> optax.GradientTransformation:
-    """Gradient centralisation: each unit's mean over its inputs is subtracted.
-
-    `optax.centralize` takes means over all axes but the first one: those of PyTorch's
-    layout, (units, inputs).
-    """
-
-    def center(path, g):
-        axes = input_axes(path, g)
-        return g - jnp.mean(g, axes, keepdims=True) if axes else g
-
-    return optax.stateless(lambda updates, _: jax.tree.map_with_path(center, updates))
 
 
 def scale_by_adam_mini(b1: Any = 0.9, b2: Any = 0.99, eps: float = 1e-8):

@@ -234,7 +234,7 @@ class Sizes(NamedTuple):
     width: int = 32
     length: int = 32
     characters: int = 400_000
-    steps: dict[str, int] = {"mlp": 200, "conv": 200, "autoencoder": 600, "text": 300}
+    steps: dict[str, int] = {"mlp": 200, "conv": 200, "autoencoder": 600, "text": 250}
     batch_size: int = 32
 
 
