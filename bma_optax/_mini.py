@@ -91,7 +91,8 @@ def scale_by_mini_bma(
       A ``GradientTransformationExtraArgs`` with the state
       :class:`ScaleByMiniBMAState`. Updates keep the dtype of the gradients; statistics
       are float32, or float64 for float64 gradients. A gradient that is not finite
-      counts as 0 and gives an update that is not finite, at that element alone.
+      gives its unit an update that is not finite; the unit is left out of the
+      statistics of that step, and the direction of its array stays.
 
     Raises:
       TypeError: if ``partition`` is no rule; at ``init``, if a leaf is no real floating
@@ -104,7 +105,7 @@ def scale_by_mini_bma(
       >>> import jax, jax.numpy as jnp, optax
       >>> import bma_optax as bma
       >>> x = jnp.array([[3.0, 1.0], [2.0, 2.0], [3.0, 0.0]])
-      >>> def f(w): return jnp.mean((x @ w - jnp.array([1.0, -1.0])) ** 2)
+      >>> def f(w): return jnp.mean((x @ w - jnp.array([[1.0, -1.0]])) ** 2)
       >>> params = jnp.zeros((2, 2))
       >>> tx = optax.chain(bma.scale_by_mini_bma(), optax.scale(-0.1))
       >>> state = tx.init(params)
@@ -147,44 +148,42 @@ def scale_by_mini_bma(
 
         def step(units, gradient, old_mu, nu, mean_nu, direction):
             """One array."""
-            g = gradient.astype(nu.dtype)
-            mu = old_mu.astype(g.dtype)
-            started = _moments.bias_correction(count, b1, g.dtype)
-            started_nu = _moments.bias_correction(count, b2, g.dtype)
-            if units is None:  # Adam.
-                g = jnp.where(jnp.isfinite(g), g, 0)
-                mu = _moments.decay(g, mu, b1)
-                nu = _moments.decay(jnp.square(g), nu, b2)
-                root = _moments.root(nu / started_nu, eps) * started
-                r = _moments.divide(mu, root)
-            else:
-                # Gather: h and M of the units that are finite, and a turn of q.
-                g, mu = units.split(g), units.split(mu)
-                if weights == "learned":
-                    q = _units.unit(direction, units.inputs)
-                else:
-                    q = units.constant(g)
-                squares = units.over_inputs(jnp.square(g))
-                finite = jnp.isfinite(squares)
-                a = jnp.where(finite, units.times(g, q), 0)
-                nu = jnp.where(finite, _moments.decay(squares, nu, b2), nu)
-                mean = jnp.square(a)
-                mean_nu = jnp.where(finite, _moments.decay(mean, mean_nu, b2), mean_nu)
-                if weights == "learned":
-                    direction = units.turn(direction, g, a, b3)
+            g, mu = gradient.astype(nu.dtype), old_mu.astype(nu.dtype)
+            if units is None:
+                r, mu, nu = _moments.adam(g, mu, nu, count, b1, b2, eps)
+                r, mu = r.astype(gradient.dtype), mu.astype(old_mu.dtype)
+                return _Array(r, mu, nu, mean_nu, direction)
 
-                # Apply: the momentum with another part along q, over the root of Λ.
-                along = units.times(mu, q)
-                along = jnp.where(finite, _moments.decay(a, along, b1), along)
-                mu = jnp.where(finite, _moments.decay(g, mu, b1), mu)
-                Lambda = _rest(nu, mean_nu, units.num_inputs)
-                part = _shrink(mean_nu, Lambda) if factor is None else factor
-                along = (jnp.asarray(part, g.dtype) - 1) * along
-                root = _moments.root(Lambda / started_nu, eps) * started
-                r = (mu + along * q) * _moments.divide(jnp.ones_like(root), root)
-                r, mu = units.join(r, gradient), units.join(mu, gradient)
-            r = jnp.where(jnp.isfinite(gradient), r.astype(gradient.dtype), gradient)
-            return _Array(r, mu.astype(old_mu.dtype), nu, mean_nu, direction)
+            # Gather: h and M of the units that are finite, and a turn of q.
+            g, mu = units.split(g), units.split(mu)
+            if weights == "learned":
+                q = _units.unit(direction, units.inputs)
+            else:
+                q = units.constant(g)
+            squares = units.over_inputs(jnp.square(g))
+            finite = jnp.isfinite(squares)
+            product = units.times(g, q)
+            a = jnp.where(finite, product, 0)
+            mu = jnp.where(finite, _moments.decay(g, mu, b1), mu)
+            nu = jnp.where(finite, _moments.decay(squares, nu, b2), nu)
+            mean = _moments.decay(jnp.square(a), mean_nu, b2)
+            mean_nu = jnp.where(finite, mean, mean_nu)
+            if weights == "learned":
+                direction = units.turn(direction, g, a, b3)
+
+            # Apply: the momentum with another part along q, over the root of Λ. What
+            # each unit is multiplied by is one number: divisions are for few elements.
+            Lambda = _rest(nu, mean_nu, units.num_inputs)
+            part = _shrink(mean_nu, Lambda) if factor is None else factor
+            along = (jnp.asarray(part, g.dtype) - 1) * units.times(mu, q)
+            started = _moments.bias_correction(count, b1, g.dtype)
+            Lambda = Lambda / _moments.bias_correction(count, b2, g.dtype)
+            root = _moments.root(Lambda, eps) * started
+            scale = _moments.divide(jnp.ones_like(root), root)
+            r = (mu + along * q) * jnp.where(jnp.isfinite(product), scale, jnp.nan)
+            r = units.join(r, gradient).astype(gradient.dtype)
+            mu = units.join(mu, gradient).astype(old_mu.dtype)
+            return _Array(r, mu, nu, mean_nu, direction)
 
         new = _units.map_arrays(_Array, step, arrays, updates, *state[1:])
         return new.update, ScaleByMiniBMAState(count, *new[1:])
@@ -236,7 +235,7 @@ def mini_bma(
       >>> import jax, jax.numpy as jnp, optax
       >>> import bma_optax as bma
       >>> x = jnp.array([[3.0, 1.0], [2.0, 2.0], [3.0, 0.0]])
-      >>> def f(w): return jnp.mean((x @ w - jnp.array([1.0, -1.0])) ** 2)
+      >>> def f(w): return jnp.mean((x @ w - jnp.array([[1.0, -1.0]])) ** 2)
       >>> solver = bma.mini_bma(learning_rate=0.1)
       >>> params = jnp.zeros((2, 2))
       >>> state = solver.init(params)

@@ -47,3 +47,18 @@ def like_gradients(result, updates):
     return jax.tree.map(
         lambda x, g: jnp.where(jnp.isfinite(g), x.astype(g.dtype), g), result, updates
     )
+
+
+def adam(g, mu, nu, count, b1, b2, eps):
+    """Adam's update of one array, and its moments after ``count`` steps.
+
+    A gradient that is not finite counts as 0 and gives itself for an update.
+    """
+    finite = jnp.isfinite(g)
+    mu = decay(jnp.where(finite, g, 0), mu, b1)
+    nu = decay(jnp.where(finite, jnp.square(g), 0), nu, b2)
+    r = divide(
+        mu / bias_correction(count, b1, g.dtype),
+        root(nu / bias_correction(count, b2, g.dtype), eps),
+    )
+    return jnp.where(finite, r, g), mu, nu

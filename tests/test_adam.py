@@ -145,7 +145,7 @@ def test_a_gradient_that_is_not_finite_hurts_only_itself(bad):
     np.testing.assert_array_equal(after.nu["b"], expected.nu["b"])
 
 
-@pytest.mark.parametrize("magnitude", [1e-25, 1e-12, 1e15, 1e25, 3e38])
+@pytest.mark.parametrize("magnitude", [1e-25, 1e-12, 1e15, 1e25, 1e38])
 def test_finite_gradients_give_finite_updates(magnitude):
     rng = np.random.default_rng(5)
     params = {"a": jnp.zeros((9, 4)), "b": jnp.zeros(3)}

@@ -205,7 +205,7 @@ def test_trees_with_little_in_them(params):
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_a_gradient_that_is_not_finite_hurts_only_itself(bad):
+def test_a_gradient_that_is_not_finite_hurts_only_its_unit(bad):
     rng = np.random.default_rng(6)
     params = {"w": jnp.asarray(rng.standard_normal((4, 2)), jnp.float32)}
     params["b"] = jnp.ones(2)
@@ -215,7 +215,7 @@ def test_a_gradient_that_is_not_finite_hurts_only_itself(bad):
     broken = {"w": params["w"].at[1, 0].set(bad), "b": jnp.array([bad, 1.0])}
     updates, after = update(broken, state)
     expected, expected_state = update(params, state)
-    np.testing.assert_array_equal(jnp.isfinite(updates["w"]).sum(0), [3, 4])
+    np.testing.assert_array_equal(jnp.isfinite(updates["w"]).sum(0), [0, 4])
     np.testing.assert_array_equal(jnp.isfinite(updates["b"]), [False, True])
     # Its unit and the direction stay as they were, the other unit goes on.
     for field in ("mu", "nu", "mean_nu"):
