@@ -40,6 +40,7 @@ def scale_by_bma(
     eps: jax.typing.ArrayLike = 1e-7,
     min_eigenvalue: jax.typing.ArrayLike = 1e-2,
     form: str = "left",
+    estimator: str = "report",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales updates by the inverse root of a block mean approximation (AdaGrad-BMA).
 
@@ -63,8 +64,8 @@ def scale_by_bma(
     Args:
       partition: the rule that cuts parameters into blocks, ``bma.per_leaf`` and so on;
         see :func:`bma_optax.partition`. An array without blocks gets plain AdaGrad.
-      couple: which blocks see each other: "all", those of one "array", or of one
-        "layer".
+      couple: which blocks see each other: "all", those of one "array", of one "layer",
+        or none, every "block" alone.
       initial_accumulator_value: the start of diag H, >= 0. It is 0 here, not Optax's
         0.1: a large start swamps z, and M then stays at the identity.
       eps: added to diag H inside the root, >= 0.
@@ -78,6 +79,11 @@ def scale_by_bma(
         :math:`Z^{-1/2} F^{-1/2} Z^{-1/2} g`, always a descent direction but
         large where z is tiny and blocks are fine: with ``per_unit`` on digits its
         largest entry was 13.5, that of "left" 2.0 (``benchmarks/min_eigenvalue.py``).
+      estimator: "report" for the M above; "projection" for
+        :math:`M = S^{1/2} \frac{U}{v v^T} S^{1/2}`, S = diag(s), diagonal included:
+        eq. (2) of :math:`Z^{-1} H Z^{-1}`, whose off-diagonal entries the report's M
+        shrinks by :math:`\sqrt{s_i s_j}`. Take ``min_eigenvalue=1`` with it on
+        networks.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleByBMAState`.
@@ -87,9 +93,10 @@ def scale_by_bma(
     Raises:
       TypeError: if ``partition`` is no rule; at ``init``, if a leaf is no real floating
         array.
-      ValueError: if ``form`` or ``couple`` is unknown or a number is negative or NaN;
-        at ``init``, if the rule does not fit the parameters; at ``update``, if the
-        gradients are not of the structure and shapes that ``init`` saw.
+      ValueError: if ``form``, ``couple`` or ``estimator`` is unknown or a number is
+        negative or NaN; at ``init``, if the rule does not fit the parameters; at
+        ``update``, if the gradients are not of the structure and shapes that ``init``
+        saw.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -113,6 +120,7 @@ def scale_by_bma(
     """
     _rules.check_rule(partition)
     _partition.check_couple(couple)
+    _small_matrix.check_estimator(estimator)
     if form not in _FORMS:
         raise ValueError(f"`form` must be one of {_FORMS}, got {form!r}.")
     _checks.not_negative(
@@ -130,21 +138,13 @@ def scale_by_bma(
             ),
             params,
         )
-        # Zeros made from sums over params are typed as later sums are: on their mesh.
-        v = 0 * blocks.block_sums(sum_of_squares)
-        U = blocks.outer(v)
-        identity = [
-            matrix + jnp.broadcast_to(jnp.eye(n, dtype=v.dtype), (count, n, n))
-            for matrix, (count, n) in zip(
-                blocks.split_matrix(U), blocks.buckets, strict=True
-            )
-        ]
+        U, v, inverse_root = _small_matrix.start(blocks, sum_of_squares)
         return ScaleByBMAState(
             count=jnp.zeros((), jnp.int32),
             sum_of_squares=sum_of_squares,
             U=U,
             v=v,
-            inverse_root=blocks.join(identity, U.shape, U.dtype),
+            inverse_root=inverse_root,
             failures=jnp.sum(v).astype(jnp.int32),
         )
 
@@ -156,14 +156,13 @@ def scale_by_bma(
         # Gather: diag H, U, v.
         g = jax.tree.map(lambda g, h: g.astype(h.dtype), updates, state.sum_of_squares)
         h = jax.tree.map(_add_square, g, state.sum_of_squares)
-        u = blocks.block_sums(g)
-        U = state.U + blocks.outer(jnp.where(jnp.isfinite(u), u, 0))
+        U = state.U + _small_matrix.outer(blocks, blocks.block_sums(g))
         z = jax.tree.map(lambda h: _scale(h, eps, 0.5), h)
         v = blocks.block_sums(z)
 
         # The small matrix and its root.
         inverse_root, failures = _small_matrix.inverse_root(
-            blocks, U, v, state.inverse_root, min_eigenvalue
+            blocks, U, v, state.inverse_root, min_eigenvalue, estimator
         )
 
         # Apply: r + E (M^-½ - I) Eᵀ r.
@@ -202,6 +201,7 @@ def adagrad_bma(
     eps: jax.typing.ArrayLike = 1e-7,
     min_eigenvalue: jax.typing.ArrayLike = 1e-2,
     form: str = "left",
+    estimator: str = "report",
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaGrad with a block mean approximation of the full matrix.
 
@@ -215,6 +215,7 @@ def adagrad_bma(
       eps: added to diag H inside the root.
       min_eigenvalue: the least eigenvalue of M.
       form: "left" or "symmetric".
+      estimator: "report" or "projection".
 
     Returns:
       ``optax.chain(scale_by_bma(...), optax.scale_by_learning_rate(learning_rate))``.
@@ -247,6 +248,7 @@ def adagrad_bma(
             eps=eps,
             min_eigenvalue=min_eigenvalue,
             form=form,
+            estimator=estimator,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )

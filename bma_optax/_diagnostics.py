@@ -5,11 +5,13 @@ from typing import Any
 import jax
 
 from bma_optax._adagrad import ScaleByBMAState
+from bma_optax._adam import ScaleByAdamBMAState
 from bma_optax._newton import ScaleByNewtonBMAState
 from bma_optax._steps import ScaleByQuadraticModelState
 
 _FIELDS: dict[type, tuple[str, ...]] = {
     ScaleByBMAState: ("count", "failures"),
+    ScaleByAdamBMAState: ("count", "failures"),
     ScaleByNewtonBMAState: (
         "count",
         "coarse_ratio",

@@ -96,8 +96,8 @@ def scale_by_newton_bma(
         diagonal alone and sets ``state.local`` to False.
       levels: with ``reach``, how M is inverted: by nested levels of tiles of 4 (or the
         reach) down to 64 blocks, or by tiles of the shapes given here; then densely.
-      couple: which blocks see each other: "all", those of one "array", or of one
-        "layer".
+      couple: which blocks see each other: "all", those of one "array", of one "layer",
+        or none, every "block" alone.
       update_interval: steps from one refresh of the factor to the next; the first step
         has one. A constant curvature needs no other; each costs all products anew.
       b2: the decay of the averages of N and diag G over refreshes, in [0, 1); for

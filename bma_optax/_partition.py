@@ -13,9 +13,10 @@ import numpy as np
 
 from bma_optax import _rules, _table, _trees
 from bma_optax._rules import Path, Rule, Shape
+from bma_optax._rules_of_rules import ByPath
 from bma_optax._tiles import Tiles
 
-_COUPLES = ("all", "array", "layer")
+_COUPLES = ("all", "array", "layer", "block")
 _MANY_BLOCKS = 1000
 _INDEX_LIMIT = 2**31  # LAPACK and its peers index the entries of a matrix in 32 bits.
 
@@ -206,8 +207,8 @@ def partition(
         ``jax.ShapeDtypeStruct``: nothing is allocated.
       rule: a :class:`Rule`.
       couple: which blocks see each other: "all" in one matrix, those of one "array",
-        or those of one "layer" (arrays whose paths differ in the last part only). A
-        solve costs Σ L_group³.
+        those of one "layer" (arrays whose paths differ in the last part only), or none,
+        every "block" alone. A solve costs Σ L_group³.
 
     Returns:
       A :class:`Partition`; print it to read it as a table.
@@ -235,7 +236,7 @@ def partition(
     largest = max((n for _, n in result.buckets), default=0)
     advice = (
         "Use coarser blocks (bma.per_leaf, larger tiles, None for an array in "
-        'bma.by_path) or couple="layer" or "array".'
+        'bma.by_path) or couple="layer", "array" or "block".'
     )
     if sum(count * n * n for count, n in result.buckets) >= _INDEX_LIMIT:
         raise ValueError(
@@ -271,7 +272,13 @@ def check_couple(couple: str) -> None:
 @functools.lru_cache(maxsize=128)
 def _layout(leaves, rule, couple) -> Partition:
     arrays = [
-        Tiles(path, shape, _tile(rule, path, shape), rule.owner(path))
+        Tiles(
+            path,
+            shape,
+            _tile(rule, path, shape),
+            rule.owner(path),
+            stacked_axes=rule.stacked_axes(path, shape),
+        )
         for path, shape in leaves
     ]
     _check_patterns(rule, [path for path, _ in leaves])
@@ -289,6 +296,8 @@ def _layout(leaves, rule, couple) -> Partition:
     # Groups of equal size lie side by side, so that one batched eigh serves them all.
     ordered = sorted(groups.values(), key=lambda owners: sum(owners.values()))
     counts = [sum(owners.values()) for owners in ordered]
+    if couple == "block":
+        counts = [1] * sum(counts)
     buckets = tuple((len(list(same)), n) for n, same in itertools.groupby(counts))
     starts, position = {}, 0
     for owners in ordered:
@@ -302,7 +311,9 @@ def _layout(leaves, rule, couple) -> Partition:
 
 
 def _group_of(array: Tiles, couple: str) -> Path:
-    return {"all": (), "array": array.owner, "layer": array.path[:-1]}[couple]
+    if couple == "all":
+        return ()
+    return array.path[:-1] if couple == "layer" else array.owner
 
 
 def _tile(rule: Rule, path: Path, shape: Shape) -> Shape | None:
@@ -325,7 +336,7 @@ def _check_patterns(rule: Rule, paths: list[Path]) -> None:
 
     Optax calls ``init`` on a placeholder without leaves: nothing can match there.
     """
-    if not isinstance(rule, _rules._ByPath) or not paths:
+    if not isinstance(rule, ByPath) or not paths:
         return
     used = {rule.match(path) for path in paths}
     for i, (pattern, _) in enumerate(rule.rules):

@@ -131,7 +131,8 @@ def preconditioner(
       cycle: "additive" for C, or with a reach "multiplicative" for the symmetric cycle
         smooth, correct, smooth: fewer iterations at two more products each. It calls
         ``product_fn``, which must then not close over traced arrays.
-      couple: which blocks see each other: "all", "array" or "layer".
+      couple: which blocks see each other: "all", "array", "layer" or
+        "block".
       damping: μ >= 0.
       min_eigenvalue: the least eigenvalue of M, >= 0.
       num_probes: products for the diagonal, see :class:`Curvature`.

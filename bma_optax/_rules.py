@@ -1,8 +1,7 @@
 """Partition rules: which tile of each array is a block, from path and shape alone."""
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 Path = tuple[str, ...]
@@ -19,8 +18,9 @@ class Rule:
 
     Ready-made: ``per_leaf`` (one block an array), ``per_layer`` (the arrays of one
     module merged into one block), ``per_unit`` (one block for each index of the last
-    axis; an array of one axis is one block), ``per_element`` (AdaGrad-Full), and
-    :func:`per_tile`, :func:`by_path`, :func:`by_function`.
+    axis; an array of one axis is one block), ``per_row`` (the same for the first axis:
+    embeddings, Equinox's layers), ``per_element`` (AdaGrad-Full), and :func:`per_tile`,
+    :func:`stacked`, :func:`by_path`, :func:`by_function`.
 
     Example:
       >>> import bma_optax as bma
@@ -61,6 +61,24 @@ class Rule:
         """
         return path
 
+    def stacked_axes(self, path: Path, shape: Shape) -> tuple[int, ...]:
+        """The axes whose entries are arrays of their own, as in scanned layers.
+
+        Args:
+          path: the keys to the array, as strings.
+          shape: its shape.
+
+        Returns:
+          Positions of axes, ascending: by default none.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> rule = bma.stacked(bma.per_unit)
+          >>> rule.stacked_axes(("layers", "kernel"), (12, 784, 32))
+          (0,)
+        """
+        return ()
+
 
 @dataclasses.dataclass(frozen=True)
 class _PerLeaf(Rule):
@@ -90,6 +108,15 @@ class _PerUnit(Rule):
 
     def __repr__(self):
         return "per_unit"
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerRow(Rule):
+    def tile(self, path, shape):
+        return (1, *shape[1:]) if len(shape) > 1 else shape
+
+    def __repr__(self):
+        return "per_row"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,35 +151,10 @@ class _ByFunction(Rule):
         return f"by_function({getattr(self.function, '__name__', self.function)})"
 
 
-@dataclasses.dataclass(frozen=True)
-class _ByPath(Rule):
-    rules: tuple[tuple[str, Rule | None], ...]
-    default: Rule | None
-
-    def match(self, path: Path) -> int:
-        """The position of the first pattern that matches, or len(rules)."""
-        name = "/".join(path)
-        found = (i for i, (p, _) in enumerate(self.rules) if re.search(p, name))
-        return next(found, len(self.rules))
-
-    def _rule(self, path):
-        return (*(rule for _, rule in self.rules), self.default)[self.match(path)]
-
-    def tile(self, path, shape):
-        rule = self._rule(path)
-        return None if rule is None else rule.tile(path, shape)
-
-    def owner(self, path):
-        rule = self._rule(path)
-        return path if rule is None else rule.owner(path)
-
-    def __repr__(self):
-        return f"by_path({dict(self.rules)}, default={self.default})"
-
-
 per_leaf: Rule = _PerLeaf()
 per_layer: Rule = _PerLayer()
 per_unit: Rule = _PerUnit()
+per_row: Rule = _PerRow()
 per_element: Rule = _PerElement()
 
 
@@ -185,49 +187,12 @@ def per_tile(tile: tuple[int, ...]) -> Rule:
     return _PerTile(tile)
 
 
-def by_path(
-    rules: Mapping[str, Rule | None], *, default: Rule | None = per_leaf
-) -> Rule:
-    """Another rule where a path matches a pattern.
-
-    Args:
-      rules: from regular expressions, searched for in the path joined by "/", to the
-        rule of the arrays they match, the first match deciding. The rule None gives
-        plain AdaGrad: no blocks.
-      default: the rule of arrays that no pattern matches.
-
-    Returns:
-      A :class:`Rule`. Partitioning raises a ValueError if a pattern decides nothing.
-
-    Raises:
-      ValueError: if a pattern is not a regular expression.
-      TypeError: if a value is neither a rule nor None.
-
-    Example:
-      >>> import jax, bma_optax as bma
-      >>> params = {"embed": jax.ShapeDtypeStruct((9, 2), "float32"),
-      ...           "dense": jax.ShapeDtypeStruct((2, 3), "float32")}
-      >>> rule = bma.by_path({"embed": None, "dense": bma.per_unit})
-      >>> bma.partition(params, rule).names
-      ('dense[:, 0]', 'dense[:, 1]', 'dense[:, 2]')
-    """
-    for pattern in rules:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"by_path: {pattern!r} is no pattern: {error}.") from None
-    for rule in (*rules.values(), default):
-        if rule is not None:
-            check_rule(rule)
-    return _ByPath(tuple(rules.items()), default)
-
-
 def by_function(function: Callable[[Path, Shape], Shape | None]) -> Rule:
     """A rule of your own, from the path and the shape of an array to its tile.
 
     Args:
       function: takes the path, a tuple of strings, and the shape; returns a tile, one
-        positive integer for each axis, or None for plain AdaGrad. It must depend on
+        positive integer for each axis, or None for no blocks. It must depend on
         nothing else.
 
     Returns:

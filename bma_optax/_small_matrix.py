@@ -3,9 +3,41 @@
 import jax.numpy as jnp
 
 from bma_optax._block_mean_matrix import BlockMeanMatrix
+from bma_optax._expansions import root_outer
+
+_ESTIMATORS = ("report", "projection")
 
 
-def inverse_root(blocks, U, v, last, min_eigenvalue):
+def check_estimator(estimator: str) -> None:
+    """Raises a ValueError for an unknown ``estimator``."""
+    if estimator not in _ESTIMATORS:
+        raise ValueError(
+            f"`estimator` must be one of {_ESTIMATORS}, got {estimator!r}."
+        )
+
+
+def start(blocks, zeros):
+    """U, v and M^-½ before the first step.
+
+    Zeros made from sums over ``zeros`` are typed as later sums are: on their mesh.
+    """
+    v = 0 * blocks.block_sums(zeros)
+    U = blocks.outer(v)
+    identity = [
+        matrix + jnp.broadcast_to(jnp.eye(n, dtype=v.dtype), (count, n, n))
+        for matrix, (count, n) in zip(
+            blocks.split_matrix(U), blocks.buckets, strict=True
+        )
+    ]
+    return U, v, blocks.join(identity, U.shape, U.dtype)
+
+
+def outer(blocks, u):
+    """u uᵀ of each group, without the blocks that are not finite."""
+    return blocks.outer(jnp.where(jnp.isfinite(u), u, 0))
+
+
+def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):
     """M^-½ of each group, the last finite one where it fails; and the failures."""
     roots, failures = [], jnp.zeros((), jnp.int32)
     for U_group, v_group, sizes, last_group in zip(
@@ -15,7 +47,7 @@ def inverse_root(blocks, U, v, last, min_eigenvalue):
         blocks.split_matrix(last),
         strict=True,
     ):
-        M = _small_matrix(U_group, v_group)
+        M = _small_matrix(U_group, v_group, sizes, estimator)
         root = BlockMeanMatrix(jnp.ones_like(v_group), M, sizes).inverse_sqrt(
             min_eigenvalue=min_eigenvalue
         )
@@ -25,8 +57,8 @@ def inverse_root(blocks, U, v, last, min_eigenvalue):
     return blocks.join(roots, U.shape, U.dtype), failures
 
 
-def _small_matrix(U, v):
-    """M = I + (U - diag U) / (v vᵀ), shape (..., L, L).
+def _small_matrix(U, v, sizes, estimator):
+    """M = I + (U - diag U) / (v vᵀ), or S^½ U / (v vᵀ) S^½; shape (..., L, L).
 
     Blocks whose numbers have left the dtype's range stay at the diagonal.
     """
@@ -36,8 +68,11 @@ def _small_matrix(U, v):
     divisor = jnp.where(in_range, v, 1)
     both = in_range[..., :, None] & in_range[..., None, :]
     identity = jnp.broadcast_to(jnp.eye(v.shape[-1], dtype=bool), U.shape)
-    C = jnp.where(both & ~identity, U, 0) / divisor[..., :, None]
-    return C / divisor[..., None, :] + identity.astype(v.dtype)
+    given = both & ~identity if estimator == "report" else both
+    C = jnp.where(given, U, 0) / divisor[..., :, None] / divisor[..., None, :]
+    if estimator == "projection":
+        C = C * root_outer(sizes, C)
+    return C + (identity & ~given).astype(v.dtype)
 
 
 def correction(blocks, inverse_root, r):

@@ -24,6 +24,7 @@ class Tiles:
     tile: Shape | None  # None: no blocks.
     owner: Path
     start: int = 0  # The position of its first block.
+    stacked_axes: tuple[int, ...] = ()  # Their entries are arrays of their own.
 
     @property
     def grid(self) -> Shape:
@@ -75,8 +76,8 @@ class Tiles:
         whole = [g == 1 for g in self.grid]
         x = jnp.sum(x, axis=[i for i, w in enumerate(whole) if w], keepdims=True)
         if all(w or t == 1 for w, t in zip(whole, tile, strict=True)):
-            return _replicated(x)
-        x = _replicated(x)  # Splitting an axis must not split a sharded one.
+            return replicated(x)
+        x = replicated(x)  # Splitting an axis must not split a sharded one.
         for axis, (w, t) in enumerate(zip(whole, tile, strict=True)):
             if not w and t > 1:
                 x = axis_sums(x, axis, t)
@@ -124,7 +125,7 @@ def axis_fill(x: jax.Array, axis: int, t: int, n: int) -> jax.Array:
     return jax.lax.slice_in_dim(filled.reshape(shape), 0, n, axis=axis)
 
 
-def _replicated(x: jax.Array) -> jax.Array:
+def replicated(x: jax.Array) -> jax.Array:
     """``x`` on every device, where its type says that an axis is sharded."""
     sharding = jax.typeof(x).sharding
     if all(axis is None for axis in sharding.spec):

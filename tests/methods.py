@@ -44,6 +44,15 @@ METHODS = [
         couple="layer",
         initial_accumulator_value=0.1,
     ),
+    row(
+        "adam_bma per_unit projection",
+        bma.adam_bma,
+        trees=2,
+        learning_rate=0.01,
+        partition=bma.per_unit,
+        estimator="projection",
+    ),
+    row("mini_bma", bma.mini_bma, trees=4, learning_rate=0.01),
     row("newton_bma", bma.newton_bma, trees=2, learning_rate=None),
     row(
         "newton_bma per_unit by layer adaptive",

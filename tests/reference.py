@@ -1,4 +1,4 @@
-"""AdaGrad-BMA in float64 NumPy, with every d x d matrix built from its entries.
+"""The methods in float64 NumPy, with every matrix built from its entries.
 
 Independent of the library: a label for each element says which block it is in.
 """
@@ -28,36 +28,111 @@ RULES = {
 class DenseAdaGradBMA:
     """F entry by entry from U and v, its inverse root from a d x d decomposition."""
 
-    def __init__(self, labels, groups, *, initial=0.0, eps=1e-7, floor=1e-2, form):
+    def __init__(
+        self,
+        labels,
+        groups,
+        *,
+        initial=0.0,
+        eps=1e-7,
+        floor=1e-2,
+        form="left",
+        estimator="report",
+    ):
         self.labels = np.asarray(labels)  # (d,), -1 where there is no block
         self.groups = groups  # label -> group
         self.initial, self.eps, self.floor, self.form = initial, eps, floor, form
+        self.estimator = estimator
+        self.blocks = [b for b in np.unique(labels) if b >= 0]
         self.h = np.full(len(labels), initial)
-        self.U = {}
+        self.U = {(i, j): 0.0 for i in self.blocks for j in self.blocks}
+
+    def add(self, g, old=1.0, new=1.0):
+        self.h = old * self.h + new * g**2
+        u = {b: g[self.labels == b].sum() for b in self.blocks}
+        for i, j in self.U:
+            self.U[i, j] = old * self.U[i, j] + new * u[i] * u[j]
+
+    def inverse_root(self, z, correction=1.0):
+        labels = self.labels
+        v = {b: z[labels == b].sum() for b in self.blocks}
+        s = {b: (labels == b).sum() for b in self.blocks}
+        F = np.eye(len(labels))
+        for i, j in self.U:
+            if self.groups[i] != self.groups[j] or v[i] * v[j] == 0:
+                continue
+            C = self.U[i, j] / correction / (v[i] * v[j])
+            block = np.ix_(labels == i, labels == j)
+            if self.estimator == "projection":
+                F[block] += C - (1 / s[i] if i == j else 0)
+            elif i != j:
+                F[block] = C / np.sqrt(s[i] * s[j])
+        values, vectors = np.linalg.eigh(F)
+        return (vectors * np.maximum(values, self.floor) ** -0.5) @ vectors.T
 
     def update(self, g):
         g = np.asarray(g, np.float64)
-        d, labels = len(g), self.labels
-        self.h = self.h + g**2
+        self.add(g)
         z = np.sqrt(np.where(self.h > 0, self.h + self.eps, 0))
         inverse_z = np.where(self.h > 0, 1 / np.sqrt(self.h + self.eps), 0)
-        blocks = [b for b in np.unique(labels) if b >= 0]
-        u = {b: g[labels == b].sum() for b in blocks}
-        v = {b: z[labels == b].sum() for b in blocks}
-        s = {b: (labels == b).sum() for b in blocks}
-        F = np.eye(d)
-        for i in blocks:
-            for j in blocks:
-                self.U[i, j] = self.U.get((i, j), 0.0) + u[i] * u[j]
-                if i == j or self.groups[i] != self.groups[j] or v[i] * v[j] == 0:
-                    continue
-                entry = self.U[i, j] / (v[i] * v[j]) / np.sqrt(s[i] * s[j])
-                F[np.ix_(labels == i, labels == j)] = entry
-        values, vectors = np.linalg.eigh(F)
-        root = (vectors * np.maximum(values, self.floor) ** -0.5) @ vectors.T
+        root = self.inverse_root(z)
         diagonal = inverse_z * g
         if self.form == "left":
             result = root @ diagonal
         else:
             result = np.sqrt(inverse_z) * (root @ (np.sqrt(inverse_z) * g))
         return np.where(self.h > self.initial, result, diagonal)
+
+
+class DenseAdamBMA(DenseAdaGradBMA):
+    """The same with decayed averages."""
+
+    def __init__(self, labels, groups, *, b1=0.9, b2=0.999, **kwargs):
+        super().__init__(labels, groups, **kwargs)
+        self.b1, self.b2 = b1, b2
+        self.mu, self.count = np.zeros(len(labels)), 0
+
+    def update(self, g):
+        g = np.asarray(g, np.float64)
+        self.count += 1
+        self.add(g, self.b2, 1 - self.b2)
+        self.mu = self.b1 * self.mu + (1 - self.b1) * g
+        correction = 1 - self.b2**self.count
+        z = np.sqrt(self.h / correction) + self.eps
+        m = self.mu / (1 - self.b1**self.count)
+        return self.inverse_root(z, correction) @ (m / z)
+
+
+class DenseMiniBMA:
+    """Of one matrix of gradients, units x inputs: an s x s matrix for each unit."""
+
+    def __init__(self, shape, *, b1=0.9, b2=0.99, b3=0.95, learned=True, factor=None):
+        self.b1, self.b2, self.b3, self.learned = b1, b2, b3, learned
+        self.factor, self.count = factor, 0
+        units, s = shape
+        self.y = np.full(s, 1 / np.sqrt(s))
+        self.mu, self.h, self.M = np.zeros(shape), np.zeros(units), np.zeros(units)
+
+    def update(self, G):
+        self.count += 1
+        units, s = G.shape
+        q = self.y / np.linalg.norm(self.y)
+        m = self.mu = self.b1 * self.mu + (1 - self.b1) * G
+        m = m / (1 - self.b1**self.count)
+        correction = 1 - self.b2**self.count
+        update = np.zeros_like(G)
+        for i in range(units):
+            H = np.outer(G[i], G[i])
+            self.h[i] = self.b2 * self.h[i] + (1 - self.b2) * np.trace(H)
+            self.M[i] = self.b2 * self.M[i] + (1 - self.b2) * (q @ H @ q)
+            h, M = self.h[i] / correction, self.M[i] / correction
+            Lambda = max((h - M) / (s - 1), 1e-3 * h / s)
+            M = max(M, Lambda) if self.factor is None else Lambda / self.factor**2
+            A = Lambda * (np.eye(s) - np.outer(q, q)) + M * np.outer(q, q)
+            values, vectors = np.linalg.eigh(A)
+            update[i] = (vectors * values**-0.5) @ vectors.T @ m[i]
+        target = sum(np.outer(row, row) for row in G) @ q
+        if self.learned:
+            target = target / np.linalg.norm(target)
+            self.y = self.b3 * self.y + (1 - self.b3) * target
+        return update

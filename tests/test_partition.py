@@ -43,6 +43,19 @@ def brute_force_labels(shape, tile):
             (3, 5, 5, 5, 1),
         ),
         (
+            bma.per_row,
+            ("dense/bias", *(f"dense/kernel[{i}, :]" for i in range(5)), "scale"),
+            (3, 3, 3, 3, 3, 3, 1),
+        ),
+        (
+            bma.by_path({"scale": None}, default=bma.stacked(bma.per_leaf, -1)),
+            (
+                *(f"dense/bias[{i}]" for i in range(3)),
+                *(f"dense/kernel[:, {i}]" for i in range(3)),
+            ),
+            (1, 1, 1, 5, 5, 5),
+        ),
+        (
             bma.per_tile((2, 2)),
             (
                 *("dense/bias[0:2]", "dense/bias[2:3]"),
@@ -129,12 +142,30 @@ def test_groups():
     by_array = bma.partition(params, bma.per_unit, "array")
     assert sorted(map(len, by_array.groups)) == [1, 1, 3]
     assert by_array.buckets == ((2, 1), (1, 3))
+    alone = bma.partition(params, bma.per_unit, "block")
+    assert alone.groups == ((0,), (1,), (2,), (3,), (4,))
+    assert alone.matrix_shape == (5,)
+
+
+def test_stacked_axes():
+    rule = bma.stacked(bma.stacked(bma.per_unit, axis=1))
+    assert rule.tile(("w",), (7, 5, 2, 3)) == (1, 5, 1, 1)
+    assert rule.stacked_axes(("w",), (7, 5, 2, 3)) == (0, 2)
+    both = bma.by_path({"w": rule}, default=bma.per_unit)
+    assert both.stacked_axes(("w",), (7, 5, 2, 3)) == (0, 2)
+    assert both.stacked_axes(("b",), (7, 5, 2, 3)) == ()
+    assert bma.stacked(bma.by_path({"w": None})).tile(("w",), (2, 3)) is None
+    with pytest.raises(TypeError, match="integer"):
+        bma.stacked(bma.per_unit, axis=None)
+    with pytest.raises(ValueError, match="'b' of shape .3,. has no axis 1"):
+        bma.partition({"b": jnp.ones(3)}, bma.stacked(bma.per_unit, axis=1))
 
 
 def test_rules_are_values_and_not_callable():
     rules = [
         *(bma.per_leaf, bma.per_layer, bma.per_unit, bma.per_element),
         *(bma.per_tile((2, 2)), bma.per_tile((2, 3))),
+        *(bma.per_row, bma.stacked(bma.per_row), bma.stacked(bma.per_row, -1)),
         bma.by_path({"a": None}),
         bma.by_function(len),
     ]

@@ -1,0 +1,64 @@
+"""Decayed averages of gradients and their squares, as in Adam."""
+
+import jax
+import jax.numpy as jnp
+
+from bma_optax import _trees
+
+
+def start_momentum(params, mu_dtype):
+    """Zeros like params, of the dtype ``mu_dtype`` or their own."""
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype), params)
+
+
+def finite_gradients(updates):
+    """Gradients in the dtype of statistics, 0 where they are not finite."""
+    return jax.tree.map(
+        lambda g: jnp.where(jnp.isfinite(g), g, 0).astype(_trees.statistic_dtype(g)),
+        updates,
+    )
+
+
+def decay(new, old, b):
+    """(1 - b) new + b old, in the dtype of ``new``."""
+    old = old.astype(new.dtype)
+    return jnp.asarray(1 - b, new.dtype) * new + jnp.asarray(b, new.dtype) * old
+
+
+def bias_correction(count, b, dtype):
+    """1 - b^count, by which averages over ``count`` steps are divided."""
+    return 1 - jnp.asarray(b, dtype) ** count.astype(dtype)
+
+
+def root(nu, eps, eps_root=0.0):
+    """√(nu + eps_root) + eps, and 0 where nu is: there has been no gradient."""
+    alive = nu > 0
+    shifted = jnp.where(alive, nu, 1) + jnp.asarray(eps_root, nu.dtype)
+    return jnp.where(alive, jnp.sqrt(shifted) + jnp.asarray(eps, nu.dtype), 0)
+
+
+def divide(x, root):
+    """x / root, and 0 where the root is."""
+    return jnp.where(root > 0, x / jnp.where(root > 0, root, 1), 0)
+
+
+def like_gradients(result, updates):
+    """Updates in the dtype of gradients, not finite where these are not."""
+    return jax.tree.map(
+        lambda x, g: jnp.where(jnp.isfinite(g), x.astype(g.dtype), g), result, updates
+    )
+
+
+def adam(g, mu, nu, count, b1, b2, eps):
+    """Adam's update of one array, and its moments after ``count`` steps.
+
+    A gradient that is not finite counts as 0 and gives itself for an update.
+    """
+    finite = jnp.isfinite(g)
+    mu = decay(jnp.where(finite, g, 0), mu, b1)
+    nu = decay(jnp.where(finite, jnp.square(g), 0), nu, b2)
+    r = divide(
+        mu / bias_correction(count, b1, g.dtype),
+        root(nu / bias_correction(count, b2, g.dtype), eps),
+    )
+    return jnp.where(finite, r, g), mu, nu

@@ -1,0 +1,136 @@
+"""Rules made of other rules: by path, and for stacked arrays."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from bma_optax._rules import Path, Rule, check_rule, per_leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stacked(Rule):
+    rule: Rule
+    axis: int
+
+    def _axis(self, path, shape):
+        if not -len(shape) <= self.axis < len(shape):
+            raise ValueError(
+                f"{self}: {'/'.join(path) or 'params'!r} of shape {shape} has no axis "
+                f"{self.axis}. Name the stacked arrays by bma.by_path."
+            )
+        return self.axis % len(shape)
+
+    def tile(self, path, shape):
+        axis = self._axis(path, shape)
+        tile = self.rule.tile(path, (*shape[:axis], *shape[axis + 1 :]))
+        return None if tile is None else (*tile[:axis], 1, *tile[axis:])
+
+    def owner(self, path):
+        return self.rule.owner(path)
+
+    def stacked_axes(self, path, shape):
+        axis = self._axis(path, shape)
+        inner = self.rule.stacked_axes(path, (*shape[:axis], *shape[axis + 1 :]))
+        return tuple(sorted((axis, *(i + (i >= axis) for i in inner))))
+
+    def __repr__(self):
+        return f"stacked({self.rule}, axis={self.axis})"
+
+
+@dataclasses.dataclass(frozen=True)
+class ByPath(Rule):
+    """The value behind :func:`by_path`."""
+
+    rules: tuple[tuple[str, Rule | None], ...]
+    default: Rule | None
+
+    def match(self, path: Path) -> int:
+        """The position of the first pattern that matches, or len(rules)."""
+        name = "/".join(path)
+        found = (i for i, (p, _) in enumerate(self.rules) if re.search(p, name))
+        return next(found, len(self.rules))
+
+    def _rule(self, path):
+        return (*(rule for _, rule in self.rules), self.default)[self.match(path)]
+
+    def tile(self, path, shape):
+        rule = self._rule(path)
+        return None if rule is None else rule.tile(path, shape)
+
+    def owner(self, path):
+        rule = self._rule(path)
+        return path if rule is None else rule.owner(path)
+
+    def stacked_axes(self, path, shape):
+        rule = self._rule(path)
+        return () if rule is None else rule.stacked_axes(path, shape)
+
+    def __repr__(self):
+        return f"by_path({dict(self.rules)}, default={self.default})"
+
+
+def stacked(rule: Rule, axis: int = 0) -> Rule:
+    """Another rule for every entry along an axis, as if each were an array.
+
+    For layers that are scanned or stacked (``nnx.scan``, ``jax.vmap`` over modules),
+    whose arrays have a leading axis more, and for attention: a kernel of shape
+    (inputs, heads, units) with ``axis=1`` is cut head by head.
+
+    Args:
+      rule: the rule of one entry, without that axis.
+      axis: the position of the axis, from the end if negative.
+
+    Returns:
+      A :class:`Rule`. Partitioning raises a ValueError for an array without that axis.
+
+    Raises:
+      TypeError: if ``rule`` is no rule or ``axis`` no integer.
+
+    Example:
+      >>> import jax, bma_optax as bma
+      >>> layers = jax.ShapeDtypeStruct((2, 5, 3), "float32")
+      >>> blocks = bma.partition(layers, bma.stacked(bma.per_leaf))
+      >>> blocks.names, blocks.sizes
+      (('params[0, :, :]', 'params[1, :, :]'), (15, 15))
+    """
+    check_rule(rule)
+    if not isinstance(axis, int):
+        raise TypeError(f"`axis` must be an integer, got {axis!r}.")
+    return _Stacked(rule, axis)
+
+
+def by_path(
+    rules: Mapping[str, Rule | None], *, default: Rule | None = per_leaf
+) -> Rule:
+    """Another rule where a path matches a pattern.
+
+    Args:
+      rules: from regular expressions, searched for in the path joined by "/", to the
+        rule of the arrays they match, the first match deciding. The rule None gives
+        no blocks: plain AdaGrad or Adam.
+      default: the rule of arrays that no pattern matches.
+
+    Returns:
+      A :class:`Rule`. Partitioning raises a ValueError if a pattern decides nothing.
+
+    Raises:
+      ValueError: if a pattern is not a regular expression.
+      TypeError: if a value is neither a rule nor None.
+
+    Example:
+      >>> import jax, bma_optax as bma
+      >>> params = {"embed": jax.ShapeDtypeStruct((9, 2), "float32"),
+      ...           "dense": jax.ShapeDtypeStruct((2, 3), "float32")}
+      >>> rule = bma.by_path({"embed": None, "dense": bma.per_unit})
+      >>> bma.partition(params, rule).names
+      ('dense[:, 0]', 'dense[:, 1]', 'dense[:, 2]')
+    """
+    for pattern in rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"by_path: {pattern!r} is no pattern: {error}.") from None
+    for rule in (*rules.values(), default):
+        if rule is not None:
+            check_rule(rule)
+    return ByPath(tuple(rules.items()), default)

@@ -1,0 +1,175 @@
+"""An array as a matrix, units × inputs: its blocks, and the weights they share."""
+
+import dataclasses
+import functools
+import math
+import string
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bma_optax import _moments, _trees
+from bma_optax._rules import Shape
+from bma_optax._tiles import Tiles, replicated
+
+_WEIGHTS = ("learned", "constant")
+
+
+def check_weights(weights: str) -> None:
+    """Raises a ValueError for unknown ``weights``."""
+    if weights not in _WEIGHTS:
+        raise ValueError(f"`weights` must be one of {_WEIGHTS}, got {weights!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """The blocks of one array, all of one shape, as the rows of a matrix G.
+
+    Each axis counts units, or inputs (positions inside a block), or stacked matrices.
+    Results keep all axes, of length 1 where they are summed, so that they broadcast.
+    """
+
+    shape: Shape  # the array's.
+    view: Shape  # with an axis that tiles cut in two as two axes.
+    units: tuple[int, ...]  # axes of the view.
+    inputs: tuple[int, ...]
+
+    @property
+    def num_inputs(self) -> int:
+        """s, the size of every block."""
+        return math.prod(self.view[i] for i in self.inputs)
+
+    @property
+    def num_units(self) -> int:
+        """The number of blocks that share their weights."""
+        return math.prod(self.view[i] for i in self.units)
+
+    @property
+    def num_statistics(self) -> int:
+        """Two numbers a unit and one an input."""
+        stacked = math.prod(self.shape) // (self.num_inputs * self.num_units)
+        return stacked * (2 * self.num_units + self.num_inputs)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """An array in the shape of the view."""
+        return x if self.view == self.shape else replicated(x).reshape(self.view)
+
+    def join(self, x: jax.Array, like: jax.Array) -> jax.Array:
+        """The inverse of :meth:`split`, sharded as the array is."""
+        if self.view == self.shape:
+            return x
+        return _trees.sharded_like(x.reshape(self.shape), like)
+
+    def over_inputs(self, x: jax.Array) -> jax.Array:
+        """Sums over each block."""
+        return jnp.sum(x, axis=self.inputs, keepdims=True)
+
+    def times(self, x: jax.Array, q: jax.Array) -> jax.Array:
+        """G q: a number a unit, for a matrix x and a number an input."""
+        return _contract(x, q, self.inputs, self.units)
+
+    def transposed_times(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        """Gᵀ a: a number an input, for a number a unit."""
+        return _contract(x, a, self.units, self.inputs)
+
+    def constant(self, x: jax.Array) -> jax.Array:
+        """The unit vector of plain block means, typed as a sum over units is."""
+        sums = jnp.sum(x, axis=self.units, keepdims=True)
+        return jnp.full_like(sums, 1 / math.sqrt(self.num_inputs))
+
+    def turn(self, direction: jax.Array, x: jax.Array, a: jax.Array, b) -> jax.Array:
+        """``direction`` turned towards Gᵀ a, with a = G q: a step of power iteration.
+
+        It stays where Gᵀ a is zero or not finite.
+        """
+        target = unit(self.transposed_times(x, unit(a, self.units)), self.inputs)
+        moved = jnp.any(target != 0, axis=self.inputs, keepdims=True)
+        return jnp.where(moved, _moments.decay(target, direction, b), direction)
+
+
+def map_arrays(kind: Any, f: Callable, arrays: Any, tree: Any, *rest: Any) -> Any:
+    """``f(units, *leaves)`` for each array; the units are None where it is no matrix.
+
+    ``f`` gives NamedTuples of this kind, and the result is one: of trees.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    columns = [jax.tree.leaves(other) for other in rest]
+    results = [
+        f(units_of(array), *parts)
+        for array, *parts in zip(arrays, leaves, *columns, strict=True)
+    ]
+    return kind(
+        *(
+            jax.tree.unflatten(treedef, [getattr(result, field) for result in results])
+            for field in kind._fields
+        )
+    )
+
+
+def num_statistics(tiles: Tiles) -> int:
+    """What mini-BMA stores of an array beside the momentum."""
+    units = units_of(tiles)
+    return math.prod(tiles.shape) if units is None else units.num_statistics
+
+
+def placeholder(zeros: jax.Array) -> jax.Array:
+    """One unused number with the axes of an array, on its mesh."""
+    return jnp.sum(zeros, keepdims=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def units_of(tiles: Tiles) -> Units | None:
+    """The blocks of an array as a matrix; None for fewer than two rows or columns."""
+    if tiles.tile is None or 0 in tiles.shape:
+        return None
+    view: list[int] = []
+    units: list[int] = []
+    inputs: list[int] = []
+    for axis, (n, t) in enumerate(zip(tiles.shape, tiles.tile, strict=True)):
+        if axis in tiles.stacked_axes:
+            view.append(n)
+            continue
+        if n % t:
+            raise ValueError(
+                f"Blocks that share weights must be of one shape; tiles of {tiles.tile}"
+                f" do not divide {_trees.name_of(tiles.path)!r} of shape {tiles.shape}."
+            )
+        for length, kind in ((n // t, units), (t, inputs)):
+            if length > 1:
+                kind.append(len(view))
+                view.append(length)
+        if n == 1:
+            view.append(1)
+    result = Units(tiles.shape, tuple(view), tuple(units), tuple(inputs))
+    return result if result.num_units > 1 and result.num_inputs > 1 else None
+
+
+def _contract(x, y, axes, other):
+    """The sum of x y over ``axes``, for y of length 1 along the ``other`` ones.
+
+    A product of matrices, which takes less time than a sum of products, except along
+    sharded axes, where JAX wants to be told what becomes of the shards.
+    """
+    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+        return jnp.sum(x * y, axis=axes, keepdims=True)
+    letters = string.ascii_letters[: x.ndim]
+    left = "".join(letters[i] for i in range(x.ndim) if i not in axes)
+    mine = "".join(letters[i] for i in range(x.ndim) if i not in other)
+    product = jnp.einsum(
+        f"{letters},{mine}->{left}",
+        x,
+        jnp.squeeze(y, other),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return jnp.expand_dims(product, axes)
+
+
+def unit(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """x over its norm along ``axes``; 0 where that is 0 or not finite."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
+    usable = (largest > 0) & jnp.isfinite(largest)
+    x = jnp.where(usable, x, 1) / jnp.where(usable, largest, 1)
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+    return jnp.where(usable, x / norm, 0)

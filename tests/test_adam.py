@@ -1,0 +1,166 @@
+"""Adam-BMA against an independent float64 reference and Optax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from reference import RULES, DenseAdaGradBMA, DenseAdamBMA
+from test_adagrad import flat, labels_and_groups, random_tree
+
+import bma_optax as bma
+
+SOME_RULES = [bma.per_layer, bma.per_unit, list(RULES)[-1]]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("estimator", ["report", "projection"])
+@pytest.mark.parametrize("rule", SOME_RULES, ids=str)
+def test_steps_equal_the_dense_reference(rule, estimator):
+    rng = np.random.default_rng(0)
+    decays = {"b1": 0.8, "b2": 0.95}
+    tx = bma.scale_by_adam_bma(
+        **decays, eps=1e-4, partition=rule, estimator=estimator, min_eigenvalue=1e-3
+    )
+    update = jax.jit(tx.update)
+    labels, groups = labels_and_groups(RULES[rule], "all")
+    dense = DenseAdamBMA(
+        labels, groups, **decays, eps=1e-4, floor=1e-3, estimator=estimator
+    )
+    state = tx.init(random_tree(rng))
+    for _ in range(30):
+        g = random_tree(rng)
+        updates, state = update(g, state)
+        np.testing.assert_allclose(flat(updates), dense.update(flat(g)), atol=1e-8)
+    assert state.failures == 0 and state.count == 30
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("couple", ["all", "layer", "block"])
+@pytest.mark.parametrize("form", ["left", "symmetric"])
+def test_projection_in_adagrad_equals_the_dense_reference(form, couple):
+    rng = np.random.default_rng(1)
+    tx = bma.scale_by_bma(
+        bma.per_unit, couple=couple, form=form, estimator="projection"
+    )
+    update = jax.jit(tx.update)
+    labels, groups = labels_and_groups(
+        RULES[bma.per_unit], "all" if couple == "block" else couple
+    )
+    if couple == "block":
+        groups = {label: label for label in groups}
+    dense = DenseAdaGradBMA(labels, groups, form=form, estimator="projection")
+    state = tx.init(random_tree(rng))
+    for _ in range(10):
+        g = random_tree(rng)
+        updates, state = update(g, state)
+        np.testing.assert_allclose(flat(updates), dense.update(flat(g)), atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("rule", "kwargs"),
+    [
+        (bma.per_leaf, {}),
+        (bma.by_path({"": None}), {"eps_root": 1e-3, "b2": 0.9}),
+        (bma.per_leaf, {"mu_dtype": jnp.bfloat16, "b1": 0.5}),
+    ],
+    ids=["one block", "no blocks", "mu_dtype"],
+)
+def test_one_block_is_adamw(rule, kwargs):
+    rng = np.random.default_rng(2)
+    params = {"w": jnp.ones((4, 3))}
+    both = kwargs | {"weight_decay": 0.1}
+    mine = bma.adam_bma(0.1, **both, partition=rule, weight_decay_mask={"w": True})
+    theirs = optax.adamw(0.1, **both)
+    states = [mine.init(params), theirs.init(params)]
+    with jax.numpy_dtype_promotion("standard"):  # Optax mixes the dtypes of moments.
+        updates = [jax.jit(tx.update) for tx in (mine, theirs)]
+        for _ in range(5):
+            g = {"w": jnp.asarray(rng.standard_normal((4, 3)), jnp.float32)}
+            (a, states[0]), (b, states[1]) = (
+                update(g, state, params)
+                for update, state in zip(updates, states, strict=True)
+            )
+            np.testing.assert_allclose(a["w"], b["w"], rtol=1e-6)
+    assert states[0][0].mu["w"].dtype == states[1][0].mu["w"].dtype
+    np.testing.assert_allclose(states[0][0].nu["w"], states[1][0].nu["w"], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_one_element_blocks_whiten_by_the_whole_matrix():
+    """With no momentum and no decay but the correction it is AdaGrad-Full over √t."""
+    rng = np.random.default_rng(3)
+    b2, d = 0.9, 4
+    tx = bma.scale_by_adam_bma(
+        0.0, b2, 0.0, partition=bma.per_element, min_eigenvalue=0.0
+    )
+    update = jax.jit(tx.update)
+    state, H = tx.init(jnp.zeros(d)), np.zeros((d, d))
+    steps = 20
+    for _ in range(steps):
+        g = rng.standard_normal(d)
+        H = b2 * H + (1 - b2) * np.outer(g, g)
+        updates, state = update(jnp.asarray(g), state)
+    full = H / (1 - b2**steps)
+    z = np.sqrt(np.diag(full))
+    values, vectors = np.linalg.eigh(full / np.outer(z, z))
+    expected = (vectors * values**-0.5) @ vectors.T @ (g / z)
+    np.testing.assert_allclose(updates, expected, rtol=1e-7)
+
+
+def test_block_means_can_only_shrink_at_floor_one():
+    rng = np.random.default_rng(4)
+    params = {"a": jnp.zeros((5, 3)), "b": jnp.zeros((3, 2))}
+    kwargs = {"partition": bma.per_unit, "estimator": "projection"}
+    tx = bma.scale_by_adam_bma(**kwargs, min_eigenvalue=1.0)
+    adam = bma.scale_by_adam_bma(partition=bma.by_path({"": None}))
+    blocks = bma.partition(params, bma.per_unit)
+    state, adam_state = tx.init(params), adam.init(params)
+    root_sizes = jnp.sqrt(jnp.asarray(blocks.sizes, jnp.float32))
+    update = jax.jit(tx.update)
+    for _ in range(10):
+        g = jax.tree.map(
+            lambda p: jnp.asarray(rng.standard_normal(p.shape) + 1, p.dtype), params
+        )
+        updates, state = update(g, state)
+        plain, adam_state = adam.update(g, adam_state)
+        norms = [
+            jnp.linalg.norm(blocks.block_sums(x) / root_sizes) for x in (updates, plain)
+        ]
+        assert norms[0] <= norms[1] * 1.001
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_not_finite_hurts_only_itself(bad):
+    params = {k: jnp.ones(3) for k in "abc"}
+    tx = bma.scale_by_adam_bma()
+    update = jax.jit(tx.update)
+    _, state = update(params, tx.init(params))
+    updates, after = update(params | {"b": jnp.array([1.0, bad, 1.0])}, state)
+    np.testing.assert_array_equal(jnp.isfinite(updates["b"]), [True, False, True])
+    assert jnp.all(jnp.isfinite(updates["a"])) and after.U[1, 1] < after.U[0, 0]
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(after))
+    zeroed, expected = update(params | {"b": jnp.array([1.0, 0.0, 1.0])}, state)
+    np.testing.assert_array_equal(after.mu["b"], expected.mu["b"])
+    np.testing.assert_array_equal(after.nu["b"], expected.nu["b"])
+
+
+@pytest.mark.parametrize("magnitude", [1e-25, 1e-12, 1e15, 1e25, 1e38])
+def test_finite_gradients_give_finite_updates(magnitude):
+    rng = np.random.default_rng(5)
+    params = {"a": jnp.zeros((9, 4)), "b": jnp.zeros(3)}
+    for tx in (
+        bma.scale_by_adam_bma(partition=bma.per_unit, estimator="projection"),
+        bma.scale_by_mini_bma(),
+        bma.scale_by_mini_bma(weights="constant"),
+    ):
+        update, state = jax.jit(tx.update), tx.init(params)
+        for _ in range(3):
+            g = jax.tree.map(
+                lambda p: jnp.asarray(
+                    rng.uniform(-1, 1, p.shape) * magnitude, jnp.float32
+                ),
+                params,
+            )
+            updates, state = update(g, state)
+            assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates))

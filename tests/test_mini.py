@@ -1,0 +1,327 @@
+"""Mini-BMA and the controls against an independent float64 reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from reference import DenseMiniBMA
+
+import bma_optax as bma
+
+
+def rows(*matrices):
+    return [np.asarray(m) for m in matrices]
+
+
+def positions(shape):
+    return np.arange(np.prod(shape)).reshape(shape)
+
+
+# name -> (rule, shape, the positions of the elements of each matrix, units x inputs)
+CUTS = {
+    "dense": (bma.per_unit, (6, 4), rows(positions((6, 4)).T)),
+    "convolution": (
+        bma.per_unit,
+        (2, 2, 3, 4),
+        rows(positions((12, 4)).T),
+    ),
+    "equinox": (bma.per_row, (4, 3, 2), rows(positions((4, 6)))),
+    "stacked": (bma.stacked(bma.per_unit), (2, 5, 3), [*positions((2, 5, 3)).mT]),
+    "heads": (
+        bma.stacked(bma.per_unit, axis=1),
+        (5, 2, 3),
+        [positions((5, 2, 3))[:, i].T for i in range(2)],
+    ),
+    "tiles": (
+        bma.per_tile((2, 2)),
+        (4, 6),
+        rows(positions((2, 2, 3, 2)).transpose(0, 2, 1, 3).reshape(6, 4)),
+    ),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"weights": "constant"}, {"factor": 0.3}],
+    ids=["learned", "constant", "control"],
+)
+@pytest.mark.parametrize("cut", CUTS)
+def test_steps_equal_the_dense_reference(cut, kwargs):
+    rule, shape, matrices = CUTS[cut]
+    rng = np.random.default_rng(0)
+    common = rng.standard_normal(shape)
+    tx = bma.scale_by_mini_bma(eps=0.0, partition=rule, **kwargs)
+    dense = [
+        DenseMiniBMA(
+            matrix.shape,
+            learned=kwargs.get("weights") != "constant",
+            factor=kwargs.get("factor"),
+        )
+        for matrix in matrices
+    ]
+    update, state = jax.jit(tx.update), tx.init(jnp.zeros(shape))
+    for _ in range(20):
+        g = rng.standard_normal(shape) + common * rng.standard_normal()
+        updates, state = update(jnp.asarray(g), state)
+        for matrix, reference in zip(matrices, dense, strict=True):
+            expected = reference.update(g.ravel()[matrix])
+            np.testing.assert_allclose(
+                np.ravel(updates)[matrix], expected, rtol=1e-8, atol=1e-10
+            )
+
+
+ADAM = {
+    "vector": jnp.ones(5),
+    "scalar": jnp.ones(()),
+    "one unit": jnp.ones((5, 1)),
+    "one input": jnp.ones((1, 5)),
+    "empty": jnp.ones((0, 3)),
+    "left out": jnp.ones((3, 4)),
+}
+
+
+def test_what_is_no_matrix_has_adam():
+    rng = np.random.default_rng(1)
+    rule = bma.by_path({"left": None}, default=bma.per_unit)
+    mine = bma.mini_bma(0.1, partition=rule, weight_decay=0.1)
+    theirs = optax.adamw(0.1, b2=0.99, weight_decay=0.1)
+    updates = [jax.jit(tx.update) for tx in (mine, theirs)]
+    states = [mine.init(ADAM), theirs.init(ADAM)]
+    for _ in range(4):
+        g = jax.tree.map(
+            lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), ADAM
+        )
+        with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes.
+            (a, states[0]), (b, states[1]) = (
+                update(g, state, ADAM)
+                for update, state in zip(updates, states, strict=True)
+            )
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
+
+
+def test_the_direction_is_found():
+    """Gradients with one common direction of inputs, to which means are blind."""
+    rng = np.random.default_rng(2)
+    hidden = np.array([1.0, -1.0, 1.0, -1.0, 1.0, -1.0]) / np.sqrt(6)
+    tx = bma.scale_by_mini_bma()
+    update, state = jax.jit(tx.update), tx.init(jnp.zeros((6, 8)))
+    for _ in range(100):
+        g = 3 * np.outer(hidden, rng.standard_normal(8))
+        g += rng.standard_normal((6, 8))
+        _, state = update(jnp.asarray(g, jnp.float32), state)
+    q = state.direction[:, 0] / jnp.linalg.norm(state.direction)
+    assert abs(q @ hidden) > 0.97
+
+
+def test_bytes_of_state_and_the_report():
+    """At most 1.05 numbers a parameter, as the report says before training."""
+    shapes = {
+        "embed": (1000, 64),
+        "layers": {"kernel": (3, 64, 64), "bias": (3, 64)},
+        "head": {"kernel": (64, 1000), "bias": (1000,)},
+    }
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    rule = bma.by_path(
+        {
+            "embed": bma.per_row,
+            "layers": bma.stacked(bma.per_unit),
+            "": bma.per_unit,
+        }
+    )
+    state = jax.eval_shape(bma.scale_by_mini_bma(partition=rule).init, params)
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    d = sum(x.size for x in jax.tree.leaves(params))
+    assert sum(sizes) <= 1.05 * 4 * d
+    report = repr(bma.partition(params, rule, "block"))
+    beside = sum(x.size for x in jax.tree.leaves((state.nu, state.mean_nu)))
+    beside += sum(x.size for x in jax.tree.leaves(state.direction))
+    unused = 2 * 2  # One for each of two arrays in mean_nu and direction.
+    assert f"{4 * (beside - unused):,} bytes beside the momentum" in report
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape", "spec", "nu"),
+    [
+        (bma.per_unit, (8, 5), ("x", None), (None, None)),
+        (bma.per_row, (8, 5), ("x", None), ("x", None)),
+        (bma.stacked(bma.per_unit), (8, 4, 3), ("x", None, None), ("x", None, None)),
+        (bma.per_tile((2, 2)), (8, 6), ("x", None), (None,) * 4),
+    ],
+    ids=str,
+)
+def test_statistics_are_sharded_as_their_array(rule, shape, spec, nu):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    local = jnp.asarray(np.random.default_rng(5).standard_normal(shape), jnp.float32)
+    params = jax.device_put(local, jax.NamedSharding(mesh, jax.P(*spec)))
+    for tx in (
+        bma.scale_by_mini_bma(partition=rule),
+        bma.scale_block_mean(0.3, rule, weights="learned"),
+    ):
+        state, update = tx.init(params), jax.jit(tx.update)
+        updates, new = update(params, state)
+        assert jax.typeof(updates) == jax.typeof(params)
+        for old, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
+            assert jax.typeof(leaf) == jax.typeof(old) or not leaf.ndim
+        expected, _ = update(local, tx.init(local))
+        np.testing.assert_allclose(updates, expected, rtol=1e-5, atol=1e-6)
+    state = bma.scale_by_mini_bma(partition=rule).init(params)
+    assert tuple(jax.typeof(state.nu).sharding.spec) == nu
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dtypes(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params = {"a": jnp.ones((4, 3), dtype), "b": jnp.ones(2, dtype)}
+        tx = bma.scale_by_mini_bma(mu_dtype=None if dtype != "float16" else "float32")
+        update, state = jax.jit(tx.update), tx.init(params)
+        updates, new = update(params, state)
+        assert updates["a"].dtype == updates["b"].dtype == dtype
+        assert new.mu["a"].dtype == ("float32" if dtype == "float16" else dtype)
+        statistic = "float64" if dtype == "float64" else "float32"
+        for tree in (new.nu, new.mean_nu, new.direction):
+            assert all(x.dtype == statistic for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    "params", [{}, None, {"a": None, "b": jnp.ones((2, 2))}, jnp.ones(())], ids=str
+)
+def test_trees_with_little_in_them(params):
+    for tx in (
+        bma.scale_by_mini_bma(),
+        bma.scale_by_adam_bma(),
+        bma.scale_block_mean(0.5),
+        bma.scale_block_mean(0.5, weights="learned"),
+    ):
+        state = tx.init(params)
+        updates, new = jax.jit(tx.update)(params, state)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+        assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_not_finite_hurts_only_its_unit(bad):
+    rng = np.random.default_rng(6)
+    params = {"w": jnp.asarray(rng.standard_normal((4, 2)), jnp.float32)}
+    params["b"] = jnp.ones(2)
+    tx = bma.scale_by_mini_bma()
+    update = jax.jit(tx.update)
+    _, state = update(params, tx.init(params))
+    broken = {"w": params["w"].at[1, 0].set(bad), "b": jnp.array([bad, 1.0])}
+    updates, after = update(broken, state)
+    expected, expected_state = update(params, state)
+    np.testing.assert_array_equal(jnp.isfinite(updates["w"]).sum(0), [0, 4])
+    np.testing.assert_array_equal(jnp.isfinite(updates["b"]), [False, True])
+    # Its unit and the direction stay as they were, the other unit goes on.
+    for field in ("mu", "nu", "mean_nu"):
+        old, new, good = (
+            getattr(s, field)["w"] for s in (state, after, expected_state)
+        )
+        np.testing.assert_array_equal(new[:, 0], old[:, 0])
+        np.testing.assert_array_equal(new[:, 1], good[:, 1])
+    np.testing.assert_array_equal(after.direction["w"], state.direction["w"])
+    np.testing.assert_array_equal(updates["w"][:, 1], expected["w"][:, 1])
+
+
+# Controls -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [bma.per_unit, bma.per_layer, bma.per_tile((2,))])
+def test_scale_block_mean_scales_block_means(rule):
+    rng = np.random.default_rng(3)
+    x = {"a": {"w": jnp.asarray(rng.standard_normal((5, 3)), jnp.float32)}}
+    x["a"]["b"] = jnp.asarray(rng.standard_normal(3), jnp.float32)
+    blocks = bma.partition(x, rule)
+    tx = bma.scale_block_mean(0.3, rule)
+    y, _ = jax.jit(tx.update)(x, tx.init(x))
+    means = blocks.expand(
+        blocks.block_sums(x) / jnp.asarray(blocks.sizes, "float32"), x
+    )
+    jax.tree.map(
+        lambda x, y, mean: np.testing.assert_allclose(y, x - 0.7 * mean, atol=1e-6),
+        x,
+        y,
+        means,
+    )
+
+
+@pytest.mark.usefixtures("x64")
+def test_scale_block_mean_along_a_learned_direction():
+    rng = np.random.default_rng(4)
+    tx = bma.scale_block_mean(0.3, weights="learned", b3=0.8)
+    update, state = jax.jit(tx.update), tx.init(jnp.zeros((5, 3)))
+    y = np.full(5, 1 / np.sqrt(5))
+    for _ in range(10):
+        x = rng.standard_normal((5, 3))
+        updates, state = update(jnp.asarray(x), state)
+        q = y / np.linalg.norm(y)
+        expected = x - 0.7 * np.outer(q, q) @ x
+        np.testing.assert_allclose(updates, expected, atol=1e-12)
+        target = x @ x.T @ q
+        y = 0.8 * y + 0.2 * target / np.linalg.norm(target)
+
+
+def test_a_factor_of_one_does_nothing_and_a_traced_one_is_fine():
+    x = jnp.arange(6.0).reshape(3, 2)
+    for weights in ("constant", "learned"):
+        tx = optax.inject_hyperparams(bma.scale_block_mean)(1.0, weights=weights)
+        updates, _ = jax.jit(tx.update)(x, tx.init(x))
+        np.testing.assert_allclose(updates, x, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: bma.scale_by_mini_bma(partition=len), TypeError, "by_function"),
+        (lambda: bma.scale_by_mini_bma(weights="random"), ValueError, "learned"),
+        (lambda: bma.scale_by_mini_bma(b2=1.0), ValueError, "b2"),
+        (lambda: bma.scale_by_mini_bma(b3=-0.1), ValueError, "b3"),
+        (lambda: bma.scale_by_mini_bma(eps=-1.0), ValueError, "eps"),
+        (
+            lambda: bma.scale_by_mini_bma().init({"a": {"n": jnp.ones((2, 2), int)}}),
+            TypeError,
+            "'a/n' has dtype int",
+        ),
+        (
+            lambda: bma.scale_by_mini_bma(partition=bma.per_tile((2,))).init(
+                {"a": {"w": jnp.ones((3, 2))}}
+            ),
+            ValueError,
+            r"do not divide 'a/w' of shape \(3, 2\)",
+        ),
+        (
+            lambda: bma.scale_by_mini_bma(
+                partition=bma.stacked(bma.per_unit, axis=1)
+            ).init({"a": {"b": jnp.ones(3)}}),
+            ValueError,
+            "'a/b'.*no axis 1.*by_path",
+        ),
+        (
+            lambda: bma.scale_by_mini_bma().update(
+                {"w": jnp.ones((2, 3))},
+                bma.scale_by_mini_bma().init({"w": jnp.ones(2)}),
+            ),
+            ValueError,
+            r"'w' has shape \(2, 3\)",
+        ),
+        (lambda: bma.scale_by_adam_bma(estimator="ridge"), ValueError, "projection"),
+        (lambda: bma.scale_by_bma(estimator="ridge"), ValueError, "projection"),
+        (lambda: bma.scale_by_adam_bma(b1=1.0), ValueError, "b1"),
+        (lambda: bma.scale_by_adam_bma(couple="none"), ValueError, "couple"),
+        (lambda: bma.scale_block_mean(0.0, len), TypeError, "by_function"),
+        (lambda: bma.scale_block_mean(0.0, weights="all"), ValueError, "constant"),
+        (
+            lambda: bma.scale_block_mean(0.0).init({"n": jnp.ones((2, 2), int)}),
+            TypeError,
+            "'n' has dtype int",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
