@@ -45,11 +45,10 @@ METHODS = [
         initial_accumulator_value=0.1,
     ),
     row(
-        "adam_bma per_unit projection",
+        "adam_bma projection",
         bma.adam_bma,
         trees=2,
         learning_rate=0.01,
-        partition=bma.per_unit,
         estimator="projection",
     ),
     row("mini_bma", bma.mini_bma, trees=4, learning_rate=0.01),
