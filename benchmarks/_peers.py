@@ -34,6 +34,7 @@ class Method:
     start: tuple[float, ...] = ()  # Where tuning starts.
     strides: tuple[int, ...] = (4, 2, 1)  # Of its grid, in powers of the root of 2.
     quadratic: bool | None = None  # Only for such problems; None: for all.
+    needs_loss: bool = False  # At every step, with or without a look at the target.
 
 
 def from_optax(make_tx: Callable[..., optax.GradientTransformation]):
@@ -169,7 +170,7 @@ METHODS = {
     "adagrad": Method(
         from_optax(lambda p, rate: optax.adagrad(rate)), ("rate",), (1.0,)
     ),
-    "lbfgs": Method(from_optax(lambda p: optax.lbfgs())),
+    "lbfgs": Method(from_optax(lambda p: optax.lbfgs()), needs_loss=True),
     "cg": Method(conjugate_gradients, quadratic=True),
     "newton_cg": Method(newton_cg, quadratic=False),
 }

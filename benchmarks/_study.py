@@ -160,7 +160,7 @@ class Study:
             bar.set_postfix_str(name)
             self.rows[name] = self.first(name)
             bar.update()
-        timed = {name: self.again(name) for name in names if self.rows[name]["reached"]}
+        timed = {name: self.again(name) for name in names if not self.done(name)}
         timed |= self.experts()
         for _, (name, measure) in itertools.product(
             range(self.options.repeats), timed.items()
@@ -203,10 +203,18 @@ class Study:
             "tuning_runs": runs,
             "steps": found.steps,
             "reached": found.reached,
-            "seconds": [] if found.reached else [found.seconds],
+            "seconds": [found.seconds] if self.final(method, found) else [],
             "loss": found.loss,
             "compile_seconds": solver.compile_seconds,
         }
+
+    def final(self, method: Method, found: Solution) -> bool:
+        """Whether the search itself is what is timed: in vain, or long enough."""
+        long = method.needs_loss and found.seconds > PATIENCE
+        return long or not found.reached
+
+    def done(self, name: str) -> bool:
+        return bool(self.rows[name]["seconds"])
 
     @functools.cached_property
     def tuning_target(self) -> float:

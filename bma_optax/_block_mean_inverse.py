@@ -22,18 +22,21 @@ class Inverse(NamedTuple):
 
     inverse_diagonal: Any  # like params: 1 / (Λ̄ z²), Λ damped.
     Lambda: jax.Array  # (L,): Λ + damping.
-    K: Any  # a tuple: of each system.
+    # One vector, of all systems one after the other: as Optax's placeholder for params
+    # has no arrays, a state may not hold a number of arrays that depends on them.
+    K: jax.Array
     coarse_ratio: jax.Array  # (): min eig(M) / median(Λ), undamped.
     floored: jax.Array  # (), int32: eigenvalues of M negative or below the floor.
 
 
-def N_shape(systems) -> tuple[int, ...]:
-    """The shape of N: a matrix if there is just one."""
+def shapes(systems):
+    """The shapes of N and of K: a matrix if there is just one."""
     if len(systems) == 1 and isinstance(systems[0], _coarse.Dense):
         (system,) = systems
         if system.count == 1:
-            return (system.n, system.n)
-    return (sum(system.N_size for system in systems),)
+            return (system.n, system.n), (system.n, system.n)
+    N_size = sum(system.N_size for system in systems)
+    return (N_size,), (sum(system.K_size for system in systems),)
 
 
 def identity(systems, blocks, params) -> Inverse:
@@ -43,11 +46,7 @@ def identity(systems, blocks, params) -> Inverse:
     )
     zeros = 0 * blocks.block_sums(ones)
     zero = jnp.sum(zeros)
-    K = jax.tree.map(
-        lambda shape: zero + jnp.zeros(shape, zero.dtype),
-        tuple(system.K_shapes for system in systems),
-        is_leaf=_is_shape,
-    )
+    K = zero + jnp.zeros(shapes(systems)[1], zero.dtype)
     return Inverse(ones, zeros + 1, K, zero + 1, zero.astype("int32"))
 
 
@@ -66,7 +65,7 @@ def invert(systems, blocks, N, diagonal, damping, min_eigenvalue, local) -> Inve
         system.invert(part, _coarse.take(system, n2), damping, floor)
         for system, part in zip(
             systems,
-            _coarse.split(systems, N),
+            _coarse.split(systems, N, lambda system: system.N_size),
             strict=True,
         )
     ]
@@ -75,7 +74,8 @@ def invert(systems, blocks, N, diagonal, damping, min_eigenvalue, local) -> Inve
     if factors:
         Lambda = 1 / _coarse.assemble(systems, [f.inverse_Lambda for f in factors], n2)
         Lambda = jnp.where(local, Lambda, 1 + damping)
-        K = jax.tree.map(lambda x: jnp.where(local, x, 0), tuple(f.K for f in factors))
+        K = jnp.concatenate([f.K for f in factors]).reshape(unit.K.shape)
+        K = jnp.where(local, K, 0)
         smallest = jnp.min(jnp.stack([f.smallest for f in factors]))
         Lambdas = jnp.concatenate([f.Lambda for f in factors])
         # A sort of all would cost as much as the rest.
@@ -103,7 +103,11 @@ def correct(systems, K, sums):
     """K times a vector over blocks."""
     parts = [
         system.correct(part, _coarse.take(system, sums))
-        for system, part in zip(systems, K, strict=True)
+        for system, part in zip(
+            systems,
+            _coarse.split(systems, K, lambda system: system.K_size),
+            strict=True,
+        )
     ]
     return _coarse.assemble(systems, parts, sums)
 
@@ -116,7 +120,3 @@ def _positive(diagonal):
         largest = jnp.maximum(largest, jnp.max(x, initial=0).astype(dtype))
     least = jnp.where(largest > 0, largest * float(jnp.finfo("float32").eps), 1)
     return jax.tree.map(lambda x: jnp.maximum(x, least.astype(x.dtype)), diagonal)
-
-
-def _is_shape(x) -> bool:
-    return isinstance(x, tuple) and bool(x) and all(isinstance(n, int) for n in x)

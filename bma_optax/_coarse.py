@@ -30,7 +30,7 @@ Spans = tuple[tuple[int, int], ...]  # positions of consecutive blocks
 class Factor(NamedTuple):
     """What the inverse needs of one system."""
 
-    K: Any  # of ``K_shapes``.
+    K: jax.Array  # flat.
     inverse_Lambda: jax.Array  # damped, one a block.
     Lambda: jax.Array  # undamped.
     smallest: jax.Array  # (): the least eigenvalue of M.
@@ -51,10 +51,7 @@ class Dense:
         """The length of N."""
         return self.count * self.n**2
 
-    @property
-    def K_shapes(self):
-        """The shape of K."""
-        return (self.count, self.n, self.n)
+    K_size = N_size
 
     def invert(self, N, n2, damping, floor) -> Factor:
         """K by the absolute eigenvalues of the damped M."""
@@ -70,7 +67,7 @@ class Dense:
         inverse = mean.power(-1, min_eigenvalue=floor, absolute=True)
         eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
         return Factor(
-            inverse.correction / outer,
+            (inverse.correction / outer).reshape(-1),
             inverse.Lambda.reshape(-1),
             Lambda.reshape(-1),
             jnp.min(eigenvalues),
@@ -81,7 +78,7 @@ class Dense:
         """K r."""
         y = jnp.einsum(
             "gij,gj->gi",
-            K,
+            K.reshape(self.count, self.n, self.n),
             r.reshape(self.count, self.n),
             precision=jax.lax.Precision.HIGHEST,
         )
@@ -105,9 +102,9 @@ class Nested:
         return math.prod(self.tiles.shape)
 
     @property
-    def K_shapes(self):
-        """The shapes of (Λn²)^-1 and of what the nested levels need."""
-        return (self.tiles.fields, *self.tiles.grid), self.levels.shapes
+    def K_size(self) -> int:
+        """The length of K."""
+        return self.tiles.num_cells + self.levels.packed_size
 
     def invert(self, N, n2, damping, floor) -> Factor:
         """The nested levels of the damped N; eigenvalues are those of the last one."""
@@ -117,10 +114,11 @@ class Nested:
         s = np.asarray(self.sizes).reshape(shape).astype(n2.dtype)
         Lambda = _lambda(s, self.tiles.diagonal(S) / n2)
         damped = self.tiles.add_diagonal(S, damping * n2)
-        factor, eigenvalues = self.levels.factor(damped, n2, floor)
+        packed, eigenvalues = self.levels.pack(damped, n2, floor)
         inverse_Lambda = 1 / (Lambda + damping)
+        smoothed = inverse_Lambda / n2
         return Factor(
-            (inverse_Lambda / n2, factor),
+            jnp.concatenate([smoothed.reshape(-1), packed]),
             inverse_Lambda.reshape(-1),
             Lambda.reshape(-1),
             jnp.min(eigenvalues) - damping,
@@ -133,9 +131,11 @@ class Nested:
         rᵀ(N^-1 - (Λn²)^-1)r + gᵀ(Λ̄z²)^-1g is at least rᵀN^-1r for the block sums r of
         g, by Cauchy and Schwarz.
         """
-        smoothed, factor = K
-        r = r.reshape(smoothed.shape)
-        x = self.levels.solve(factor, r)
+        shape = (self.tiles.fields, *self.tiles.grid)
+        split = self.tiles.num_cells
+        smoothed = K[:split].reshape(shape)
+        r = r.reshape(shape)
+        x = self.levels.solve(K[split:], r)
         descends = jnp.sum(r * x) >= 0
         return jnp.where(descends, x - smoothed * r, 0).reshape(-1)
 
@@ -252,10 +252,10 @@ def assemble(systems, parts, like):
     return ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered)
 
 
-def split(systems, N):
-    """The part of N of each system."""
-    bounds = itertools.accumulate((system.N_size for system in systems), initial=0)
-    flat = N.reshape(-1)
+def split(systems, packed, size):
+    """The part of each system of a vector that holds them one after the other."""
+    bounds = itertools.accumulate((size(system) for system in systems), initial=0)
+    flat = packed.reshape(-1)
     return [flat[a:b] for a, b in itertools.pairwise(bounds)]
 
 

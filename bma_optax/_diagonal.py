@@ -24,7 +24,7 @@ def diagonal(curvature, systems, product, blocks, N, params, key, extra_args):
             jnp.diagonal(part.reshape(system.count, system.n, -1), axis1=1, axis2=2)
             for system, part in zip(
                 systems,
-                _coarse.split(systems, N),
+                _coarse.split(systems, N, lambda system: system.N_size),
                 strict=True,
             )
         ]

@@ -42,31 +42,28 @@ class Levels:
     bottom: Stencil
 
     @property
-    def shapes(self) -> tuple[tuple[tuple[Shape, Shape], ...], Shape]:
-        """The shapes of what ``factor`` returns."""
-        n = self.bottom.num_cells
-        return tuple(
-            (level.stencil.shape, (level.stencil.fields, *level.stencil.grid))
+    def packed_size(self) -> int:
+        """The length of what ``pack`` returns."""
+        stencils = sum(
+            math.prod(level.stencil.shape) + level.stencil.num_cells
             for level in self.levels
-        ), (n, n)
+        )
+        return stencils + self.bottom.num_cells**2
 
-    def factor(self, S, n2, min_eigenvalue):
-        """Everything ``solve`` needs; and M's eigenvalues at the bottom.
+    def pack(self, S, n2, min_eigenvalue):
+        """Everything ``solve`` needs in one vector; and M's eigenvalues at the bottom.
 
         Args:
           S: the stencil of the first level.
           n2: the diagonal of the metric there, shape (fields, *grid).
           min_eigenvalue: a floor for the eigenvalues of the dense matrix relative to
             the metric.
-
-        Returns:
-          ``((levels, inverse), eigenvalues)``: for each level its stencil and
-          smoother, and the dense inverse at the bottom.
         """
-        levels = []
+        parts = []
         for stencil, tile in self.levels:
             sums = stencil.absolute_row_sums(S)
-            levels.append((S, RELAXATION / jnp.where(sums > 0, sums, 1)))
+            smoother = RELAXATION / jnp.where(sums > 0, sums, 1)
+            parts += [S.reshape(-1), smoother.reshape(-1)]
             _, S = stencil.coarsen(S, tile)
             n2 = _sums(n2, tile)
         root = jnp.sqrt(n2.reshape(-1))
@@ -74,12 +71,22 @@ class Levels:
         M = self.bottom.dense(S) / outer
         relative = _spectral.resolution(M.shape[-1], M.dtype)
         inverse = _spectral.matrix_power(M, -1, min_eigenvalue, relative, absolute=True)
+        parts.append((inverse / outer).reshape(-1))
         eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
-        return (tuple(levels), inverse / outer), eigenvalues
+        return jnp.concatenate(parts), eigenvalues
 
-    def solve(self, factor, r):
+    def solve(self, packed, r):
         """The approximate inverse times r of shape (fields, *grid)."""
-        levels, inverse = factor
+        factors, start = [], 0
+        for stencil, _ in self.levels:
+            split = start + math.prod(stencil.shape)
+            stop = split + stencil.num_cells
+            S = packed[start:split].reshape(stencil.shape)
+            smoother = packed[split:stop].reshape(stencil.fields, *stencil.grid)
+            factors.append((S, smoother))
+            start = stop
+        n = self.bottom.num_cells
+        inverse = packed[start:].reshape(n, n)
 
         def solve(level, r):
             if level == len(self.levels):
@@ -88,7 +95,7 @@ class Levels:
                 )
                 return x.reshape(r.shape)
             stencil, tile = self.levels[level]
-            S, smoother = levels[level]
+            S, smoother = factors[level]
 
             def cycle(r):
                 x = smoother * r

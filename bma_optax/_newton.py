@@ -24,9 +24,8 @@ from bma_optax._curvature import Curvature
 class ScaleByNewtonBMAState(NamedTuple):
     """State of :func:`scale_by_newton_bma`, for L blocks.
 
-    With several groups (``couple``) N holds the groups' small matrices one after the
-    other, shape (Σ L_group²,), and K has shape (groups, L_group, L_group); with a
-    ``reach`` N is a stencil, and K has the arrays of the nested levels.
+    With several groups (``couple``) the L x L arrays hold the groups' small matrices
+    one after the other, shape (Σ L_group²,).
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -39,7 +38,7 @@ class ScaleByNewtonBMAState(NamedTuple):
     key: jax.Array  # shape (), a typed random key, the same throughout.
     inverse_diagonal: optax.Updates  # like params: 1 / (Λ̄ z²).
     Lambda: jax.Array  # shape (L,): the damped Λ.
-    K: tuple  # ((1, L, L),): (M^-1 - Λ^-1) / (n nᵀ) of the last good factor.
+    K: jax.Array  # shape (L, L): (M^-1 - Λ^-1) / (n nᵀ) of the last good factor.
     N: jax.Array  # shape (L, L): block sums of G, averaged.
     refreshes: jax.Array  # shape (), int32: factors made.
     damping: jax.Array  # shape ().
@@ -143,10 +142,10 @@ def scale_by_newton_bma(
       Objective function: 0.000
       Objective function: 0.000
 
-    For quadratic losses heavy ball costs least: ``optax.chain(scale_by_newton_bma(),
-    optax.trace(0.45), optax.scale(-1.3))``, where the largest eigenvalue of C G is below
-    2.15 (about 1.9 for Laplacians, far more for blurs). :func:`newton_bma`, with its
-    own step rule, has no such condition.
+    For quadratic losses heavy ball costs least, ``optax.chain(scale_by_newton_bma(),
+    optax.trace(0.45), optax.scale(-1.3))``, where the largest eigenvalue of C G is
+    below 2.2 (about 1.9 for Laplacians, far more for blurs). :func:`newton_bma`, with
+    its own step rule, has no such condition.
 
     Source: the report's eq. (1) and (3).
     """
@@ -177,9 +176,7 @@ def scale_by_newton_bma(
             Lambda=inverse.Lambda,
             K=inverse.K,
             N=0 * inverse.coarse_ratio
-            + jnp.zeros(
-                _block_mean_inverse.N_shape(systems), inverse.coarse_ratio.dtype
-            ),
+            + jnp.zeros(_block_mean_inverse.shapes(systems)[0], inverse.K.dtype),
             refreshes=zero(),
             damping=jnp.zeros_like(inverse.coarse_ratio)
             + jnp.asarray(damping).astype(inverse.coarse_ratio.dtype),

@@ -131,13 +131,14 @@ def scale_by_quadratic_model(
             step = _scale(part, step)
         t = _backtrack(f, params, step, value, slope, dtype)
         step = _scale(t, step)
-        # A direction that is not finite shows in the updates and is forgotten here.
-        finite = _trees.all_finite(step)
+        # A direction that is not finite shows in the updates and is forgotten here: no
+        # step along it was accepted.
+        accepted = t > 0
         return jax.tree.map(
             lambda x, u: x.astype(u.dtype), step, updates
         ), ScaleByQuadraticModelState(
             key=next_key,
-            previous_step=jax.tree.map(lambda x: jnp.where(finite, x, 0), step),
+            previous_step=jax.tree.map(lambda x: jnp.where(accepted, x, 0), step),
             learning_rate=t * a,
             momentum=t * b,
             backtracking=t,
