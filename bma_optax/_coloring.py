@@ -108,7 +108,8 @@ _BATCH_ELEMENTS = 2**16
 class _Probe(NamedTuple):
     """Vectors along the axes of the grid; outer products of them are on one color.
 
-    Not the products: a loop over probes would make them again for every use.
+    Made for all colors at once: in a loop over colors XLA would select the cells of a
+    color again for every use of a probe.
     """
 
     field: jax.Array
@@ -152,7 +153,7 @@ class _Probes:
                 jnp.stack([next(parts) for _ in range(stencil.fields)])
             )
 
-    def all_probes(self) -> "_Probe":
+    def all_probes(self) -> _Probe:
         """Every probe, each array with one row for each."""
         every = itertools.product(range(self.stencil.fields), *map(range, self.colors))
         field, *colors = np.array(list(every), np.int32).T
@@ -179,7 +180,7 @@ class _Probes:
             ],
         )
 
-    def chunks(self) -> "_Probe":
+    def chunks(self) -> _Probe:
         """The same in equal chunks of probes that run side by side."""
         every = self.all_probes()
         count = len(every.field)
