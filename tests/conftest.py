@@ -18,6 +18,9 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Sums over shards of two programs at once can wait for each other on two cores, until
+# XLA gives up and aborts the process.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=15, derandomize=True
