@@ -14,6 +14,7 @@ from _networks_peers import (
     with_random_directions,
 )
 from _networks_tasks import EMBEDDINGS
+from _networks_variants import scale_by_mini_bma_of, scale_by_two_sided_mini_bma
 
 import bma_optax as bma
 
@@ -157,5 +158,13 @@ METHODS = {
         "mini-BMA, learned direction times c",
         lambda c: mini_bma(factor=c),
         {"c": (0.0, 0.1, 0.3)},
+    ),
+    "mini_bma_4": Method(
+        "mini-BMA, 4 learned directions", lambda: scale_by_mini_bma_of(4, UNITS)
+    ),
+    "mini_bma_two_sided": Method(
+        "mini-BMA, a learned direction of inputs and one of units",
+        lambda whiten: scale_by_two_sided_mini_bma(UNITS, whiten),
+        {"whiten": (0.0, 1.0)},
     ),
 }

@@ -7,6 +7,7 @@ import _networks_methods as methods
 import _networks_peers as peers
 import _networks_study as measuring
 import _networks_tasks as nets
+import _networks_variants as variants
 import jax
 import jax.numpy as jnp
 import networks
@@ -157,6 +158,68 @@ def test_random_directions_stay():
     moved = state.direction["w"] - start.direction["w"]
     assert 1e-3 < float(jnp.linalg.norm(start.direction["w"]))
     assert float(jnp.linalg.norm(moved)) < 1e-4
+
+
+def test_variants_of_mini_bma(x64):
+    kernels, biases = gradients((3, 2, 5), 8), gradients((5,), 8, seed=1)
+    grads = [{"w": k + 0.5, "b": b} for k, b in zip(kernels, biases, strict=True)]
+    grads[4]["w"][0, 0, 0] = np.nan  # One unit is left out.
+    plain = list(updates_of(methods.mini_bma(), grads))
+    every = [variants.scale_by_mini_bma_of(1, methods.UNITS)]
+    for whiten in (0.0, 1.0):
+        every.append(
+            variants.scale_by_two_sided_mini_bma(methods.UNITS, whiten, factor=1.0)
+        )
+    for tx in every:
+        for found, expected in zip(updates_of(tx, grads), plain, strict=True):
+            for key in expected:
+                np.testing.assert_allclose(found[key], expected[key], rtol=1e-9)
+
+
+def test_directions_of_inputs_are_orthonormal(x64):
+    """And four of them as in their formula."""
+    kernels = [k + 0.5 for k in gradients((3, 2, 5), 6)]
+    tx = variants.scale_by_mini_bma_of(4, methods.UNITS)
+    state, update = tx.init({"w": kernels[0]}), jax.jit(tx.update)
+    Y, h, M, m = np.array(state.direction["w"]).reshape(4, 6).T, 0, 0, 0
+    for t, kernel in enumerate(kernels, start=1):
+        Q = variants.orthonormal(state.direction["w"], (0, 1)).reshape(4, 6)
+        np.testing.assert_allclose(Q @ Q.T, np.eye(4), atol=1e-12)
+        updates, state = update({"w": kernel}, state)
+        G, (Q, triangle) = kernel.reshape(6, 5).T, np.linalg.qr(Y)
+        Q = Q * np.sign(np.diag(triangle))  # Those of Gram and Schmidt are Y's.
+        h, M = 0.99 * h + 0.01 * np.sum(G**2, 1), 0.99 * M + 0.01 * (G @ Q) ** 2
+        m = 0.9 * m + 0.1 * G
+        Lambda = np.maximum((h - M.sum(1)) / 2, 1e-3 * h / 6)[:, None]
+        r = m + np.minimum((Lambda / M) ** 0.5 - 1, 0) * (m @ Q) @ Q.T
+        r *= np.sqrt((1 - 0.99**t) / Lambda) / (1 - 0.9**t)
+        np.testing.assert_allclose(updates["w"].reshape(6, 5).T, r, rtol=1e-5)
+        target = G.T @ G @ Q
+        Y = 0.95 * Y + 0.05 * target / np.linalg.norm(target, axis=0)
+
+
+@pytest.mark.parametrize("whiten", [0.0, 1.0])
+def test_a_direction_of_units(x64, whiten):
+    kernels = [k + 0.5 for k in gradients((6, 5), 6)]
+    tx = variants.scale_by_two_sided_mini_bma(methods.UNITS, whiten)
+    plain = list(updates_of(methods.mini_bma(), kernels))
+    q, y, h, M, c, N = np.ones(6) / 6**0.5, np.ones(5) / 5**0.5, 0, 0, 0, 0
+    for t, updates in enumerate(updates_of(tx, kernels), start=1):
+        G, R, p = kernels[t - 1].T, plain[t - 1].T, y / np.linalg.norm(y)
+        v = q / np.linalg.norm(q)
+        h, M = 0.99 * h + 0.01 * np.sum(G**2, 1), 0.99 * M + 0.01 * (G @ v) ** 2
+        Lambda = np.maximum((h - M) / 5, 1e-3 * h / 6)
+        W = G
+        if whiten:
+            W = G + np.outer(np.minimum((Lambda / M) ** 0.5 - 1, 0) * (G @ v), v)
+            W = W / np.sqrt(Lambda / (1 - 0.99**t))[:, None]
+        c, N = 0.99 * c + 0.01 * np.sum(W**2, 0), 0.99 * N + 0.01 * (p @ W) ** 2
+        L = np.maximum((c - N) / 4, 1e-3 * c / 5)
+        R = R + np.outer(p, np.minimum((L / N) ** 0.5 - 1, 0) * (p @ R))
+        np.testing.assert_allclose(updates.T, R, rtol=1e-9)
+        turned, target = G.T @ (G @ v), W @ (W.T @ p)
+        q = 0.95 * q + 0.05 * turned / np.linalg.norm(turned)
+        y = 0.95 * y + 0.05 * target / np.linalg.norm(target)
 
 
 def test_forward_shows_the_inputs_of_every_kernel():
