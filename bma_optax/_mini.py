@@ -68,8 +68,8 @@ def scale_by_mini_bma(
     their start.
 
     What is stored beside the momentum is 2 numbers a unit and one an input, half of
-    Adam's state in all, and a step costs two products with G. An array with fewer than
-    two units, or units of fewer than two inputs (biases, scales), has Adam.
+    Adam's state in all; a step costs two products with G and one with m. An array with
+    fewer than two units, or units of fewer than two inputs (biases, scales), has Adam.
 
     Args:
       b1: the decay of the momentum, in [0, 1).
