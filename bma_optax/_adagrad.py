@@ -27,7 +27,7 @@ class ScaleByBMAState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # shape (), int32: steps taken.
     sum_of_squares: optax.Updates  # like params, float32 or float64: diag H.
     U: jax.Array  # shape (L, L): sum of the outer products of block sums.
-    v: jax.Array  # shape (L,): block sums of z, the root of diag H.
+    v: jax.Array  # shape (L,): block sums of z, the root of diag H, as M has them.
     inverse_root: jax.Array  # shape (L, L): the last finite M^-½.
     failures: jax.Array  # shape (), int32: factorisations that were not finite.
 
@@ -41,6 +41,7 @@ def scale_by_bma(
     min_eigenvalue: jax.typing.ArrayLike = 1e-2,
     form: str = "left",
     estimator: str = "report",
+    update_interval: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales updates by the inverse root of a block mean approximation (AdaGrad-BMA).
 
@@ -68,7 +69,7 @@ def scale_by_bma(
         or none, every "block" alone.
       initial_accumulator_value: the start of diag H, >= 0. It is 0 here, not Optax's
         0.1: a large start swamps z, and M then stays at the identity.
-      eps: added to diag H inside the root, >= 0.
+      eps: added to diag H inside the root, >= 0; at least the dtype's least number.
       min_eigenvalue: the least eigenvalue of M, >= 0. M is singular in real cases (at
         the first step; in softmax layers). At 0 the floor is only what the dtype can
         resolve beside the largest eigenvalue, 4 √L eps times it; at 1 the update along
@@ -84,6 +85,9 @@ def scale_by_bma(
         eq. (2) of :math:`Z^{-1} H Z^{-1}`, whose off-diagonal entries the report's M
         shrinks by :math:`\sqrt{s_i s_j}`. Take ``min_eigenvalue=1`` with it on
         networks.
+      update_interval: steps from one inverse root to the next, the first step has one.
+        U and diag H take up every gradient whatever it is. For more than about a
+        hundred blocks, where a root at every step costs more than all else.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleByBMAState`.
@@ -128,6 +132,7 @@ def scale_by_bma(
         eps=eps,
         min_eigenvalue=min_eigenvalue,
     )
+    _checks.at_least_one(update_interval=update_interval)
 
     def init_fn(params):
         _trees.check_floating(params)
@@ -153,32 +158,46 @@ def scale_by_bma(
         _trees.check_same_shapes(updates, state.sum_of_squares)
         blocks = _partition.layout(updates, partition, couple)
 
-        # Gather: diag H, U, v.
+        # Gather: diag H, U.
         g = jax.tree.map(lambda g, h: g.astype(h.dtype), updates, state.sum_of_squares)
         h = jax.tree.map(_add_square, g, state.sum_of_squares)
         U = state.U + _small_matrix.outer(blocks, blocks.block_sums(g))
-        z = jax.tree.map(lambda h: _scale(h, eps, 0.5), h)
-        v = blocks.block_sums(z)
+        shift = jnp.asarray(eps, state.v.dtype)
 
         # The small matrix and its root.
-        inverse_root, failures = _small_matrix.inverse_root(
-            blocks, U, v, state.inverse_root, min_eigenvalue, estimator
+        def refresh():
+            again, shift_again = _trees.again(h, shift)
+            z = jax.tree.map(lambda h: _scale(h, shift_again, 0.5), again)
+            v = blocks.block_sums(z)
+            root, failures = _small_matrix.inverse_root(
+                blocks, U, v, state.inverse_root, min_eigenvalue, estimator
+            )
+            return v, root, state.failures + failures
+
+        v, inverse_root, failures = _small_matrix.every(
+            update_interval,
+            state.count,
+            refresh,
+            (state.v, state.inverse_root, state.failures),
         )
 
         # Apply: r + E (M^-½ - I) Eᵀ r.
         power = -0.5 if form == "left" else -0.25
-        r = jax.tree.map(lambda g, h: g * _scale(h, eps, power), g, h)
-        correction = blocks.expand(_small_matrix.correction(blocks, inverse_root, r), r)
+
+        def scaled(g, h, shift):
+            return jax.tree.map(lambda g, h: g * _scale(h, shift, power), g, h)
+
+        r_sums = blocks.block_sums(scaled(*_trees.again(g, h, shift)))
+        correction = _small_matrix.correction(blocks, inverse_root, r_sums)
+
+        def apply(r, c, h):
+            moving = h > jnp.asarray(initial_accumulator_value, h.dtype)
+            result = r + jnp.where(moving, c, 0)
+            return result if form == "left" else result * _scale(h, shift, power)
+
         result = jax.tree.map(
-            lambda r, c, h: (
-                r + jnp.where(h > jnp.asarray(initial_accumulator_value, h.dtype), c, 0)
-            ),
-            r,
-            correction,
-            h,
+            apply, scaled(g, h, shift), blocks.expand(correction, h), h
         )
-        if form == "symmetric":
-            result = jax.tree.map(lambda x, h: x * _scale(h, eps, -0.25), result, h)
         result = jax.tree.map(lambda x, g: x.astype(g.dtype), result, updates)
         return result, ScaleByBMAState(
             count=optax.safe_increment(state.count),
@@ -186,7 +205,7 @@ def scale_by_bma(
             U=U,
             v=v,
             inverse_root=inverse_root,
-            failures=state.failures + failures,
+            failures=failures,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -202,6 +221,7 @@ def adagrad_bma(
     min_eigenvalue: jax.typing.ArrayLike = 1e-2,
     form: str = "left",
     estimator: str = "report",
+    update_interval: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaGrad with a block mean approximation of the full matrix.
 
@@ -216,6 +236,7 @@ def adagrad_bma(
       min_eigenvalue: the least eigenvalue of M.
       form: "left" or "symmetric".
       estimator: "report" or "projection".
+      update_interval: steps from one inverse root to the next.
 
     Returns:
       ``optax.chain(scale_by_bma(...), optax.scale_by_learning_rate(learning_rate))``.
@@ -249,6 +270,7 @@ def adagrad_bma(
             min_eigenvalue=min_eigenvalue,
             form=form,
             estimator=estimator,
+            update_interval=update_interval,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -260,12 +282,15 @@ def _add_square(g, h):
 
 
 def _scale(h, eps, power):
-    """(h + eps)^power, and 0 where there has been no gradient, as ``scale_by_rss``."""
-    alive = h > 0
-    shifted = jnp.where(alive, h, 1) + jnp.asarray(eps, h.dtype)
+    """(h + eps)^power, and 0 where there has been no gradient, as ``scale_by_rss``.
+
+    Without a comparison: with one, XLA on CPU stores all of it before it sums.
+    """
+    least = jnp.asarray(jnp.finfo(h.dtype).tiny, h.dtype)
+    shifted = h + jnp.maximum(eps.astype(h.dtype), least)
     root = {
         0.5: jnp.sqrt,
         -0.5: jax.lax.rsqrt,
         -0.25: lambda x: jax.lax.rsqrt(jnp.sqrt(x)),
     }[power]
-    return jnp.where(alive, root(shifted), 0)
+    return root(shifted) * jnp.sign(h)

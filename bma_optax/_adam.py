@@ -43,6 +43,7 @@ def scale_by_adam_bma(
     couple: str = "all",
     estimator: str = "report",
     min_eigenvalue: jax.typing.ArrayLike = 1e-2,
+    update_interval: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales updates by Adam with a block mean approximation of the full matrix.
 
@@ -71,6 +72,7 @@ def scale_by_adam_bma(
         included, as in :func:`scale_by_bma`.
       min_eigenvalue: the least eigenvalue of M, >= 0; at 1 the update along block means
         can shrink but not grow.
+      update_interval: steps from one inverse root to the next, the first step has one.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleByAdamBMAState`.
@@ -110,6 +112,7 @@ def scale_by_adam_bma(
     _small_matrix.check_estimator(estimator)
     _checks.below_one(b1=b1, b2=b2)
     _checks.not_negative(eps=eps, eps_root=eps_root, min_eigenvalue=min_eigenvalue)
+    _checks.at_least_one(update_interval=update_interval)
 
     def init_fn(params):
         _trees.check_floating(params)
@@ -133,47 +136,57 @@ def scale_by_adam_bma(
         blocks = _partition.layout(updates, partition, couple)
         count = optax.safe_increment(state.count)
 
-        # Gather: the momentum, diag H, U, v.
+        # Gather: the momentum, diag H, U.
         g = _moments.finite_gradients(updates)
         mu = jax.tree.map(lambda g, m: _moments.decay(g, m, b1), g, state.mu)
         nu = jax.tree.map(
             lambda g, h: _moments.decay(jnp.square(g), h, b2), g, state.nu
         )
         raw = jax.tree.map(lambda g, h: g.astype(h.dtype), updates, nu)
-        U = _moments.decay(
-            _small_matrix.outer(blocks, blocks.block_sums(raw)), state.U, b2
-        )
-        z = jax.tree.map(
-            lambda h: _moments.root(
-                h / _moments.bias_correction(count, b2, h.dtype), eps, eps_root
-            ),
-            nu,
-        )
+        u = blocks.block_sums(raw)
+        U = _moments.decay(_small_matrix.outer(blocks, u), state.U, b2)
+        started = _moments.bias_correction(count, b1, u.dtype)
+        started_nu = _moments.bias_correction(count, b2, u.dtype)
+        constants = started_nu, jnp.asarray(eps), jnp.asarray(eps_root)
 
         # The small matrix and its root.
-        inverse_root, failures = _small_matrix.inverse_root(
-            blocks,
-            U / _moments.bias_correction(count, b2, U.dtype),
-            blocks.block_sums(z),
-            state.inverse_root,
-            min_eigenvalue,
-            estimator,
+        def root(nu, constants):
+            return jax.tree.map(lambda h: _root(h, *constants), nu)
+
+        def refresh():
+            new, failures = _small_matrix.inverse_root(
+                blocks,
+                U / started_nu,
+                blocks.block_sums(root(*_trees.again(nu, constants))),
+                state.inverse_root,
+                min_eigenvalue,
+                estimator,
+            )
+            return new, state.failures + failures
+
+        inverse_root, failures = _small_matrix.every(
+            update_interval,
+            state.count,
+            refresh,
+            (state.inverse_root, state.failures),
         )
 
         # Apply: r + E (M^-½ - I) Eᵀ r.
-        r = jax.tree.map(
-            lambda m, z, g: jnp.where(
-                jnp.isfinite(g),
-                _moments.divide(m / _moments.bias_correction(count, b1, m.dtype), z),
-                g,
-            ),
-            mu,
-            z,
-            raw,
-        )
-        correction = blocks.expand(_small_matrix.correction(blocks, inverse_root, r), r)
+        def scaled(mu, nu, started, constants):
+            return jax.tree.map(
+                lambda m, h: _over_root(m / started.astype(m.dtype), h, *constants),
+                mu,
+                nu,
+            )
+
+        r_sums = blocks.block_sums(scaled(*_trees.again(mu, nu, started, constants)))
+        r_sums = jnp.where(jnp.isfinite(u), r_sums, jnp.nan)
+        correction = _small_matrix.correction(blocks, inverse_root, r_sums)
         result = jax.tree.map(
-            lambda r, c, z: r + jnp.where(z > 0, c, 0), r, correction, z
+            lambda r, c, h: r + jnp.where(h > 0, c, 0),
+            scaled(mu, nu, started, constants),
+            blocks.expand(correction, nu),
+            nu,
         )
         return _moments.like_gradients(result, updates), ScaleByAdamBMAState(
             count=count,
@@ -181,7 +194,7 @@ def scale_by_adam_bma(
             nu=nu,
             U=U,
             inverse_root=inverse_root,
-            failures=state.failures + failures,
+            failures=failures,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -201,6 +214,7 @@ def adam_bma(
     couple: str = "all",
     estimator: str = "report",
     min_eigenvalue: jax.typing.ArrayLike = 1e-2,
+    update_interval: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with a block mean approximation of the full matrix.
 
@@ -222,6 +236,7 @@ def adam_bma(
       couple: which blocks see each other.
       estimator: "report" or "projection".
       min_eigenvalue: the least eigenvalue of M.
+      update_interval: steps from one inverse root to the next.
 
     Returns:
       A chain of :func:`scale_by_adam_bma`, the decay and the rate. ``update`` needs
@@ -259,7 +274,18 @@ def adam_bma(
             couple=couple,
             estimator=estimator,
             min_eigenvalue=min_eigenvalue,
+            update_interval=update_interval,
         ),
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _root(nu, started, eps, eps_root):
+    """z."""
+    return _moments.root(nu / started.astype(nu.dtype), eps, eps_root)
+
+
+def _over_root(x, nu, started, eps, eps_root):
+    """x / z."""
+    return _moments.over_root(x, nu / started.astype(nu.dtype), eps, eps_root)

@@ -178,8 +178,7 @@ def scale_by_mini_bma(
             along = (jnp.asarray(part, g.dtype) - 1) * units.times(mu, q)
             started = _moments.bias_correction(count, b1, g.dtype)
             Lambda = Lambda / _moments.bias_correction(count, b2, g.dtype)
-            root = _moments.root(Lambda, eps) * started
-            scale = _moments.divide(jnp.ones_like(root), root)
+            scale = _moments.over_root(jnp.ones_like(Lambda), Lambda, eps) / started
             r = (mu + along * q) * jnp.where(jnp.isfinite(product), scale, jnp.nan)
             r = units.join(r, gradient).astype(gradient.dtype)
             mu = units.join(mu, gradient).astype(old_mu.dtype)

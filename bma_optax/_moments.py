@@ -31,15 +31,22 @@ def bias_correction(count, b, dtype):
 
 
 def root(nu, eps, eps_root=0.0):
-    """√(nu + eps_root) + eps, and 0 where nu is: there has been no gradient."""
-    alive = nu > 0
-    shifted = jnp.where(alive, nu, 1) + jnp.asarray(eps_root, nu.dtype)
-    return jnp.where(alive, jnp.sqrt(shifted) + jnp.asarray(eps, nu.dtype), 0)
+    """√(nu + eps_root) + eps, and 0 where nu is: there has been no gradient.
+
+    Without a comparison: with one, XLA on CPU stores all of it before it sums.
+    """
+    return _positive_root(nu, eps, eps_root) * jnp.sign(nu)
 
 
-def divide(x, root):
-    """x / root, and 0 where the root is."""
-    return jnp.where(root > 0, x / jnp.where(root > 0, root, 1), 0)
+def over_root(x, nu, eps, eps_root=0.0):
+    """x / (√(nu + eps_root) + eps), and 0 where nu is."""
+    return x * jnp.sign(nu) / _positive_root(nu, eps, eps_root)
+
+
+def _positive_root(nu, eps, eps_root):
+    least = jnp.asarray(jnp.finfo(nu.dtype).tiny, nu.dtype)
+    shift = jnp.maximum(jnp.asarray(eps_root).astype(nu.dtype), least)
+    return jnp.sqrt(nu + shift) + jnp.asarray(eps).astype(nu.dtype)
 
 
 def like_gradients(result, updates):
@@ -57,8 +64,6 @@ def adam(g, mu, nu, count, b1, b2, eps):
     finite = jnp.isfinite(g)
     mu = decay(jnp.where(finite, g, 0), mu, b1)
     nu = decay(jnp.where(finite, jnp.square(g), 0), nu, b2)
-    r = divide(
-        mu / bias_correction(count, b1, g.dtype),
-        root(nu / bias_correction(count, b2, g.dtype), eps),
-    )
+    m = mu / bias_correction(count, b1, g.dtype)
+    r = over_root(m, nu / bias_correction(count, b2, g.dtype), eps)
     return jnp.where(finite, r, g), mu, nu

@@ -1,5 +1,6 @@
 """From block sums to the small matrix, its inverse root, and the correction by it."""
 
+import jax
 import jax.numpy as jnp
 
 from bma_optax._block_mean_matrix import BlockMeanMatrix
@@ -35,6 +36,13 @@ def start(blocks, zeros):
 def outer(blocks, u):
     """u uᵀ of each group, without the blocks that are not finite."""
     return blocks.outer(jnp.where(jnp.isfinite(u), u, 0))
+
+
+def every(interval, count, refresh, last):
+    """``refresh()`` at the first step and then at each so many, else ``last``."""
+    if isinstance(interval, int) and interval == 1:
+        return refresh()
+    return jax.lax.cond(count % interval == 0, refresh, lambda: last)
 
 
 def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):
@@ -75,13 +83,13 @@ def _small_matrix(U, v, sizes, estimator):
     return C + (identity & ~given).astype(v.dtype)
 
 
-def correction(blocks, inverse_root, r):
+def correction(blocks, inverse_root, r_sums):
     """S^-½ (M^-½ - I) S^-½ times the block sums of r, shape (L,).
 
-    A block with an update that is not finite neither gives nor takes a correction.
+    A block whose sum is not finite neither gives nor takes a correction.
     """
     root_sizes = jnp.sqrt(jnp.asarray(blocks.sizes, inverse_root.dtype))
-    means = blocks.block_sums(r) / root_sizes
+    means = r_sums / root_sizes
     finite = jnp.isfinite(means)
     safe = jnp.where(finite, means, 0)
     correction = blocks.matvec(inverse_root, safe) - safe

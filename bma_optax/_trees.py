@@ -61,6 +61,15 @@ def zeros_like(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
+def again(*trees):
+    """The same values under another name, for what is to be computed once more.
+
+    XLA would store what two passes over an array share; without a share, each pass
+    computes it on its way. The names of two calls differ if their arguments do.
+    """
+    return jax.lax.optimization_barrier(trees)
+
+
 def size(tree) -> int:
     """The number of elements."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -35,6 +35,7 @@ METHODS = [
         learning_rate=1.0,
         partition=bma.per_unit,
         form="symmetric",
+        update_interval=2,
     ),
     row(
         "adagrad_bma per_tile by layer",
@@ -50,6 +51,7 @@ METHODS = [
         trees=2,
         learning_rate=0.01,
         estimator="projection",
+        update_interval=2,
     ),
     row("mini_bma", bma.mini_bma, trees=4, learning_rate=0.01),
     row("newton_bma", bma.newton_bma, trees=2, learning_rate=None),

@@ -38,11 +38,12 @@ class DenseAdaGradBMA:
         floor=1e-2,
         form="left",
         estimator="report",
+        interval=1,
     ):
         self.labels = np.asarray(labels)  # (d,), -1 where there is no block
         self.groups = groups  # label -> group
         self.initial, self.eps, self.floor, self.form = initial, eps, floor, form
-        self.estimator = estimator
+        self.estimator, self.interval, self.steps = estimator, interval, 0
         self.blocks = [b for b in np.unique(labels) if b >= 0]
         self.h = np.full(len(labels), initial)
         self.U = {(i, j): 0.0 for i in self.blocks for j in self.blocks}
@@ -52,6 +53,12 @@ class DenseAdaGradBMA:
         u = {b: g[self.labels == b].sum() for b in self.blocks}
         for i, j in self.U:
             self.U[i, j] = old * self.U[i, j] + new * u[i] * u[j]
+
+    def root_of_this_step(self, *args):
+        if self.steps % self.interval == 0:
+            self.root = self.inverse_root(*args)
+        self.steps += 1
+        return self.root
 
     def inverse_root(self, z, correction=1.0):
         labels = self.labels
@@ -75,7 +82,7 @@ class DenseAdaGradBMA:
         self.add(g)
         z = np.sqrt(np.where(self.h > 0, self.h + self.eps, 0))
         inverse_z = np.where(self.h > 0, 1 / np.sqrt(self.h + self.eps), 0)
-        root = self.inverse_root(z)
+        root = self.root_of_this_step(z)
         diagonal = inverse_z * g
         if self.form == "left":
             result = root @ diagonal
@@ -100,7 +107,7 @@ class DenseAdamBMA(DenseAdaGradBMA):
         correction = 1 - self.b2**self.count
         z = np.sqrt(self.h / correction) + self.eps
         m = self.mu / (1 - self.b1**self.count)
-        return self.inverse_root(z, correction) @ (m / z)
+        return self.root_of_this_step(z, correction) @ (m / z)
 
 
 class DenseMiniBMA:

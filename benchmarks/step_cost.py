@@ -1,0 +1,252 @@
+"""What one update costs beside Optax's, from 50 thousand to 100 million parameters.
+
+    python benchmarks/step_cost.py
+    python benchmarks/step_cost.py --trees 50k 1M --steps 50
+
+All methods take turns in one process on the same tree, with a new gradient at each step
+and donated states. Blocks are arrays unless a row says otherwise. A method that makes
+its root every k steps is timed over windows of k.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import optax
+from tqdm import tqdm
+
+import bma_optax as bma
+
+NEVER = 10**6  # A root at the first step only: what the sums cost without it.
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Method(NamedTuple):
+    label: str
+    tx: Any
+    window: int = 1  # Steps from one root to the next.
+    up_to: int = 10**12  # Parameters beyond which it is left out: it takes minutes.
+
+
+def with_biases(kernels: list[tuple[int, ...]]) -> Shapes:
+    return tuple(shape for kernel in kernels for shape in (kernel, kernel[-1:]))
+
+
+CONVOLUTIONS = [(3, 3, 3, 16), (3, 3, 16, 32), (3, 3, 32, 64), (3, 3, 64, 128)]
+TREES: dict[str, Shapes] = {
+    "50k": with_biases([(128, 128)] * 3),
+    "1M": with_biases([*CONVOLUTIONS, (3200, 250), (250, 10)]),  # 1000 units.
+    "30M": with_biases([(632, 632)] * 75),
+    "100M": with_biases([(1000, 1000)] * 100),
+    "tiny": with_biases([(8, 8)] * 500),
+}
+METHODS = {
+    "adagrad": Method("`optax.scale_by_rss` (AdaGrad)", optax.scale_by_rss()),
+    "adam": Method("`optax.scale_by_adam`", optax.scale_by_adam()),
+    "muon": Method(
+        "`optax.contrib.scale_by_muon`", optax.contrib.scale_by_muon(), up_to=10**6
+    ),
+    "bma": Method("`scale_by_bma()`", bma.scale_by_bma()),
+    "bma_sums": Method(
+        "... its sums alone", bma.scale_by_bma(update_interval=NEVER), NEVER
+    ),
+    "bma_10": Method(
+        "... `update_interval=10`", bma.scale_by_bma(update_interval=10), 10
+    ),
+    "symmetric": Method('... `form="symmetric"`', bma.scale_by_bma(form="symmetric")),
+    "per_unit_sums": Method(
+        "`per_unit`, its sums alone",
+        bma.scale_by_bma(bma.per_unit, couple="array", update_interval=NEVER),
+        NEVER,
+    ),
+    "adam_bma": Method("`scale_by_adam_bma()`", bma.scale_by_adam_bma()),
+    "mini_bma": Method("`scale_by_mini_bma()`", bma.scale_by_mini_bma()),
+}
+# All units of a net see each other: one matrix of 1000 x 1000.
+COUPLED = {
+    "units": Method("`per_unit`, L = 1000", bma.scale_by_bma(bma.per_unit)),
+    "units_10": Method(
+        "... `update_interval=10`",
+        bma.scale_by_bma(bma.per_unit, update_interval=10),
+        10,
+    ),
+    "units_100": Method(
+        "... `update_interval=100`",
+        bma.scale_by_bma(bma.per_unit, update_interval=100),
+        100,
+    ),
+}
+
+
+def methods_of(name: str, d: int) -> dict[str, Method]:
+    every = METHODS | (COUPLED if name == "1M" else {})
+    return {key: method for key, method in every.items() if d <= method.up_to}
+
+
+def measure(name: str, steps: int, bar: tqdm) -> dict[str, Any]:
+    """Seconds of a step of each method on one tree, and bytes."""
+    shapes = TREES[name]
+    like = {f"array{i:03}": jnp.zeros(shape) for i, shape in enumerate(shapes)}
+    d = optax.tree.size(like)
+    methods = methods_of(name, d)
+    compiled, states, compile_seconds, memory = {}, {}, {}, {}
+    for key, method in methods.items():
+        bar.set_postfix_str(f"{name}: compiling {method.label}")
+        states[key] = jax.tree.map(jnp.array, method.tx.init(like))
+        start = time.perf_counter()
+        update = jax.jit(method.tx.update, donate_argnums=1)
+        compiled[key] = update.lower(like, states[key]).compile()
+        compile_seconds[key] = time.perf_counter() - start
+        memory[key] = {
+            "state": sum(x.nbytes for x in jax.tree.leaves(states[key])),
+            "temporary": compiled[key].memory_analysis().temp_size_in_bytes,
+        }
+
+    @jax.jit
+    def gradient(key):
+        keys = jax.random.split(key, len(like))
+        # Signs cancel inside a block, but not all of them.
+        return {
+            name: 0.1 + jax.random.normal(k, x.shape)
+            for (name, x), k in zip(like.items(), keys, strict=True)
+        }
+
+    seconds: dict[str, list[float]] = {key: [] for key in methods}
+    windows = [method.window for method in methods.values() if method.window < NEVER]
+    total = max(steps, *(2 * window for window in windows)) + 1
+    for i in range(total):
+        grads = jax.block_until_ready(gradient(jax.random.key(i)))
+        for key in methods:
+            bar.set_postfix_str(f"{name}: step {i + 1} of {total}")
+            start = time.perf_counter()
+            updates, states[key] = compiled[key](grads, states[key])
+            jax.block_until_ready((updates, states[key]))
+            seconds[key].append(time.perf_counter() - start)
+            del updates
+    rows = {}
+    for key, method in methods.items():
+        window = 1 if method.window == NEVER else method.window
+        times = seconds[key][1:]  # The first warms up.
+        means = [
+            statistics.fmean(times[i : i + window])
+            for i in range(0, len(times) - window + 1, window)
+        ]
+        rows[key] = {
+            "seconds": statistics.median(means),
+            "range": [min(means), max(means)],
+            "compile_seconds": compile_seconds[key],
+            **memory[key],
+        }
+    bar.update()
+    return {"parameters": d, "arrays": len(shapes), "steps": total - 1, "methods": rows}
+
+
+def copy_bandwidth(size: int) -> float:
+    """Bytes a second of a pass that reads and writes float32."""
+    double = jax.jit(lambda x: 2 * x)
+    x, times = jnp.ones(size), []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(double(x))
+        times.append(time.perf_counter() - start)
+    return 2 * x.nbytes / statistics.median(times[2:])
+
+
+def table(result: dict[str, Any], bandwidth: float) -> str:
+    rows, d = result["methods"], result["parameters"]
+    lines = [
+        f"\n### {d:,} parameters in {result['arrays']} arrays, "
+        f"{result['steps']} steps\n",
+        "| method | milliseconds (range) | of AdaGrad | of Adam | state, temporary "
+        "(bytes / d) | s to compile |",
+        "|--|--|--|--|--|--|",
+    ]
+    for key, row in rows.items():
+        low, high = (1e3 * x for x in row["range"])
+        cells = [
+            methods_of_label(key),
+            f"{1e3 * row['seconds']:.3g} ({low:.3g} to {high:.3g})",
+            f"{row['seconds'] / rows['adagrad']['seconds']:.2f}",
+            f"{row['seconds'] / rows['adam']['seconds']:.2f}",
+            f"{row['state'] / d:.2f}, {row['temporary'] / d:.2f}",
+            f"{row['compile_seconds']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    least = 24 * d / rows["bma"]["seconds"]
+    lines.append(
+        f"\n`scale_by_bma()`: 24 bytes a parameter, the least for two passes, at "
+        f"{least / 1e9:.3g} GB/s; a copy runs at {bandwidth / 1e9:.3g} GB/s."
+    )
+    return "\n".join(lines)
+
+
+def methods_of_label(key: str) -> str:
+    return (METHODS | COUPLED)[key].label
+
+
+def draw(trees: dict[str, Any], path: Path) -> None:
+    """Cost against d."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    chosen = [result for name, result in trees.items() if name != "tiny"]
+    chosen.sort(key=lambda result: result["parameters"])
+    for key in ("adam", "bma", "symmetric", "per_unit_sums", "adam_bma", "mini_bma"):
+        ratios = [
+            r["methods"][key]["seconds"] / r["methods"]["adagrad"]["seconds"]
+            for r in chosen
+        ]
+        sizes = [r["parameters"] for r in chosen]
+        axes.plot(sizes, ratios, "o-", label=METHODS[key].label.replace("`", ""))
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="parameters", ylabel="time of a step / AdaGrad's")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path(__file__).parent / "results" / "step_cost.json"
+    add = parser.add_argument
+    add("--trees", nargs="+", choices=TREES, default=list(TREES))
+    add("--steps", type=int, default=40, help="at least so many of each; default: 40")
+    add("--out", type=Path, default=default, help="JSON; the figure lies beside it")
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error("--steps must be positive")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    largest = max(sum(map(math.prod, TREES[name])) for name in options.trees)
+    content = {
+        "versions": {m.__name__: m.__version__ for m in (jax, optax, bma)},
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "copy_bandwidth": copy_bandwidth(largest),
+        "trees": {},
+    }
+    with tqdm(total=len(options.trees), unit="tree") as bar:
+        for name in options.trees:
+            content["trees"][name] = measure(name, options.steps, bar)
+            options.out.write_text(json.dumps(content, indent=1) + "\n")
+            bar.write(table(content["trees"][name], content["copy_bandwidth"]))
+    print(f"\n{content['device']}, {content['cores']} cores, JAX {jax.__version__}")
+    draw(content["trees"], options.out.with_suffix(".png"))
+    print(f"Wrote {options.out} and its figure")
+
+
+if __name__ == "__main__":
+    main()
