@@ -1,0 +1,128 @@
+"""What an update costs on many devices: the collectives of the compiled program."""
+
+import math
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import bma_optax as bma
+
+COLLECTIVE = re.compile(
+    r"= (.+?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
+    r"(?:-start)?\("
+)
+SHAPES = {"a": (16, 8), "b": (8,), "c": (8, 4), "d": (4,), "e": ()}
+MESHES = {
+    "FSDP": ((8,), ("data",), {"a": ("data",), "b": ("data",), "c": ("data",)}),
+    "2-D": (
+        (4, 2),
+        ("data", "model"),
+        {"a": ("data", "model"), "b": ("model",), "c": (None, "model"), "d": ("data",)},
+    ),
+}
+METHODS = {
+    "left": bma.scale_by_bma(),
+    "symmetric": bma.scale_by_bma(form="symmetric"),
+    "adam": bma.scale_by_adam_bma(),
+}
+
+
+def gradients(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(np.asarray(rng.standard_normal(shape)), jnp.float32)
+        for name, shape in SHAPES.items()
+    }
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("layout", MESHES)
+@pytest.mark.parametrize("name", METHODS)
+def test_an_update_sums_once_along_each_axis_of_the_mesh(name, layout, kind):
+    tx = METHODS[name]
+    shape, axes, specs = MESHES[layout]
+    mesh = jax.make_mesh(shape, axes, axis_types=(kind,) * len(axes))
+    shardings = {
+        key: jax.NamedSharding(mesh, jax.P(*specs.get(key, ()))) for key in SHAPES
+    }
+    with jax.set_mesh(mesh):
+        first = jax.device_put(gradients(0), shardings)
+        state = tx.init(first)
+        update = jax.jit(tx.update).lower(first, state).compile()
+        found = COLLECTIVE.findall(update.as_text())
+        assert {kind for _, kind in found} == {"all-reduce"}
+        assert len(found) <= len(axes)
+        for shapes, _ in found:
+            dimensions = re.findall(r"\w+\[([\d,]*)\]", shapes)
+            numbers = sum(
+                math.prod(map(int, re.findall(r"\d+", x))) for x in dimensions
+            )
+            assert numbers <= 3 * len(SHAPES)
+        updates, state = update(first, state)
+        updates, state = update(jax.device_put(gradients(1), shardings), state)
+    expected = tx.init(gradients(0))
+    _, expected = tx.update(gradients(0), expected)
+    wanted, _ = tx.update(gradients(1), expected)
+    for key in SHAPES:
+        np.testing.assert_allclose(updates[key], wanted[key], rtol=1e-4, atol=1e-6)
+
+
+PROCESS = """
+    import sys
+    import jax, jax.numpy as jnp, numpy as np
+    import bma_optax as bma
+
+    address, number = sys.argv[1], int(sys.argv[2])
+    jax.distributed.initialize(address, 2, number, initialization_timeout=60)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P("x"))
+    whole = np.arange(8, dtype=np.float32).reshape(4, 2) - 2
+    grads = {
+        "a": jax.make_array_from_callback(whole.shape, sharding, lambda i: whole[i]),
+        "b": jax.make_array_from_callback((4,), sharding, lambda i: whole[i[0], 0]),
+    }
+    tx = bma.scale_by_bma()
+    state = jax.jit(tx.init)(grads)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(grads, state)
+    total = jax.jit(lambda x: jnp.sum(jnp.abs(x)))(updates["a"])
+    print(len(jax.devices()), updates["a"].sharding.spec[0], float(total))
+"""
+
+
+def test_two_processes_make_the_update_of_one():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    script = textwrap.dedent(PROCESS)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, address, str(number)],
+            env={"JAX_PLATFORMS": "cpu", "PATH": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    whole = np.arange(8, dtype=np.float32).reshape(4, 2) - 2
+    grads = {"a": jnp.asarray(whole), "b": jnp.asarray(whole[:, 0])}
+    tx = bma.scale_by_bma()
+    state = tx.init(grads)
+    for _ in range(2):
+        updates, state = tx.update(grads, state)
+    for process, (printed, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+        devices, axis, total = printed.splitlines()[-1].split()
+        assert (devices, axis) == ("2", "x")
+        expected = np.abs(updates["a"]).sum()
+        np.testing.assert_allclose(float(total), expected, rtol=1e-5)
