@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import matplotlib
+import numpy as np
 import optax
 from tqdm import tqdm
 
@@ -52,9 +53,7 @@ TREES: dict[str, Shapes] = {
 METHODS = {
     "adagrad": Method("`optax.scale_by_rss` (AdaGrad)", optax.scale_by_rss()),
     "adam": Method("`optax.scale_by_adam`", optax.scale_by_adam()),
-    "muon": Method(
-        "`optax.contrib.scale_by_muon`", optax.contrib.scale_by_muon(), up_to=10**6
-    ),
+    "muon": Method("`optax.contrib.muon`", optax.contrib.muon(1.0), up_to=2_000_000),
     "bma": Method("`scale_by_bma()`", bma.scale_by_bma()),
     "bma_sums": Method(
         "... its sums alone", bma.scale_by_bma(update_interval=NEVER), NEVER
@@ -63,10 +62,8 @@ METHODS = {
         "... `update_interval=10`", bma.scale_by_bma(update_interval=10), 10
     ),
     "symmetric": Method('... `form="symmetric"`', bma.scale_by_bma(form="symmetric")),
-    "per_unit_sums": Method(
-        "`per_unit`, its sums alone",
-        bma.scale_by_bma(bma.per_unit, couple="array", update_interval=NEVER),
-        NEVER,
+    "per_unit": Method(
+        '`per_unit`, `couple="block"`', bma.scale_by_bma(bma.per_unit, couple="block")
     ),
     "adam_bma": Method("`scale_by_adam_bma()`", bma.scale_by_adam_bma()),
     "mini_bma": Method("`scale_by_mini_bma()`", bma.scale_by_mini_bma()),
@@ -92,6 +89,16 @@ def methods_of(name: str, d: int) -> dict[str, Method]:
     return {key: method for key, method in every.items() if d <= method.up_to}
 
 
+def mature(tx: Any, like: Any) -> Any:
+    """A state, its U as after many steps: of full rank, for `eigh` to have its work."""
+    state = jax.tree.map(jnp.array, tx.init(like))
+    if not hasattr(state, "U"):
+        return state
+    L = len(state.v) if hasattr(state, "v") else len(like)
+    sums = jax.random.normal(jax.random.key(0), (L, 2 * L))
+    return state._replace(U=(sums @ sums.T).reshape(state.U.shape))
+
+
 def measure(name: str, steps: int, bar: tqdm) -> dict[str, Any]:
     """Seconds of a step of each method on one tree, and bytes."""
     shapes = TREES[name]
@@ -101,10 +108,10 @@ def measure(name: str, steps: int, bar: tqdm) -> dict[str, Any]:
     compiled, states, compile_seconds, memory = {}, {}, {}, {}
     for key, method in methods.items():
         bar.set_postfix_str(f"{name}: compiling {method.label}")
-        states[key] = jax.tree.map(jnp.array, method.tx.init(like))
+        states[key] = mature(method.tx, like)
         start = time.perf_counter()
         update = jax.jit(method.tx.update, donate_argnums=1)
-        compiled[key] = update.lower(like, states[key]).compile()
+        compiled[key] = update.lower(like, states[key], like).compile()
         compile_seconds[key] = time.perf_counter() - start
         memory[key] = {
             "state": sum(x.nbytes for x in jax.tree.leaves(states[key])),
@@ -120,15 +127,16 @@ def measure(name: str, steps: int, bar: tqdm) -> dict[str, Any]:
             for (name, x), k in zip(like.items(), keys, strict=True)
         }
 
+    order = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {key: [] for key in methods}
     windows = [method.window for method in methods.values() if method.window < NEVER]
     total = max(steps, *(2 * window for window in windows)) + 1
     for i in range(total):
         grads = jax.block_until_ready(gradient(jax.random.key(i)))
-        for key in methods:
-            bar.set_postfix_str(f"{name}: step {i + 1} of {total}")
+        bar.set_postfix_str(f"{name}: step {i + 1} of {total}")
+        for key in order.permutation(list(methods)):
             start = time.perf_counter()
-            updates, states[key] = compiled[key](grads, states[key])
+            updates, states[key] = compiled[key](grads, states[key], like)
             jax.block_until_ready((updates, states[key]))
             seconds[key].append(time.perf_counter() - start)
             del updates
@@ -201,7 +209,7 @@ def draw(trees: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     chosen = [result for name, result in trees.items() if name != "tiny"]
     chosen.sort(key=lambda result: result["parameters"])
-    for key in ("adam", "bma", "symmetric", "per_unit_sums", "adam_bma", "mini_bma"):
+    for key in ("adam", "bma", "symmetric", "per_unit", "adam_bma", "mini_bma"):
         ratios = [
             r["methods"][key]["seconds"] / r["methods"]["adagrad"]["seconds"]
             for r in chosen

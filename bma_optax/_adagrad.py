@@ -69,7 +69,7 @@ def scale_by_bma(
         or none, every "block" alone.
       initial_accumulator_value: the start of diag H, >= 0. It is 0 here, not Optax's
         0.1: a large start swamps z, and M then stays at the identity.
-      eps: added to diag H inside the root, >= 0; at least the dtype's least number.
+      eps: added to diag H inside the root, >= 0.
       min_eigenvalue: the least eigenvalue of M, >= 0. M is singular in real cases (at
         the first step; in softmax layers). At 0 the floor is only what the dtype can
         resolve beside the largest eigenvalue, 4 √L eps times it; at 1 the update along
@@ -162,13 +162,12 @@ def scale_by_bma(
         g = jax.tree.map(lambda g, h: g.astype(h.dtype), updates, state.sum_of_squares)
         h = jax.tree.map(_add_square, g, state.sum_of_squares)
         U = state.U + _small_matrix.outer(blocks, blocks.block_sums(g))
-        shift = jnp.asarray(eps, state.v.dtype)
 
-        # The small matrix and its root.
+        # The small matrix and its root. The least number is for the derivative at 0.
+        shift = jnp.asarray(eps + float(jnp.finfo(jnp.float32).tiny), U.dtype)
+
         def refresh():
-            again, shift_again = _trees.again(h, shift)
-            z = jax.tree.map(lambda h: _scale(h, shift_again, 0.5), again)
-            v = blocks.block_sums(z)
+            v = blocks.block_sums(_root(*_trees.again(h, shift)))
             root, failures = _small_matrix.inverse_root(
                 blocks, U, v, state.inverse_root, min_eigenvalue, estimator
             )
@@ -183,21 +182,21 @@ def scale_by_bma(
 
         # Apply: r + E (M^-½ - I) Eᵀ r.
         power = -0.5 if form == "left" else -0.25
-
-        def scaled(g, h, shift):
-            return jax.tree.map(lambda g, h: g * _scale(h, shift, power), g, h)
-
-        r_sums = blocks.block_sums(scaled(*_trees.again(g, h, shift)))
-        correction = _small_matrix.correction(blocks, inverse_root, r_sums)
-
-        def apply(r, c, h):
-            moving = h > jnp.asarray(initial_accumulator_value, h.dtype)
-            result = r + jnp.where(moving, c, 0)
-            return result if form == "left" else result * _scale(h, shift, power)
-
-        result = jax.tree.map(
-            apply, scaled(g, h, shift), blocks.expand(correction, h), h
+        r = jax.tree.map(lambda g, h: g * _scale(h, eps, power), g, h)
+        correction = blocks.expand(
+            _small_matrix.correction(blocks, inverse_root, blocks.block_sums(r)), r
         )
+        start = initial_accumulator_value
+        result = jax.tree.map(
+            lambda r, c, h: r + jnp.where(h > jnp.asarray(start, h.dtype), c, 0),
+            r,
+            correction,
+            h,
+        )
+        if form == "symmetric":
+            result = jax.tree.map(
+                lambda x, h: x * _scale(h, eps, power), result, *_trees.again(h)
+            )
         result = jax.tree.map(lambda x, g: x.astype(g.dtype), result, updates)
         return result, ScaleByBMAState(
             count=optax.safe_increment(state.count),
@@ -281,16 +280,17 @@ def _add_square(g, h):
     return jnp.where(jnp.isfinite(g), h + jnp.square(g), h)
 
 
-def _scale(h, eps, power):
-    """(h + eps)^power, and 0 where there has been no gradient, as ``scale_by_rss``.
+def _root(h, shift):
+    """z = (h + shift)^½, and 0 where there has been no gradient.
 
-    Without a comparison: with one, XLA on CPU stores all of it before it sums.
+    Without a comparison: XLA on CPU makes it a part of the sum over it.
     """
-    least = jnp.asarray(jnp.finfo(h.dtype).tiny, h.dtype)
-    shifted = h + jnp.maximum(eps.astype(h.dtype), least)
-    root = {
-        0.5: jnp.sqrt,
-        -0.5: jax.lax.rsqrt,
-        -0.25: lambda x: jax.lax.rsqrt(jnp.sqrt(x)),
-    }[power]
-    return root(shifted) * jnp.sign(h)
+    return jax.tree.map(lambda h: jnp.sqrt(h + shift.astype(h.dtype)) * jnp.sign(h), h)
+
+
+def _scale(h, eps, power):
+    """(h + eps)^power, and 0 where there has been no gradient, as ``scale_by_rss``."""
+    alive = h > 0
+    shifted = jnp.where(alive, h, 1) + jnp.asarray(eps, h.dtype)
+    root = jax.lax.rsqrt(shifted if power == -0.5 else jnp.sqrt(shifted))
+    return jnp.where(alive, root, 0)

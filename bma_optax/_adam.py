@@ -172,23 +172,19 @@ def scale_by_adam_bma(
         )
 
         # Apply: r + E (M^-½ - I) Eᵀ r.
-        def scaled(mu, nu, started, constants):
-            return jax.tree.map(
-                lambda m, h: _over_root(m / started.astype(m.dtype), h, *constants),
-                mu,
-                nu,
-            )
+        def scale(m, h, g):
+            r = _over_root(m / started.astype(m.dtype), h, *constants)
+            return jnp.where(jnp.isfinite(g), r, g)
 
-        r_sums = blocks.block_sums(scaled(*_trees.again(mu, nu, started, constants)))
-        r_sums = jnp.where(jnp.isfinite(u), r_sums, jnp.nan)
-        correction = _small_matrix.correction(blocks, inverse_root, r_sums)
-        result = jax.tree.map(
-            lambda r, c, h: r + jnp.where(h > 0, c, 0),
-            scaled(mu, nu, started, constants),
-            blocks.expand(correction, nu),
-            nu,
+        r = jax.tree.map(scale, mu, nu, raw)
+        correction = blocks.expand(
+            _small_matrix.correction(blocks, inverse_root, blocks.block_sums(r)), r
         )
-        return _moments.like_gradients(result, updates), ScaleByAdamBMAState(
+        result = jax.tree.map(
+            lambda r, c, h: r + jnp.where(h > 0, c, 0), r, correction, nu
+        )
+        result = jax.tree.map(lambda x, g: x.astype(g.dtype), result, updates)
+        return result, ScaleByAdamBMAState(
             count=count,
             mu=jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu),
             nu=nu,

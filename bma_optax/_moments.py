@@ -49,13 +49,6 @@ def _positive_root(nu, eps, eps_root):
     return jnp.sqrt(nu + shift) + jnp.asarray(eps).astype(nu.dtype)
 
 
-def like_gradients(result, updates):
-    """Updates in the dtype of gradients, not finite where these are not."""
-    return jax.tree.map(
-        lambda x, g: jnp.where(jnp.isfinite(g), x.astype(g.dtype), g), result, updates
-    )
-
-
 def adam(g, mu, nu, count, b1, b2, eps):
     """Adam's update of one array, and its moments after ``count`` steps.
 

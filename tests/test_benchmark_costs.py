@@ -22,7 +22,7 @@ def test_step_cost(tmp_path):
     rows = content["trees"]["50k"]["methods"]
     d = content["trees"]["50k"]["parameters"]
     assert out.with_suffix(".png").stat().st_size > 0
-    assert {"adagrad", "adam", "muon", "bma", "per_unit_sums"} <= set(rows)
+    assert {"adagrad", "adam", "muon", "bma", "per_unit"} <= set(rows)
     assert all(row["seconds"] > 0 for row in rows.values())
     # The state is what the theory says: diag H, and three small things.
     assert 4 * d < rows["bma"]["state"] < 4.01 * d
