@@ -79,11 +79,11 @@ def scale_by_mini_bma_of(
             rest = (nu - jnp.sum(mean_nu, axis=0)) / (s - len(Q))
             Lambda = jnp.maximum(rest, _mini._MIN_LAMBDA / s * nu)
             started = _moments.bias_correction(count, b2, g.dtype)
-            root = _moments.root(Lambda / started, eps)
             m = mu / _moments.bias_correction(count, b1, g.dtype)
             along = (_mini._shrink(mean_nu, Lambda) - 1) * times(m, Q)
             r = m + jnp.sum(along * Q, axis=0)
-            r = jnp.where(finite, _moments.divide(r, root), jnp.nan)
+            r = _moments.over_root(r, Lambda / started, eps)
+            r = jnp.where(finite, r, jnp.nan)
             r, mu = units.join(r, gradient), units.join(mu, gradient)
             return _mini._Array(r, mu, nu, mean_nu, direction)
 
@@ -107,13 +107,22 @@ def orthonormal(Y, axes: tuple[int, ...]):
     """Y's vectors by Gram and Schmidt, each of them twice; 0 where one has no part."""
     basis: list[jax.Array] = []
     for y in Y:
-        q = _units.unit(y, axes)
+        q = unit(y, axes)
         for _ in range(2 if basis else 0):
             for other in basis:
                 q = q - jnp.sum(other * q, axis=axes, keepdims=True) * other
-            q = _units.unit(q, axes)
+            q = unit(q, axes)
         basis.append(q)
     return jnp.stack(basis)
+
+
+def unit(x, axes: tuple[int, ...]):
+    """x over its norm along ``axes``; 0 where that is 0 or not finite."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
+    usable = (largest > 0) & jnp.isfinite(largest)
+    x = jnp.where(usable, x, 1) / jnp.where(usable, largest, 1)
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+    return jnp.where(usable, x / norm, 0)
 
 
 class UnitSide(NamedTuple):
@@ -170,7 +179,7 @@ def scale_by_two_sided_mini_bma(
             side, g, r = transposed(units), units.split(gradient), units.split(r)
             finite = jnp.isfinite(units.over_inputs(jnp.square(g)))
             g, known = jnp.where(finite, g, 0), jnp.where(finite, r, 0)
-            q, p = _units.unit(q, units.inputs), _units.unit(direction, side.inputs)
+            q, p = units.direction(q), side.direction(direction)
             Lambda = _mini._rest(h, M, units.num_inputs)
             along = whiten * (_mini._shrink(M, Lambda) - 1) * units.times(g, q)
             Lambda = Lambda / _moments.bias_correction(mini.count, b2, g.dtype)
@@ -180,7 +189,7 @@ def scale_by_two_sided_mini_bma(
             a = side.times(W, p)
             nu = _moments.decay(side.over_inputs(jnp.square(W)), nu, b2)
             mean_nu = _moments.decay(jnp.square(a), mean_nu, b2)
-            direction = side.turn(direction, W, a, b3)
+            direction, _ = side.turn(direction, W, a, b3)
             L = _mini._rest(nu, mean_nu, side.num_inputs)
             part = _mini._shrink(mean_nu, L) if factor is None else factor
             r = r + (part - 1) * side.times(known, p) * p

@@ -3,9 +3,10 @@
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --trees 50k 1M --steps 50
 
-All methods take turns in one process on the same tree, with a new gradient at each step
-and donated states. Blocks are arrays unless a row says otherwise. A method that makes
-its root every k steps is timed over windows of k.
+All methods take turns in one process on the same tree, in a new order and with a new
+gradient at each step. States and gradients are donated, as inside a training step:
+updates take the place of the gradients. Blocks are arrays unless a row says otherwise.
+A method that makes its root every k steps is timed over windows of k.
 """
 
 import argparse
@@ -90,13 +91,13 @@ def methods_of(name: str, d: int) -> dict[str, Method]:
 
 
 def mature(tx: Any, like: Any) -> Any:
-    """A state, its U as after many steps: of full rank, for `eigh` to have its work."""
+    """A state, with a U of full rank as after many steps: `eigh` has its work."""
     state = jax.tree.map(jnp.array, tx.init(like))
-    if not hasattr(state, "U"):
+    if getattr(state, "U", jnp.zeros(0)).ndim < 2:
         return state
-    L = len(state.v) if hasattr(state, "v") else len(like)
+    L = len(state.U)
     sums = jax.random.normal(jax.random.key(0), (L, 2 * L))
-    return state._replace(U=(sums @ sums.T).reshape(state.U.shape))
+    return state._replace(U=sums @ sums.T)
 
 
 def measure(name: str, steps: int, bar: tqdm) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def measure(name: str, steps: int, bar: tqdm) -> dict[str, Any]:
         bar.set_postfix_str(f"{name}: compiling {method.label}")
         states[key] = mature(method.tx, like)
         start = time.perf_counter()
-        update = jax.jit(method.tx.update, donate_argnums=1)
+        update = jax.jit(method.tx.update, donate_argnums=(0, 1))
         compiled[key] = update.lower(like, states[key], like).compile()
         compile_seconds[key] = time.perf_counter() - start
         memory[key] = {
@@ -135,8 +136,9 @@ def measure(name: str, steps: int, bar: tqdm) -> dict[str, Any]:
         grads = jax.block_until_ready(gradient(jax.random.key(i)))
         bar.set_postfix_str(f"{name}: step {i + 1} of {total}")
         for key in order.permutation(list(methods)):
+            mine = jax.block_until_ready(jax.tree.map(jnp.copy, grads))
             start = time.perf_counter()
-            updates, states[key] = compiled[key](grads, states[key], like)
+            updates, states[key] = compiled[key](mine, states[key], like)
             jax.block_until_ready((updates, states[key]))
             seconds[key].append(time.perf_counter() - start)
             del updates

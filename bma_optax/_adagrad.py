@@ -163,11 +163,9 @@ def scale_by_bma(
         h = jax.tree.map(_add_square, g, state.sum_of_squares)
         U = state.U + _small_matrix.outer(blocks, blocks.block_sums(g))
 
-        # The small matrix and its root. The least number is for the derivative at 0.
-        shift = jnp.asarray(eps + float(jnp.finfo(jnp.float32).tiny), U.dtype)
-
+        # The small matrix and its root.
         def refresh():
-            v = blocks.block_sums(_root(*_trees.again(h, shift)))
+            v = blocks.block_sums(jax.tree.map(_trees.sqrt, h))
             root, failures = _small_matrix.inverse_root(
                 blocks, U, v, state.inverse_root, min_eigenvalue, estimator
             )
@@ -195,7 +193,7 @@ def scale_by_bma(
         )
         if form == "symmetric":
             result = jax.tree.map(
-                lambda x, h: x * _scale(h, eps, power), result, *_trees.again(h)
+                lambda x, h: x * _scale(h, eps, power), result, _trees.again(h)
             )
         result = jax.tree.map(lambda x, g: x.astype(g.dtype), result, updates)
         return result, ScaleByBMAState(
@@ -278,14 +276,6 @@ def adagrad_bma(
 def _add_square(g, h):
     """diag H takes g² up, but for a gradient that is not finite."""
     return jnp.where(jnp.isfinite(g), h + jnp.square(g), h)
-
-
-def _root(h, shift):
-    """z = (h + shift)^½, and 0 where there has been no gradient.
-
-    Without a comparison: XLA on CPU makes it a part of the sum over it.
-    """
-    return jax.tree.map(lambda h: jnp.sqrt(h + shift.astype(h.dtype)) * jnp.sign(h), h)
 
 
 def _scale(h, eps, power):

@@ -55,9 +55,9 @@ def scale_by_adam_bma(
         \approx Z F Z, \qquad \text{update} = F^{-1/2} Z^{-1} m
 
     with :math:`Z = (\mathrm{diag} H + \epsilon_{root})^{1/2} + \epsilon`, F = I + E (M
-    - I) Eᵀ, M = I + (U - diag U) / (v vᵀ), U the block sums of H and v those of Z. It
-    is Adam on everything but the L block means; with one block it equals
-    ``optax.scale_by_adam``.
+    - I) Eᵀ, M = I + (U - diag U) / (v vᵀ), U the block sums of H and v those of the
+    root of diag H. It is Adam on everything but the L block means; with one block it
+    equals ``optax.scale_by_adam``.
 
     Args:
       b1: the decay of the momentum, in [0, 1).
@@ -143,21 +143,16 @@ def scale_by_adam_bma(
             lambda g, h: _moments.decay(jnp.square(g), h, b2), g, state.nu
         )
         raw = jax.tree.map(lambda g, h: g.astype(h.dtype), updates, nu)
-        u = blocks.block_sums(raw)
-        U = _moments.decay(_small_matrix.outer(blocks, u), state.U, b2)
-        started = _moments.bias_correction(count, b1, u.dtype)
-        started_nu = _moments.bias_correction(count, b2, u.dtype)
-        constants = started_nu, jnp.asarray(eps), jnp.asarray(eps_root)
+        U = _moments.decay(
+            _small_matrix.outer(blocks, blocks.block_sums(raw)), state.U, b2
+        )
 
-        # The small matrix and its root.
-        def root(nu, constants):
-            return jax.tree.map(lambda h: _root(h, *constants), nu)
-
+        # The small matrix and its root; what corrects the start of U and v cancels.
         def refresh():
             new, failures = _small_matrix.inverse_root(
                 blocks,
-                U / started_nu,
-                blocks.block_sums(root(*_trees.again(nu, constants))),
+                U,
+                blocks.block_sums(jax.tree.map(_trees.sqrt, nu)),
                 state.inverse_root,
                 min_eigenvalue,
                 estimator,
@@ -173,7 +168,9 @@ def scale_by_adam_bma(
 
         # Apply: r + E (M^-½ - I) Eᵀ r.
         def scale(m, h, g):
-            r = _over_root(m / started.astype(m.dtype), h, *constants)
+            m = m / _moments.bias_correction(count, b1, m.dtype)
+            h = h / _moments.bias_correction(count, b2, h.dtype)
+            r = _moments.over_root(m, h, eps, eps_root)
             return jnp.where(jnp.isfinite(g), r, g)
 
         r = jax.tree.map(scale, mu, nu, raw)
@@ -275,13 +272,3 @@ def adam_bma(
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-
-
-def _root(nu, started, eps, eps_root):
-    """z."""
-    return _moments.root(nu / started.astype(nu.dtype), eps, eps_root)
-
-
-def _over_root(x, nu, started, eps, eps_root):
-    """x / z."""
-    return _moments.over_root(x, nu / started.astype(nu.dtype), eps, eps_root)

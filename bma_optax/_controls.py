@@ -96,11 +96,12 @@ def scale_block_mean(
             if units is None:
                 return _Array(x, direction)
             matrix = units.split(x)
-            q = _units.unit(direction, units.inputs)
+            q = units.direction(direction)
             a = units.times(matrix, q)
             a = jnp.where(jnp.isfinite(a), a, 0)
-            scaled = matrix + (jnp.asarray(factor, x.dtype) - 1) * a * q
-            direction = units.turn(direction, matrix, a, b3)
+            direction, zero = units.turn(direction, matrix, a, b3)
+            change = jnp.asarray(factor, x.dtype) - 1 + zero
+            scaled = matrix + change * a * q
             return _Array(units.join(scaled, x), direction)
 
         blocks = _partition.layout(x, partition, "block")

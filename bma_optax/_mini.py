@@ -157,7 +157,7 @@ def scale_by_mini_bma(
             # Gather: h and M of the units that are finite, and a turn of q.
             g, mu = units.split(g), units.split(mu)
             if weights == "learned":
-                q = _units.unit(direction, units.inputs)
+                q = units.direction(direction)
             else:
                 q = units.constant(g)
             squares = units.over_inputs(jnp.square(g))
@@ -168,18 +168,20 @@ def scale_by_mini_bma(
             nu = jnp.where(finite, _moments.decay(squares, nu, b2), nu)
             mean = _moments.decay(jnp.square(a), mean_nu, b2)
             mean_nu = jnp.where(finite, mean, mean_nu)
+            zero = jnp.zeros((), g.dtype)
             if weights == "learned":
-                direction = units.turn(direction, g, a, b3)
+                direction, zero = units.turn(direction, g, a, b3)
 
-            # Apply: the momentum with another part along q, over the root of Λ. What
-            # each unit is multiplied by is one number: divisions are for few elements.
+            # Apply: the momentum with another part along q, over the root of Λ. Numbers
+            # of units end in a division, or XLA computes them again for each element.
             Lambda = _rest(nu, mean_nu, units.num_inputs)
             part = _shrink(mean_nu, Lambda) if factor is None else factor
             along = (jnp.asarray(part, g.dtype) - 1) * units.times(mu, q)
             started = _moments.bias_correction(count, b1, g.dtype)
             Lambda = Lambda / _moments.bias_correction(count, b2, g.dtype)
-            scale = _moments.over_root(jnp.ones_like(Lambda), Lambda, eps) / started
-            r = (mu + along * q) * jnp.where(jnp.isfinite(product), scale, jnp.nan)
+            known = jnp.where(jnp.isfinite(product), 1 / started, jnp.nan) + zero
+            r = mu * _moments.over_root(known, Lambda, eps)
+            r = r + _moments.over_root(known * along, Lambda, eps) * q
             r = units.join(r, gradient).astype(gradient.dtype)
             mu = units.join(mu, gradient).astype(old_mu.dtype)
             return _Array(r, mu, nu, mean_nu, direction)

@@ -30,23 +30,12 @@ def bias_correction(count, b, dtype):
     return 1 - jnp.asarray(b, dtype) ** count.astype(dtype)
 
 
-def root(nu, eps, eps_root=0.0):
-    """√(nu + eps_root) + eps, and 0 where nu is: there has been no gradient.
-
-    Without a comparison: with one, XLA on CPU stores all of it before it sums.
-    """
-    return _positive_root(nu, eps, eps_root) * jnp.sign(nu)
-
-
 def over_root(x, nu, eps, eps_root=0.0):
-    """x / (√(nu + eps_root) + eps), and 0 where nu is."""
-    return x * jnp.sign(nu) / _positive_root(nu, eps, eps_root)
-
-
-def _positive_root(nu, eps, eps_root):
-    least = jnp.asarray(jnp.finfo(nu.dtype).tiny, nu.dtype)
-    shift = jnp.maximum(jnp.asarray(eps_root).astype(nu.dtype), least)
-    return jnp.sqrt(nu + shift) + jnp.asarray(eps).astype(nu.dtype)
+    """x / (√(nu + eps_root) + eps), and 0 where nu is: there has been no gradient."""
+    root = _trees.sqrt(nu + jnp.asarray(eps_root, nu.dtype))
+    root = root + jnp.asarray(eps, nu.dtype)
+    alive = nu > 0
+    return jnp.where(alive, x, 0) / jnp.where(alive, root, 1)
 
 
 def adam(g, mu, nu, count, b1, b2, eps):

@@ -61,13 +61,29 @@ def zeros_like(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def again(*trees):
+def again(tree):
     """The same values under another name, for what is to be computed once more.
 
     XLA would store what two passes over an array share; without a share, each pass
-    computes it on its way. The names of two calls differ if their arguments do.
+    computes it on its way.
     """
-    return jax.lax.optimization_barrier(trees)
+    return jax.lax.optimization_barrier(tree)
+
+
+@jax.custom_jvp
+def sqrt(x):
+    """The root of x >= 0; its derivative is 0 at 0, where others were infinite.
+
+    A bare root, without a comparison: XLA on CPU makes it a part of the sum over it.
+    """
+    return jnp.sqrt(x)
+
+
+@sqrt.defjvp
+def _sqrt_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    root = sqrt(x)
+    return root, jnp.where(x > 0, tangent / (2 * jnp.where(x > 0, root, 1)), 0)
 
 
 def size(tree) -> int:

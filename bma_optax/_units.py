@@ -79,14 +79,22 @@ class Units:
         sums = jnp.sum(x, axis=self.units, keepdims=True)
         return jnp.full_like(sums, 1 / math.sqrt(self.num_inputs))
 
-    def turn(self, direction: jax.Array, x: jax.Array, a: jax.Array, b) -> jax.Array:
-        """``direction`` turned towards Gᵀ a, with a = G q: a step of power iteration.
+    def direction(self, y: jax.Array) -> jax.Array:
+        """q = y / ‖y‖; turns keep the norm of y between 0 and 1, away from both."""
+        square = jnp.sum(jnp.square(y), axis=self.inputs, keepdims=True)
+        return y * jax.lax.rsqrt(square)
 
-        It stays where Gᵀ a is zero or not finite.
+    def turn(self, y: jax.Array, x: jax.Array, a: jax.Array, b):
+        """y turned towards Gᵀ a, with a = G q: a step of power iteration; and a zero.
+
+        It stays where Gᵀ a is zero or not finite. Whatever takes up the zero comes
+        after the last use of G, whose memory it can then have.
         """
-        target = unit(self.transposed_times(x, unit(a, self.units)), self.inputs)
-        moved = jnp.any(target != 0, axis=self.inputs, keepdims=True)
-        return jnp.where(moved, _moments.decay(target, direction, b), direction)
+        target = self.transposed_times(x, _over_largest(a, self.units)[0])
+        target, usable = _over_largest(target, self.inputs)
+        square = jnp.sum(jnp.square(target), axis=self.inputs, keepdims=True)
+        target = target * jax.lax.rsqrt(jnp.where(usable, square, 1))
+        return jnp.where(usable, _moments.decay(target, y, b), y), 0 * square
 
 
 def map_arrays(kind: Any, f: Callable, arrays: Any, tree: Any, *rest: Any) -> Any:
@@ -166,10 +174,8 @@ def _contract(x, y, axes, other):
     return jnp.expand_dims(product, axes)
 
 
-def unit(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """x over its norm along ``axes``; 0 where that is 0 or not finite."""
+def _over_largest(x, axes):
+    """x over its largest entry along ``axes``, and whether it is neither 0 nor inf."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
     usable = (largest > 0) & jnp.isfinite(largest)
-    x = jnp.where(usable, x, 1) / jnp.where(usable, largest, 1)
-    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
-    return jnp.where(usable, x / norm, 0)
+    return jnp.where(usable, x, 0) / jnp.where(usable, largest, 1), usable

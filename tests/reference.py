@@ -80,9 +80,8 @@ class DenseAdaGradBMA:
     def update(self, g):
         g = np.asarray(g, np.float64)
         self.add(g)
-        z = np.sqrt(np.where(self.h > 0, self.h + self.eps, 0))
         inverse_z = np.where(self.h > 0, 1 / np.sqrt(self.h + self.eps), 0)
-        root = self.root_of_this_step(z)
+        root = self.root_of_this_step(np.sqrt(self.h))
         diagonal = inverse_z * g
         if self.form == "left":
             result = root @ diagonal
@@ -107,7 +106,8 @@ class DenseAdamBMA(DenseAdaGradBMA):
         correction = 1 - self.b2**self.count
         z = np.sqrt(self.h / correction) + self.eps
         m = self.mu / (1 - self.b1**self.count)
-        return self.root_of_this_step(z, correction) @ (m / z)
+        root = self.root_of_this_step(np.sqrt(self.h / correction), correction)
+        return root @ (m / z)
 
 
 class DenseMiniBMA:
