@@ -73,7 +73,7 @@ def scale_by_mini_bma_of(
             mean = _moments.decay(jnp.square(a), mean_nu, b2)
             mean_nu = jnp.where(finite, mean, mean_nu)
             turn = jax.vmap(units.turn, (0, None, 0, None))
-            direction = turn(direction, g, a, b3)
+            direction, _ = turn(direction, g, a, b3)
 
             s = units.num_inputs
             rest = (nu - jnp.sum(mean_nu, axis=0)) / (s - len(Q))
