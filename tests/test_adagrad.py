@@ -319,3 +319,23 @@ PARAMS = {"layer": {"w": jnp.ones((2, 2))}}
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_shared_counter_keeps_the_branch_under_vmap():
+    tx = bma.scale_by_bma(bma.per_element, update_interval=3)
+    grads = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 3)))
+    states = [tx.init(grads[0, 0]) for _ in range(2)]
+    axes = bma.ScaleByBMAState(*[None, *[0] * 5])
+    together = jax.tree.map(
+        lambda axis, *x: x[0] if axis is None else jnp.stack(x),
+        axes,
+        *states,
+        is_leaf=lambda x: x is None,
+    )
+    batched = jax.vmap(tx.update, (0, axes), (0, axes))
+    assert " cond[" in str(jax.make_jaxpr(batched)(grads[0], together))
+    for g in grads:
+        updates, together = batched(g, together)
+        for i in range(2):
+            alone, states[i] = tx.update(g[i], states[i])
+            np.testing.assert_allclose(updates[i], alone, rtol=1e-5)
