@@ -115,11 +115,10 @@ class Nested:
         Lambda = _lambda(s, self.tiles.diagonal(S) / n2)
         damped = self.tiles.add_diagonal(S, damping * n2)
         packed, eigenvalues = self.levels.pack(damped, n2, floor)
-        inverse_Lambda = 1 / (Lambda + damping)
-        smoothed = inverse_Lambda / n2
+        smoother = (Lambda + damping) * n2
         return Factor(
-            jnp.concatenate([smoothed.reshape(-1), packed]),
-            inverse_Lambda.reshape(-1),
+            jnp.concatenate([smoother.reshape(-1), packed]),
+            (1 / (Lambda + damping)).reshape(-1),
             Lambda.reshape(-1),
             jnp.min(eigenvalues) - damping,
             _count_floored(eigenvalues, floor),
@@ -133,11 +132,14 @@ class Nested:
         """
         shape = (self.tiles.fields, *self.tiles.grid)
         split = self.tiles.num_cells
-        smoothed = K[:split].reshape(shape)
+        smoother = K[:split].reshape(shape)
         r = r.reshape(shape)
         x = self.levels.solve(K[split:], r)
-        descends = jnp.sum(r * x) >= 0
-        return jnp.where(descends, x - smoothed * r, 0).reshape(-1)
+        used = (jnp.sum(r * x) >= 0) & (smoother > 0)  # K is 0 for another reach.
+        # x - r / smoother, to end in a division: XLA would compute anything cheaper,
+        # and the block sums r with it, again for each element of a block.
+        x = jnp.where(used, smoother * x - r, 0) / jnp.where(used, smoother, 1)
+        return x.reshape(-1)
 
 
 System = Dense | Nested

@@ -271,7 +271,11 @@ def scale_by_newton_bma(
 
         # Apply.
         result = _block_mean_inverse.apply(
-            systems, blocks, state.inverse_diagonal, state.K, updates
+            systems,
+            blocks,
+            state.inverse_diagonal,
+            state.K,
+            _trees.stored(updates, state.inverse_diagonal),
         )
         result = jax.tree.map(lambda x, g: x.astype(g.dtype), result, updates)
         return result, state._replace(

@@ -150,7 +150,10 @@ def scale_by_quadratic_model(
 
 def _minimise(gradient, product, direction, previous, dtype):
     """The minimiser (a, b) of the model over the two directions, and its slope."""
-    curved, curved_previous = product(direction), product(previous)
+    gradient, curved, curved_previous = (
+        _trees.stored_for_sums(x, previous)
+        for x in (gradient, product(direction), product(previous))
+    )
     vdot = _trees.vdot
     mixed = vdot(direction, curved_previous)
     A = jnp.array(
