@@ -66,6 +66,10 @@ METHODS = {
     "per_unit": Method(
         '`per_unit`, `couple="block"`', bma.scale_by_bma(bma.per_unit, couple="block")
     ),
+    "tiles": Method(
+        '`per_tile((8, 8))`, `couple="block"`',
+        bma.scale_by_bma(bma.per_tile((8, 8)), couple="block"),
+    ),
     "adam_bma": Method("`scale_by_adam_bma()`", bma.scale_by_adam_bma()),
     "mini_bma": Method("`scale_by_mini_bma()`", bma.scale_by_mini_bma()),
 }
@@ -158,7 +162,14 @@ def measure(name: str, steps: int, bar: tqdm) -> dict[str, Any]:
             **memory[key],
         }
     bar.update()
-    return {"parameters": d, "arrays": len(shapes), "steps": total - 1, "methods": rows}
+    return {
+        "parameters": d,
+        "arrays": len(shapes),
+        "steps": total - 1,
+        # What it foretells of `scale_by_bma()`, beside the bytes measured.
+        "partition": str(bma.partition(like)).splitlines()[-1],
+        "methods": rows,
+    }
 
 
 def copy_bandwidth(size: int) -> float:
@@ -197,6 +208,7 @@ def table(result: dict[str, Any], bandwidth: float) -> str:
         f"\n`scale_by_bma()`: 24 bytes a parameter, the least for two passes, at "
         f"{least / 1e9:.3g} GB/s; a pass in place runs at {bandwidth / 1e9:.3g} GB/s."
     )
+    lines.append(f"\n`bma.partition`: {result['partition']}.")
     return "\n".join(lines)
 
 

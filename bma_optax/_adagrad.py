@@ -158,6 +158,12 @@ def scale_by_bma(
         _trees.check_same_shapes(updates, state.sum_of_squares)
         blocks = _partition.layout(updates, partition, couple)
 
+        # The passes over memory: g and h to h; sums of g and of √h; g and h to r, in
+        # the gradient's place where it is donated; a sum of r; r and h to the update.
+        # XLA on CPU makes a sum one pass with the arithmetic before it, but not with a
+        # comparison or with another sum, and stores what two passes share: hence a bare
+        # root for z, and r written once, where it will become the update.
+
         # Gather: diag H, U.
         g = jax.tree.map(lambda g, h: g.astype(h.dtype), updates, state.sum_of_squares)
         h = jax.tree.map(_add_square, g, state.sum_of_squares)
