@@ -6,8 +6,6 @@ python benchmarks/compile_time.py --arrays 10 100
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from _machine import machine
 from tqdm import tqdm
 
 import bma_optax as bma
@@ -70,10 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
                 rows[name][str(arrays)] = seconds(tx, arrays, options.repeats)
                 bar.update()
     content = {
-        "versions": {m.__name__: m.__version__ for m in (jax, optax, bma)},
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
+        **machine(jax, optax, bma),
         "methods": rows,
     }
     options.out.write_text(json.dumps(content, indent=1) + "\n")

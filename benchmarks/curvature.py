@@ -14,7 +14,6 @@ import argparse
 import functools
 import itertools
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _machine import machine
 from _problems import PROBLEMS, Problem
 from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
@@ -338,9 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(table(name, results[name]), flush=True)
     content = {
         "options": {"repeats": options.repeats, "max_steps": options.max_steps},
-        "versions": {m.__name__: m.__version__ for m in (jax, optax, np, bma)},
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
+        **machine(jax, optax, np, bma),
         "problems": results,
     }
     path = options.output_dir / "curvature.json"

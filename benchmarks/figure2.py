@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import math
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _machine import machine
 from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -323,9 +323,7 @@ def main() -> None:
     modules = (jax, optax, flax, np, bma)
     content = {
         "options": {key: getattr(options, key) for key in recorded},
-        "versions": {m.__name__: getattr(m, "__version__", None) for m in modules},
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
+        **machine(*modules),
         "nets": results,
     }
     text = json.dumps(plain(content), allow_nan=False)

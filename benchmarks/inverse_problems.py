@@ -15,7 +15,6 @@ does not suit.
 import argparse
 import itertools
 import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 import optax
 from _grids import paint, photo, plasma, terrain
 from _hard_grids import deblur, heat, spline, tomography, total_variation
+from _machine import machine
 from _peers import EXPERTS, METHODS
 from _pictures import draw
 from _study import Study
@@ -157,9 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(summary(title, results))
     content = {
         "options": {"repeats": options.repeats, "max_steps": options.max_steps},
-        "versions": {m.__name__: m.__version__ for m in (jax, optax, np, bma)},
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
+        **machine(jax, optax, np, bma),
         "problems": synthetic | real,
     }
     path = options.output_dir / "inverse_problems.json"

@@ -12,8 +12,6 @@ vectors. Errors are against float64 eigenvalues.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import scipy.special
+from _machine import machine
 from tqdm import tqdm
 
 import bma_optax as bma
@@ -186,10 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = measure(size, condition, options.repeats)
         cells.append({"size": size, "condition": condition, "methods": found})
     content = {
-        "versions": {m.__name__: m.__version__ for m in (jax, np, bma)},
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
+        **machine(jax, np, bma),
         "cells": cells,
     }
     options.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -16,8 +16,6 @@ all methods. Finished cells are kept in the output file, and a second start goes
 import argparse
 import json
 import math
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import _data
 import jax
 import numpy as np
 import optax
+from _machine import machine
 from _networks_angles import angles
 from _networks_costs import CHEAP, cost_table, costs
 from _networks_methods import METHODS
@@ -99,10 +98,7 @@ def header(options: Any) -> dict[str, Any]:
             "times": options.times,
             "small": options.small,
         },
-        "versions": {m.__name__: m.__version__ for m in (jax, optax, np, bma)},
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
+        **machine(jax, optax, np, bma),
     }
 
 

@@ -12,8 +12,6 @@ A method that makes its root every k steps is timed over windows of k.
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from _machine import machine
 from tqdm import tqdm
 
 import bma_optax as bma
@@ -254,10 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     largest = max(sum(map(math.prod, TREES[name])) for name in options.trees)
     content = {
-        "versions": {m.__name__: m.__version__ for m in (jax, optax, bma)},
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
+        **machine(jax, optax, bma),
         "copy_bandwidth": copy_bandwidth(largest),
         "trees": {},
     }

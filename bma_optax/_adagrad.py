@@ -86,8 +86,9 @@ def scale_by_bma(
         shrinks by :math:`\sqrt{s_i s_j}`. Take ``min_eigenvalue=1`` with it on
         networks.
       update_interval: steps from one inverse root to the next, the first step has one.
-        U and diag H take up every gradient whatever it is. For more than about a
-        hundred blocks, where a root at every step costs more than all else.
+        U and diag H take up every gradient whatever it is. With 1000 blocks and 0.9
+        million parameters a step took 9.9 times AdaGrad's at 1, 2.5 times at 10
+        (``benchmarks/step_cost.py``).
 
     Returns:
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleByBMAState`.
