@@ -29,7 +29,7 @@ def draw(studies: dict[str, Study], path: Path) -> None:
             row[position].set_title(title, fontsize=9)
         row[4].set_title(study.problem.title, fontsize=9)
         curves(row[4], study)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=70, pil_kwargs={"optimize": True})
 
 
 def images(study: Study) -> dict[str, np.ndarray]:
