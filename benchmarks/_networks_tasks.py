@@ -49,15 +49,23 @@ def kernel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.nn.initializers.lecun_normal()(key, shape)
 
 
-def dense_init(key: jax.Array, widths: tuple[int, ...]) -> dict[str, Any]:
+def dense_init(key: jax.Array, widths: tuple[int, ...], norm=False) -> dict[str, Any]:
     pairs = zip(widths[:-1], widths[1:], strict=True)
-    return {
+    params = {
         f"dense{i}": {
             "kernel": kernel(jax.random.fold_in(key, i), shape),
             "bias": jnp.zeros(shape[-1]),
         }
         for i, shape in enumerate(pairs)
     }
+    if norm:  # But for the output.
+        norms = enumerate(widths[1:-1])
+        params |= {f"norm{i}": norm_init(width) for i, width in norms}
+    return params
+
+
+def norm_init(width: int) -> dict[str, jax.Array]:
+    return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
 
 
 def dense(params: Any, name: str, x: jax.Array, seen: dict) -> jax.Array:
@@ -68,8 +76,8 @@ def dense(params: Any, name: str, x: jax.Array, seen: dict) -> jax.Array:
 
 def mlp(params: Any, x: jax.Array, activation: Callable, seen: dict) -> jax.Array:
     names = [name for name in sorted(params) if name.startswith("dense")]
-    for name in names[:-1]:
-        x = activation(dense(params, name, x, seen))
+    for i, name in enumerate(names[:-1]):
+        x = activation(normalised(params, f"norm{i}", dense(params, name, x, seen)))
     return dense(params, names[-1], x, seen)
 
 
@@ -97,7 +105,7 @@ def conv_init(shape: tuple[int, ...], channels: tuple[int, ...], norm: bool, key
         params[f"conv{i}"] = {"kernel": kernel(name, (3, 3, depth, count))}
         params[f"conv{i}"]["bias"] = jnp.zeros(count)
         if norm:
-            params[f"norm{i}"] = {"scale": jnp.ones(count), "bias": jnp.zeros(count)}
+            params[f"norm{i}"] = norm_init(count)
         depth = count
         if i > 0:
             height, width = math.ceil(height / 2), math.ceil(width / 2)
@@ -139,7 +147,7 @@ def conv_forward(params: Any, examples: Any):
     return cross_entropy(logits, labels), seen
 
 
-def transformer_init(length: int, width: int, layers: int, key: jax.Array):
+def transformer_init(length: int, width: int, layers: int, plain: bool, key):
     params: dict[str, Any] = {}
 
     def matrix(name, *shape):
@@ -147,7 +155,8 @@ def transformer_init(length: int, width: int, layers: int, key: jax.Array):
         params[name] = {"kernel": kernel(layer, shape)}
 
     def norm(name):
-        params[name] = {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
+        if not plain:
+            params[name] = norm_init(width)
 
     for i in range(layers):
         norm(f"block{i}_norm")
@@ -166,6 +175,11 @@ def transformer_init(length: int, width: int, layers: int, key: jax.Array):
     return params
 
 
+def normalised(params: Any, name: str, x: jax.Array) -> jax.Array:
+    """By the layer of that name, in nets that have one."""
+    return layer_norm(params[name], x) if name in params else x
+
+
 def layer_norm(layer: Any, x: jax.Array) -> jax.Array:
     x = x - x.mean(-1, keepdims=True)
     scaled = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5)
@@ -179,17 +193,17 @@ def transformer_forward(heads: int, params: Any, examples: Any):
     x = tables["token"][symbols] + tables["position"]
     while f"block{i}_query" in params:
         name = f"block{i}"
-        y = layer_norm(params[f"{name}_norm"], x)
+        y = normalised(params, f"{name}_norm", x)
         q, k, v = (
             dense(params, f"{name}_{part}", y, seen).reshape(shape)
             for part in ("query", "key", "value")
         )
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
         x = x + dense(params, f"{name}_out", y, seen)
-        y = layer_norm(params[f"{name}_mlp_norm"], x)
+        y = normalised(params, f"{name}_mlp_norm", x)
         y = jax.nn.gelu(dense(params, f"{name}_up", y, seen))
         x, i = x + dense(params, f"{name}_down", y, seen), i + 1
-    logits = dense(params, "head", layer_norm(params["norm"], x), seen)
+    logits = dense(params, "head", normalised(params, "norm", x), seen)
     return cross_entropy(logits, targets), seen
 
 
@@ -247,10 +261,12 @@ MLPS = {
     "mlp_sigmoid": ("global", jax.nn.sigmoid),
 }
 TASKS = (*MLPS, "conv", "conv_norm", "autoencoder", "transformer")
+# The same nets with normalisation layers, and the transformer without.
+OTHERS = (*(f"{name}_norm" for name in MLPS), "autoencoder_norm", "transformer_plain")
 
 
 def make(name: str, data_dir: Path | None, small: bool, times: int = 1) -> Task:
-    """A task of TASKS, with so many times its steps."""
+    """A task of TASKS or OTHERS, with so many times its steps."""
     sizes = SMALL if small else FILES if data_dir else Sizes()
 
     def task(init, forward, train, test, kind):
@@ -260,34 +276,35 @@ def make(name: str, data_dir: Path | None, small: bool, times: int = 1) -> Task:
         examples = sizes.batch_size // 2 if kind == "text" else sizes.batch_size
         return Task(title, init, forward, train, test, steps, examples)
 
-    if name == "transformer":
-        init = functools.partial(transformer_init, sizes.length, sizes.width, 2)
+    kind, norm = name.removesuffix("_norm"), name.endswith("_norm")
+    if kind.startswith("transformer"):
+        plain = kind == "transformer_plain"
+        init = functools.partial(transformer_init, sizes.length, sizes.width, 2, plain)
         forward = functools.partial(transformer_forward, 4)
         train, test = text(sizes.characters, sizes.length)
         return task(init, forward, (train,), (test,), "text")
     source = "digits"
     if data_dir:
-        source = "cifar10" if name.startswith("conv") else "mnist"
-    scaling, activation = MLPS.get(name, ("global", None))
-    if name == "autoencoder":
+        source = "cifar10" if kind == "conv" else "mnist"
+    scaling, activation = MLPS.get(kind, ("global", None))
+    if kind == "autoencoder":
         scaling = "raw"
     data = images(source, scaling, data_dir)
     train, test = (
         [data.train_images, data.train_labels],
         [data.test_images, data.test_labels],
     )
-    if name.startswith("conv"):
-        norm, shape = name == "conv_norm", train[0].shape[1:]
-        init = functools.partial(conv_init, shape, sizes.channels, norm)
+    if kind == "conv":
+        init = functools.partial(conv_init, train[0].shape[1:], sizes.channels, norm)
         return task(init, conv_forward, tuple(train), tuple(test), "conv")
     for part in (train, test):
         part[0] = part[0].reshape(len(part[0]), -1)
     pixels = train[0].shape[1]
-    if name == "autoencoder":
+    if kind == "autoencoder":
         widths = (pixels, *sizes.code, *sizes.code[-2::-1], pixels)
-        init = functools.partial(dense_init, widths=widths)
+        init = functools.partial(dense_init, widths=widths, norm=norm)
         return task(init, autoencoder_forward, (train[0],), (test[0],), "autoencoder")
     widths = (pixels, *sizes.hidden, _data.CLASSES)
-    init = functools.partial(dense_init, widths=widths)
+    init = functools.partial(dense_init, widths=widths, norm=norm)
     forward = functools.partial(mlp_forward, activation)
     return task(init, forward, tuple(train), tuple(test), "mlp")

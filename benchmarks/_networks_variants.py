@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import bma_optax as bma
-from bma_optax import _mini, _moments, _partition, _trees, _units
+from bma_optax import _layout, _mini, _moments, _trees, _units
 
 
 def scale_by_mini_bma_of(
@@ -38,7 +38,7 @@ def scale_by_mini_bma_of(
     """
 
     def init(params):
-        arrays = _partition.layout(params, partition, "block").arrays
+        arrays = _layout.layout(params, partition, "block").arrays
 
         def one(units, p):
             zeros = jnp.zeros_like(p, dtype=_trees.statistic_dtype(p))
@@ -55,7 +55,7 @@ def scale_by_mini_bma_of(
         return bma.ScaleByMiniBMAState(jnp.zeros((), jnp.int32), mu, *start[2:])
 
     def update(updates, state, params=None):
-        arrays = _partition.layout(updates, partition, "block").arrays
+        arrays = _layout.layout(updates, partition, "block").arrays
         count = optax.safe_increment(state.count)
 
         def one(units, gradient, mu, nu, mean_nu, direction):
@@ -80,7 +80,7 @@ def scale_by_mini_bma_of(
             Lambda = jnp.maximum(rest, _mini._MIN_LAMBDA / s * nu)
             started = _moments.bias_correction(count, b2, g.dtype)
             m = mu / _moments.bias_correction(count, b1, g.dtype)
-            along = (_mini._shrink(mean_nu, Lambda) - 1) * times(m, Q)
+            along = (_mini.shrink(mean_nu, Lambda) - 1) * times(m, Q)
             r = m + jnp.sum(along * Q, axis=0)
             r = _moments.over_root(r, Lambda / started, eps)
             r = jnp.where(finite, r, jnp.nan)
@@ -156,7 +156,7 @@ def scale_by_two_sided_mini_bma(
     inner = bma.scale_by_mini_bma(b2=b2, b3=b3, partition=partition)
 
     def init(params):
-        arrays = _partition.layout(params, partition, "block").arrays
+        arrays = _layout.layout(params, partition, "block").arrays
 
         def one(units, p):
             zeros = jnp.zeros_like(p, dtype=_trees.statistic_dtype(p))
@@ -169,7 +169,7 @@ def scale_by_two_sided_mini_bma(
         return inner.init(params), *start[1:]
 
     def update(updates, state, params=None):
-        arrays = _partition.layout(updates, partition, "block").arrays
+        arrays = _layout.layout(updates, partition, "block").arrays
         old, *rest = state
         R, mini = inner.update(updates, old, params)
 
@@ -180,8 +180,8 @@ def scale_by_two_sided_mini_bma(
             finite = jnp.isfinite(units.over_inputs(jnp.square(g)))
             g, known = jnp.where(finite, g, 0), jnp.where(finite, r, 0)
             q, p = units.direction(q), side.direction(direction)
-            Lambda = _mini._rest(h, M, units.num_inputs)
-            along = whiten * (_mini._shrink(M, Lambda) - 1) * units.times(g, q)
+            Lambda = _mini.rest(h, M, units.num_inputs)
+            along = whiten * (_mini.shrink(M, Lambda) - 1) * units.times(g, q)
             Lambda = Lambda / _moments.bias_correction(mini.count, b2, g.dtype)
             power = jnp.where(Lambda > 0, Lambda, 1) ** (-0.5 * whiten)
             W = power * (g + along * q)
@@ -190,8 +190,8 @@ def scale_by_two_sided_mini_bma(
             nu = _moments.decay(side.over_inputs(jnp.square(W)), nu, b2)
             mean_nu = _moments.decay(jnp.square(a), mean_nu, b2)
             direction, _ = side.turn(direction, W, a, b3)
-            L = _mini._rest(nu, mean_nu, side.num_inputs)
-            part = _mini._shrink(mean_nu, L) if factor is None else factor
+            L = _mini.rest(nu, mean_nu, side.num_inputs)
+            part = _mini.shrink(mean_nu, L) if factor is None else factor
             r = r + (part - 1) * side.times(known, p) * p
             return UnitSide(units.join(r, gradient), direction, nu, mean_nu)
 

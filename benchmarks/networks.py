@@ -2,6 +2,7 @@
 
     python benchmarks/networks.py
     python benchmarks/networks.py --tasks conv --methods adam mini_bma soap
+    python benchmarks/networks.py --tasks mlp_raw_norm --out normalised.json
     python benchmarks/networks.py --data-dir DIR --out mnist_and_cifar10.json
     python benchmarks/networks.py --tasks mlp_global --times 10 --out longer.json
 
@@ -29,7 +30,7 @@ from _networks_costs import CHEAP, cost_table, costs
 from _networks_methods import METHODS
 from _networks_report import angle_table, draw, summary, table
 from _networks_study import study, timings
-from _networks_tasks import TASKS, Task, make
+from _networks_tasks import OTHERS, TASKS, Task, make
 from tqdm import tqdm
 
 import bma_optax as bma
@@ -128,7 +129,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = Path(__file__).parent / "results" / "networks.json"
     add = parser.add_argument
     add("--data-dir", type=Path, help="the folder of MNIST's and CIFAR-10's files")
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--tasks", nargs="+", choices=(*TASKS, *OTHERS), default=list(TASKS))
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     add("--seeds", type=int, default=6, help="how many; default: 6")
     add("--times", type=int, default=1, help="so many times the steps; default: 1")

@@ -18,10 +18,11 @@ from bma_optax._curvature import (
     Operator,
 )
 from bma_optax._diagnostics import diagnostics
+from bma_optax._layout import partition
 from bma_optax._mini import ScaleByMiniBMAState, mini_bma, scale_by_mini_bma
 from bma_optax._natural import scale_by_natural_bma
 from bma_optax._newton import ScaleByNewtonBMAState, scale_by_newton_bma
-from bma_optax._partition import Partition, partition
+from bma_optax._partition import Partition
 from bma_optax._preconditioner import Preconditioner, preconditioner
 from bma_optax._rules import (
     Rule,

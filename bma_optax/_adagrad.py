@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _partition, _rules, _small_matrix, _trees
+from bma_optax import _checks, _layout, _rules, _small_matrix, _trees
 
 _FORMS = ("left", "symmetric")
 
@@ -124,7 +124,7 @@ def scale_by_bma(
     Hartley and Pascanu, `arXiv 1804.05484 <https://arxiv.org/abs/1804.05484>`_, 2018.
     """
     _rules.check_rule(partition)
-    _partition.check_couple(couple)
+    _layout.check_couple(couple)
     _small_matrix.check_estimator(estimator)
     if form not in _FORMS:
         raise ValueError(f"`form` must be one of {_FORMS}, got {form!r}.")
@@ -137,7 +137,7 @@ def scale_by_bma(
 
     def init_fn(params):
         _trees.check_floating(params)
-        blocks = _partition.partition(params, partition, couple)
+        blocks = _layout.partition(params, partition, couple)
         sum_of_squares = jax.tree.map(
             lambda p: jnp.full_like(
                 p, initial_accumulator_value, dtype=_trees.statistic_dtype(p)
@@ -157,7 +157,8 @@ def scale_by_bma(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         _trees.check_same_shapes(updates, state.sum_of_squares)
-        blocks = _partition.layout(updates, partition, couple)
+        blocks = _layout.layout(updates, partition, couple)
+        blocks.check_state(state.U.shape)
 
         # The passes over memory: g and h to h; sums of g and of √h; g and h to r, in
         # the gradient's place where it is donated; a sum of r; r and h to the update.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _moments, _partition, _rules, _small_matrix, _trees
+from bma_optax import _checks, _layout, _moments, _rules, _small_matrix, _trees
 
 
 class ScaleByAdamBMAState(NamedTuple):
@@ -108,7 +108,7 @@ def scale_by_adam_bma(
     <https://arxiv.org/abs/1412.6980>`_, 2014.
     """
     _rules.check_rule(partition)
-    _partition.check_couple(couple)
+    _layout.check_couple(couple)
     _small_matrix.check_estimator(estimator)
     _checks.below_one(b1=b1, b2=b2)
     _checks.not_negative(eps=eps, eps_root=eps_root, min_eigenvalue=min_eigenvalue)
@@ -116,7 +116,7 @@ def scale_by_adam_bma(
 
     def init_fn(params):
         _trees.check_floating(params)
-        blocks = _partition.partition(params, partition, couple)
+        blocks = _layout.partition(params, partition, couple)
         nu = jax.tree.map(
             lambda p: jnp.zeros_like(p, dtype=_trees.statistic_dtype(p)), params
         )
@@ -133,7 +133,8 @@ def scale_by_adam_bma(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         _trees.check_same_shapes(updates, state.nu)
-        blocks = _partition.layout(updates, partition, couple)
+        blocks = _layout.layout(updates, partition, couple)
+        blocks.check_state(state.U.shape)
         count = optax.safe_increment(state.count)
 
         # Gather: the momentum, diag H, U.

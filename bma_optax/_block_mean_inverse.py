@@ -94,7 +94,7 @@ def diagonal_of(blocks, inverse_diagonal, Lambda, damping):
 
 def apply(systems, blocks, inverse_diagonal, K, g):
     """C g, in the dtypes of statistics."""
-    g = jax.tree.map(lambda g, d: g.astype(d.dtype), g, inverse_diagonal)
+    g = _trees.astype(g, inverse_diagonal)
     shift = blocks.expand(correct(systems, K, blocks.block_sums(g)), g)
     return jax.tree.map(lambda d, g, c: d * g + c, inverse_diagonal, g, shift)
 

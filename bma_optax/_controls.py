@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _partition, _rules, _trees, _units
+from bma_optax import _checks, _layout, _rules, _trees, _units
 
 
 class ScaleBlockMeanState(NamedTuple):
@@ -82,7 +82,7 @@ def scale_block_mean(
                 return _Array(None, _units.placeholder(zeros))
             return _Array(None, units.constant(units.split(zeros)))
 
-        arrays = _partition.layout(params, partition, "block").arrays
+        arrays = _layout.layout(params, partition, "block").arrays
         if weights == "constant":
             return ScaleBlockMeanState(None)
         found = _units.map_arrays(_Array, start, arrays, params)
@@ -104,7 +104,7 @@ def scale_block_mean(
             scaled = matrix + change * a * q
             return _Array(units.join(scaled, x), direction)
 
-        blocks = _partition.layout(x, partition, "block")
+        blocks = _layout.layout(x, partition, "block")
         if weights == "constant":
             sums = blocks.block_sums(x)
             means = sums / jnp.asarray(blocks.sizes, sums.dtype)

@@ -1,5 +1,6 @@
 """Curvature as a value: the G of eq. (1), known by its products with vectors."""
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
@@ -112,7 +113,14 @@ class Hessian(Curvature):
         """v -> Hessian times v, see :meth:`Curvature.linearize`."""
         del key
         f = loss(value_fn, extra_args)
-        return jax.linearize(jax.grad(f), params)[1]
+        with _explained():
+            product = jax.linearize(jax.grad(f), params)[1]
+
+        def explained(v):  # Traced, the derivative is taken here.
+            with _explained():
+                return product(v)
+
+        return explained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +294,21 @@ def bind(fn: Callable[..., Any], extra_args: dict[str, Any]) -> Callable[..., An
         names = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY]
         named = {k: v for k, v in extra_args.items() if k in names}
     return lambda *args: fn(*args, **named)
+
+
+@contextlib.contextmanager
+def _explained():
+    """JAX's error about a ``custom_vjp``, in the words of this library."""
+    try:
+        yield
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            "`value_fn` has no second derivatives: a part of it is a custom_vjp, which "
+            "knows no forward mode. bma.GaussNewton, or a bma.Operator with the "
+            "product in its own words, is accepted as `curvature`."
+        ) from error
 
 
 def _gram(losses, params) -> Product:

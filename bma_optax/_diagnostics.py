@@ -4,81 +4,113 @@ from typing import Any
 
 import jax
 
-from bma_optax._adagrad import ScaleByBMAState
-from bma_optax._adam import ScaleByAdamBMAState
-from bma_optax._newton import ScaleByNewtonBMAState
-from bma_optax._steps import ScaleByQuadraticModelState
-
-_FIELDS: dict[type, tuple[str, ...]] = {
-    ScaleByBMAState: ("count", "failures"),
-    ScaleByAdamBMAState: ("count", "failures"),
-    ScaleByNewtonBMAState: (
-        "count",
-        "coarse_ratio",
-        "products",
-        "damping",
-        "floored",
-        "local",
-        "refreshes",
-        "failures",
-    ),
-    ScaleByQuadraticModelState: (
-        "learning_rate",
-        "momentum",
-        "backtracking",
-        "products",
-    ),
-}
+from bma_optax import _looks, _small_matrix
+from bma_optax._partition import Partition
 
 
-def diagnostics(state: Any) -> dict[str, jax.Array]:
+def diagnostics(
+    state: Any,
+    blocks: Partition | None = None,
+    grads: Any = None,
+    *,
+    estimator: str = "report",
+    reach: int | tuple[int, ...] | None = None,
+    levels: str | tuple[tuple[int, ...], ...] = "auto",
+) -> dict[str, jax.Array]:
     r"""Numbers to log, from the states of this library inside an optimiser's state.
 
-    - ``coarse_ratio``, min eig(M) / median(Λ): will it pay? Where it is much below 1
-      (0.01, say) the slow directions are nearly constant on blocks and the coarse
-      correction speeds them up by about its inverse. Near or above 1 it cannot help:
-      finer or other blocks may, or else a diagonal method. Below 0 the curvature is
-      indefinite.
+    Nothing of it is computed in ``update``: call it as often as you log. It can be
+    jitted, with ``blocks`` closed over.
+
+    From the state alone:
+
+    - ``count``: steps taken. ``refreshes`` and ``failures``: factors made, and not
+      finite.
+    - ``coarse_ratio``, min eig(M) / median(Λ): will Newton-BMA pay? Where it is much
+      below 1 (0.01, say) the slow directions are nearly constant on blocks and the
+      coarse correction speeds them up by about its inverse. Near or above 1 it cannot
+      help: finer or other blocks may, or else a diagonal method. Below 0 the curvature
+      is indefinite.
     - ``floored``: eigenvalues of M that were negative or below the floor, so that
       absolute values or the floor stood in their place.
     - ``local``: whether the curvature reached no further than declared.
     - ``products``: products with the curvature so far, each about two gradients for
       the Hessian. ``step_products`` are those of the step rule.
-    - ``damping``; ``refreshes`` and ``failures``: factors made, and not finite.
+    - ``damping``.
     - ``learning_rate``, ``momentum``: a and b of the last step of
       :func:`scale_by_quadratic_model`; ``backtracking``: the part of it that was taken,
       0 if the step was refused.
 
+    With ``blocks``, where there are small matrices (not between nested levels):
+
+    - ``min_eigenvalue``, ``max_eigenvalue`` of M, before its floor. For mini-BMA these
+      are the least and the largest M_i / Λ_i, as in all that follows.
+    - ``floored_share``: the part of M's eigenvalues that the floor, or the absolute
+      value, replaced; for mini-BMA the part of units that do not shrink, M_i < Λ_i.
+    - ``correlations``: up to 10 of M's entries over the roots of its diagonal, those
+      furthest from 0 first, and ``correlated_pairs``: the two blocks of each, as
+      positions in ``blocks.names``.
+
+    With ``blocks`` and ``grads``, or with ``blocks`` where the state has a momentum:
+
+    - ``correction``: the norm of what block means add to the update, over that of the
+      diagonal method's update; of the form "left".
+    - ``effective_rates``: the norm of the update in each block, over that of the
+      gradient or the momentum there; learning rates and what else the chain has come
+      on top, and Adam's correction of the start is not in it.
+
     Args:
       state: the state of any optimiser, such as a chain.
+      blocks: :func:`bma_optax.partition` of the parameters by the rule and the
+        ``couple`` of the transformation ("block" for mini-BMA).
+      grads: a tree like the parameters: what the transformation is given.
+      estimator: that of the transformation.
+      reach: that of the transformation.
+      levels: those of the transformation.
 
     Returns:
-      A dictionary of scalars, shape (). With several states of one kind, under
-      ``optax.partition`` say, names have the path of the state before them.
+      A dictionary of scalars, shape (); ``correlations`` has shape (k,),
+      ``correlated_pairs`` (k, 2), ``effective_rates`` (L,). With several states of one
+      kind, under ``optax.partition`` say, names have the path of the state before them.
+
+    Raises:
+      ValueError: if ``blocks`` or ``grads`` do not fit a state, or ``grads`` come
+        without ``blocks``.
 
     Example:
       >>> import jax, jax.numpy as jnp, bma_optax as bma
-      >>> f = lambda x: jnp.sum(jnp.diff(x) ** 2) + x[0] ** 2
-      >>> tx = bma.newton_bma(partition=bma.per_tile((4,)))
-      >>> x = jnp.ones(32)
-      >>> _, state = tx.update(jax.grad(f)(x), tx.init(x), x, value_fn=f)
-      >>> numbers = bma.diagnostics(state)
-      >>> print(f"{numbers['coarse_ratio']:.4f}, {numbers['products']} products")
-      0.0035, 40 products
-    """
+      >>> def f(x): return jnp.sum(jnp.diff(x["a"]) ** 2) + jnp.sum(x["a"] - x["b"]) ** 2
+      >>> tx = bma.adagrad_bma(0.1)
+      >>> params = {"a": jnp.array([3.0, 1.0, 2.0]), "b": jnp.array(2.0)}
+      >>> grads = jax.grad(f)(params)
+      >>> _, state = tx.update(grads, tx.init(params), params)
+      >>> blocks = bma.partition(params)
+      >>> numbers = bma.diagnostics(state, blocks, grads)
+      >>> print(f"{numbers['correction']:.3f}, {numbers['min_eigenvalue']:.3f}")
+      0.265, 0.571
+      >>> for (i, j), x in zip(numbers["correlated_pairs"], numbers["correlations"]):
+      ...     print(f"{blocks.names[i]}, {blocks.names[j]}: {x:.2f}")
+      a, b: -0.43
+    """  # noqa: E501
+    _small_matrix.check_estimator(estimator)
+    if blocks is None and grads is not None:
+        raise ValueError("`grads` need `blocks`: bma.partition(params, rule, couple).")
     found = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            state, is_leaf=lambda x: type(x) in _FIELDS
+            state, is_leaf=lambda x: type(x) in _looks.KINDS
         )
-        if type(leaf) in _FIELDS
+        if type(leaf) in _looks.KINDS
     ]
     kinds = [type(leaf) for _, leaf in found]
-    result = {}
+    result: dict[str, jax.Array] = {}
     for path, leaf in found:
+        fields, look = _looks.KINDS[type(leaf)]
+        numbers = {name: getattr(leaf, field) for name, field in fields.items()}
+        if blocks is not None and look is not None:
+            _looks.check_fit(blocks, grads, leaf)
+            options = _looks.Options(estimator, reach, levels)
+            numbers |= look(leaf, blocks, grads, options)
         prefix = f"{path}/" if kinds.count(type(leaf)) > 1 else ""
-        for field in _FIELDS[type(leaf)]:
-            step_rule = isinstance(leaf, ScaleByQuadraticModelState)
-            name = "step_products" if step_rule and field == "products" else field
-            result[prefix + name] = getattr(leaf, field)
+        result |= {prefix + name: number for name, number in numbers.items()}
     return result

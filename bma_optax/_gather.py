@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _coarse, _diagonal, _partition
+from bma_optax import _coarse, _diagonal, _layout
 
 
 def plan(params, rule, couple, reach, levels, warn=False):
     """The partition of parameters and its coarse systems; static."""
-    make = _partition.partition if warn and reach is None else _partition.layout
+    make = _layout.partition if warn and reach is None else _layout.layout
     blocks = make(params, rule, couple)
     return blocks, _coarse.systems(blocks, reach, levels)
 

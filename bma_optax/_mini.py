@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _moments, _partition, _rules, _trees, _units
+from bma_optax import _checks, _layout, _moments, _rules, _trees, _units
 
 _MIN_LAMBDA = 1e-3  # times a block's mean square: the least Λ.
 
@@ -128,7 +128,7 @@ def scale_by_mini_bma(
 
     def init_fn(params):
         _trees.check_floating(params)
-        arrays = _partition.layout(params, partition, "block").arrays
+        arrays = _layout.layout(params, partition, "block").arrays
         start = _units.map_arrays(
             _Array, lambda units, p: _start(units, p, weights), arrays, params
         )
@@ -143,7 +143,8 @@ def scale_by_mini_bma(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         _trees.check_same_shapes(updates, state.mu)
-        arrays = _partition.layout(updates, partition, "block").arrays
+        arrays = _layout.layout(updates, partition, "block").arrays
+        _units.check_state(arrays, state.nu, partition)
         count = optax.safe_increment(state.count)
 
         def step(units, gradient, old_mu, nu, mean_nu, direction):
@@ -174,8 +175,8 @@ def scale_by_mini_bma(
 
             # Apply: the momentum with another part along q, over the root of Λ. Numbers
             # of units end in a division, or XLA computes them again for each element.
-            Lambda = _rest(nu, mean_nu, units.num_inputs)
-            part = _shrink(mean_nu, Lambda) if factor is None else factor
+            Lambda = rest(nu, mean_nu, units.num_inputs)
+            part = shrink(mean_nu, Lambda) if factor is None else factor
             along = (jnp.asarray(part, g.dtype) - 1) * units.times(mu, q)
             started = _moments.bias_correction(count, b1, g.dtype)
             Lambda = Lambda / _moments.bias_correction(count, b2, g.dtype)
@@ -289,13 +290,13 @@ def _start(units, p, weights):
     return _Array(None, None, nu, mean_nu, direction)
 
 
-def _rest(nu, mean_nu, s):
+def rest(nu, mean_nu, s):
     """(s - 1) Λ: what is not along q; numbers that overflowed leave no difference."""
     rest = jnp.where(nu > mean_nu, nu, 0) - jnp.where(nu > mean_nu, mean_nu, 0)
     return jnp.maximum(rest / (s - 1), jnp.asarray(_MIN_LAMBDA / s, nu.dtype) * nu)
 
 
-def _shrink(M, Lambda):
+def shrink(M, Lambda):
     """max(M / Λ, 1)^-½."""
     larger = M > Lambda
     return jnp.where(

@@ -14,7 +14,7 @@ from bma_optax import (
     _damping,
     _diagonal,
     _gather,
-    _partition,
+    _layout,
     _rules,
     _trees,
 )
@@ -151,7 +151,7 @@ def scale_by_newton_bma(
     """
     _rules.check_rule(partition)
     _curvature.check_curvature(curvature)
-    _partition.check_couple(couple)
+    _layout.check_couple(couple)
     _checks.not_negative(damping=damping, min_eigenvalue=min_eigenvalue)
     _checks.below_one(b2=b2)
     _checks.at_least_one(update_interval=update_interval)
@@ -195,6 +195,11 @@ def scale_by_newton_bma(
             )
         _trees.check_same_shapes(updates, state.inverse_diagonal)
         blocks, systems = _gather.plan(updates, partition, couple, reach, levels)
+        blocks.check_state(
+            state.N.shape,
+            state.K.shape,
+            expected=_block_mean_inverse.shapes(systems),
+        )
 
         def refresh(state):
             # The same probes at every refresh, or the directions that conjugate

@@ -4,21 +4,15 @@ import dataclasses
 import functools
 import itertools
 import math
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _rules, _table, _trees
+from bma_optax import _table, _trees
 from bma_optax._rules import Path, Rule, Shape
-from bma_optax._rules_of_rules import ByPath
 from bma_optax._tiles import Tiles
-
-_COUPLES = ("all", "array", "layer", "block")
-_MANY_BLOCKS = 1000
-_INDEX_LIMIT = 2**31  # LAPACK and its peers index the entries of a matrix in 32 bits.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +149,16 @@ class Partition:
             filled = jax.tree.map(jnp.multiply, filled, weights)
         return filled
 
+    def check_state(self, *found: Shape, expected: tuple[Shape, ...] = ()) -> None:
+        """Raises a ValueError for small matrices that another partition has made."""
+        expected = expected or (self.matrix_shape,)
+        if found != expected:
+            raise ValueError(
+                f"The state has small matrices of shape {found[0]}; {self.rule} with "
+                f"couple={self.couple!r} makes {self.num_blocks} blocks and the shape "
+                f"{expected[0]}. A state of the same partition is accepted."
+            )
+
     def split(self, values: jax.Array) -> list[jax.Array]:
         """A vector over blocks as one (groups, blocks) array for each bucket."""
         return _split(values, list(self.buckets))
@@ -185,7 +189,7 @@ class Partition:
 
     def group_of(self, array: Tiles) -> Path:
         """A name for the group that the blocks of an array are in."""
-        return _group_of(array, self.couple)
+        return group_of(array, self.couple)
 
     def join(self, parts: list[jax.Array], shape: Shape, dtype: Any) -> jax.Array:
         """The inverse of :meth:`split` and :meth:`split_matrix`."""
@@ -197,157 +201,11 @@ class Partition:
         return _table.table(self)
 
 
-def partition(
-    params: Any, rule: Rule = _rules.per_leaf, couple: str = "all"
-) -> Partition:
-    """The blocks that ``rule`` cuts a parameter pytree into, for a look beforehand.
-
-    Args:
-      params: a pytree of arrays, or of anything with a shape, such as
-        ``jax.ShapeDtypeStruct``: nothing is allocated.
-      rule: a :class:`Rule`.
-      couple: which blocks see each other: "all" in one matrix, those of one "array",
-        those of one "layer" (arrays whose paths differ in the last part only), or none,
-        every "block" alone. A solve costs Σ L_group³.
-
-    Returns:
-      A :class:`Partition`; print it to read it as a table.
-
-    Raises:
-      TypeError: if ``rule`` is not a rule.
-      ValueError: if ``couple`` is unknown, if the rule returns something other than a
-        tile, if a pattern of it matches nothing, or if a small matrix could not exist.
-
-    Warns:
-      UserWarning: if more than a thousand blocks are in one group.
-
-    Example:
-      >>> import jax, bma_optax as bma
-      >>> params = {"kernel": jax.ShapeDtypeStruct((784, 32), "float32"),
-      ...           "bias": jax.ShapeDtypeStruct((32,), "float32")}
-      >>> print(bma.partition(params, bma.per_leaf))
-      Partition per_leaf, couple='all': 25,120 parameters in 2 blocks
-      array   shape      tile       blocks  block size  bytes of diag H
-      bias    (32,)      (32,)      1       32          128
-      kernel  (784, 32)  (784, 32)  1       25,088      100,352
-      small matrices: 1 of 2 × 2; float32 state 100,480 bytes of diag H and 40 of U, v and the inverse root; a solve costs O(8)
-    """  # noqa: E501
-    result = layout(params, rule, couple)
-    largest = max((n for _, n in result.buckets), default=0)
-    advice = (
-        "Use coarser blocks (bma.per_leaf, larger tiles, None for an array in "
-        'bma.by_path) or couple="layer", "array" or "block".'
-    )
-    if sum(count * n * n for count, n in result.buckets) >= _INDEX_LIMIT:
-        raise ValueError(
-            f"{rule} cuts the parameters into {result.num_blocks:,} blocks, up to "
-            f"{largest:,} in one group: a {largest:,} × {largest:,} matrix cannot be "
-            f"held. {advice}"
-        )
-    if largest > _MANY_BLOCKS:
-        warnings.warn(
-            f"{rule} puts {largest:,} blocks into one group; each step factors a "
-            f"matrix of that size. {advice}",
-            stacklevel=2,
-        )
-    return result
-
-
-def layout(params: Any, rule: Rule, couple: str) -> Partition:
-    """As :func:`partition`, without the checks of its size: for use in ``update``."""
-    _rules.check_rule(rule)
-    check_couple(couple)
-    leaves = tuple(
-        (path, tuple(leaf.shape)) for path, leaf in _trees.named_leaves(params)
-    )
-    return _layout(leaves, rule, couple)
-
-
-def check_couple(couple: str) -> None:
-    """Raises a ValueError for an unknown ``couple``."""
-    if couple not in _COUPLES:
-        raise ValueError(f"`couple` must be one of {_COUPLES}, got {couple!r}.")
-
-
-@functools.lru_cache(maxsize=128)
-def _layout(leaves, rule, couple) -> Partition:
-    arrays = [
-        Tiles(
-            path,
-            shape,
-            _tile(rule, path, shape),
-            rule.owner(path),
-            stacked_axes=rule.stacked_axes(path, shape),
-        )
-        for path, shape in leaves
-    ]
-    _check_patterns(rule, [path for path, _ in leaves])
-    groups: dict[Path, dict[Path, int]] = {}
-    for array in arrays:
-        if array.owner != array.path and array.num_blocks > 1:
-            raise ValueError(
-                f"{rule} merges {_trees.name_of(array.path)!r} with other arrays but "
-                f"cuts it into {array.num_blocks} tiles; only whole arrays can be "
-                "merged."
-            )
-        if array.num_blocks:
-            key = _group_of(array, couple)
-            groups.setdefault(key, {})[array.owner] = array.num_blocks
-    # Groups of equal size lie side by side, so that one batched eigh serves them all.
-    ordered = sorted(groups.values(), key=lambda owners: sum(owners.values()))
-    counts = [sum(owners.values()) for owners in ordered]
-    if couple == "block":
-        counts = [1] * sum(counts)
-    buckets = tuple((len(list(same)), n) for n, same in itertools.groupby(counts))
-    starts, position = {}, 0
-    for owners in ordered:
-        for owner, num_blocks in owners.items():
-            starts[owner] = position
-            position += num_blocks
-    placed = tuple(
-        dataclasses.replace(array, start=starts.get(array.owner, 0)) for array in arrays
-    )
-    return Partition(rule, couple, placed, buckets)
-
-
-def _group_of(array: Tiles, couple: str) -> Path:
+def group_of(array: Tiles, couple: str) -> Path:
+    """Blocks of arrays with one name see each other."""
     if couple == "all":
         return ()
     return array.path[:-1] if couple == "layer" else array.owner
-
-
-def _tile(rule: Rule, path: Path, shape: Shape) -> Shape | None:
-    tile = rule.tile(path, shape)
-    if tile is None or math.prod(shape) == 0:
-        return None
-    valid = isinstance(tile, (tuple, list)) and all(
-        isinstance(t, (int, np.integer)) and t > 0 for t in tile
-    )
-    if not valid or len(tile) != len(shape):
-        raise ValueError(
-            f"{rule} gave {tile!r} for {_trees.name_of(path)!r} of shape {shape}; a "
-            f"tuple of {len(shape)} positive integers, or None, is accepted."
-        )
-    return tuple(min(int(t), n) for t, n in zip(tile, shape, strict=True))
-
-
-def _check_patterns(rule: Rule, paths: list[Path]) -> None:
-    """Raises if a pattern of ``by_path`` decides nothing.
-
-    Optax calls ``init`` on a placeholder without leaves: nothing can match there.
-    """
-    if not isinstance(rule, ByPath) or not paths:
-        return
-    used = {rule.match(path) for path in paths}
-    for i, (pattern, _) in enumerate(rule.rules):
-        if i not in used:
-            raise ValueError(
-                f"by_path: {pattern!r} matches none of the arrays that earlier "
-                f"patterns leave; there are {', '.join(map(_trees.name_of, paths))}."
-            )
-    for i, (_, inner) in enumerate((*rule.rules, ("", rule.default))):
-        if inner is not None:
-            _check_patterns(inner, [path for path in paths if rule.match(path) == i])
 
 
 def _split(flat: Any, shapes: list[Shape]) -> list[Any]:

@@ -82,6 +82,19 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class _PerLeaf(Rule):
+    """Each array is one block: the default, and the report's.
+
+    The weights and the bias of a layer are two blocks.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+      >>> bma.partition(params, bma.per_leaf).sizes
+      (3, 6)
+
+    Source: the report's figure 2.
+    """
+
     def tile(self, path, shape):
         return shape
 
@@ -91,6 +104,15 @@ class _PerLeaf(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class _PerLayer(Rule):
+    """The arrays of one module, whose paths differ in the last part, are one block.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> params = {"dense": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}
+      >>> bma.partition(params, bma.per_layer).sizes
+      (9,)
+    """
+
     def tile(self, path, shape):
         return shape
 
@@ -103,6 +125,18 @@ class _PerLayer(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class _PerUnit(Rule):
+    """One block for each index of the last axis: an output unit, a channel.
+
+    For arrays that are (..., inputs, outputs), as those of Flax and Haiku. An array of
+    one axis is one block.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+      >>> bma.partition(params, bma.per_unit).names
+      ('b', 'w[:, 0]', 'w[:, 1]', 'w[:, 2]')
+    """
+
     def tile(self, path, shape):
         return (*shape[:-1], 1) if len(shape) > 1 else shape
 
@@ -112,6 +146,16 @@ class _PerUnit(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class _PerRow(Rule):
+    """One block for each index of the first axis: a unit of Equinox, an embedding.
+
+    An array of one axis is one block.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> bma.partition(jnp.ones((2, 3)), bma.per_row).sizes
+      (3, 3)
+    """
+
     def tile(self, path, shape):
         return (1, *shape[1:]) if len(shape) > 1 else shape
 
@@ -121,6 +165,14 @@ class _PerRow(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class _PerElement(Rule):
+    """One block for each element: with it AdaGrad-BMA is AdaGrad-Full.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> bma.partition(jnp.ones(3), bma.per_element).sizes
+      (1, 1, 1)
+    """
+
     def tile(self, path, shape):
         return (1,) * len(shape)
 

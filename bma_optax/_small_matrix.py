@@ -55,7 +55,7 @@ def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):
         blocks.split_matrix(last),
         strict=True,
     ):
-        M = _small_matrix(U_group, v_group, sizes, estimator)
+        M = small_matrix(U_group, v_group, sizes, estimator)
         root = BlockMeanMatrix(jnp.ones_like(v_group), M, sizes).inverse_sqrt(
             min_eigenvalue=min_eigenvalue
         )
@@ -65,7 +65,7 @@ def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):
     return blocks.join(roots, U.shape, U.dtype), failures
 
 
-def _small_matrix(U, v, sizes, estimator):
+def small_matrix(U, v, sizes, estimator):
     """M = I + (U - diag U) / (v vᵀ), or S^½ U / (v vᵀ) S^½; shape (..., L, L).
 
     Blocks whose numbers have left the dtype's range stay at the diagonal.

@@ -61,6 +61,11 @@ def zeros_like(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
+def astype(tree, like):
+    """``tree`` in the dtypes of ``like``."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
 def again(tree):
     """The same values under another name, for what is to be computed once more.
 

@@ -52,6 +52,11 @@ class Units:
         stacked = math.prod(self.shape) // (self.num_inputs * self.num_units)
         return stacked * (2 * self.num_units + self.num_inputs)
 
+    @property
+    def unit_shape(self) -> Shape:
+        """The shape of a number a unit."""
+        return tuple(1 if i in self.inputs else n for i, n in enumerate(self.view))
+
     def split(self, x: jax.Array) -> jax.Array:
         """An array in the shape of the view."""
         return x if self.view == self.shape else replicated(x).reshape(self.view)
@@ -114,6 +119,19 @@ def map_arrays(kind: Any, f: Callable, arrays: Any, tree: Any, *rest: Any) -> An
             for field in kind._fields
         )
     )
+
+
+def check_state(arrays: Any, nu: Any, rule: Any) -> None:
+    """Raises a ValueError for numbers of units that another rule has made."""
+    for array, numbers in zip(arrays, jax.tree.leaves(nu), strict=True):
+        units = units_of(array)
+        expected = array.shape if units is None else units.unit_shape
+        if numbers.shape != expected:
+            raise ValueError(
+                f"The state has numbers of shape {numbers.shape} for the units of "
+                f"{_trees.name_of(array.path)!r}; {rule} makes {expected}. A state of "
+                "the same partition is accepted."
+            )
 
 
 def num_statistics(tiles: Tiles) -> int:

@@ -223,9 +223,11 @@ def test_a_direction_of_units(x64, whiten):
 
 
 def test_forward_shows_the_inputs_of_every_kernel():
-    for name in ("conv_norm", "transformer"):
+    for name in ("conv_norm", "transformer", "transformer_plain", "mlp_sigmoid_norm"):
         task = nets.make(name, None, small=True)
         params = task.init(jax.random.key(0))
+        norms = {"conv_norm": 2, "transformer": 5, "mlp_sigmoid_norm": 1}
+        assert sum("scale" in layer for layer in params.values()) == norms.get(name, 0)
         shapes = jax.eval_shape(
             task.forward, params, jax.tree.map(lambda a: a[:2], task.train)
         )[1]

@@ -686,14 +686,6 @@ def test_diagnostics():
     )
     assert numbers["products"] == 2 + D and numbers["step_products"] == 2
     assert numbers["failures"] == 0
-    both = optax.partition(
-        {"x": bma.scale_by_newton_bma(), "y": bma.scale_by_newton_bma()},
-        {"a": "x", "b": "y"},
-    ).init(params)
-    names = [n for n in bma.diagnostics(both) if n.endswith("damping")]
-    assert len(names) == 2
-    adagrad = bma.adagrad_bma(0.1).init(params)
-    assert bma.diagnostics(adagrad)["failures"] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""Tables of the site in Markdown, from the JSON that the benchmarks wrote."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _networks_report
+import figure2
+import inverse_problems
+import step_cost
+
+Content = dict[str, Any]
+REAL = tuple(inverse_problems.REAL)
+
+
+def of_machine(content: Content) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in content["versions"].items())
+    return f"\n\n*{content['device']}, {content['cores']} cores; {versions}.*\n"
+
+
+def without_heading(markdown: str) -> str:
+    lines = markdown.strip().splitlines()
+    return "\n".join(line for line in lines if not line.startswith("#")).strip() + "\n"
+
+
+def bold_heading(markdown: str) -> str:
+    """The page has its own headings."""
+    first, *lines = markdown.strip().splitlines()
+    return "\n".join([f"**{first.removeprefix('### ')}**", *lines])
+
+
+def grids(content: Content) -> str:
+    found = {k: v for k, v in content["problems"].items() if k not in REAL}
+    return without_heading(inverse_problems.summary("", found)) + of_machine(content)
+
+
+def real(content: Content) -> str:
+    found = {k: v for k, v in content["problems"].items() if k in REAL}
+    return without_heading(inverse_problems.summary("", found)) + of_machine(content)
+
+
+def networks(content: Content) -> str:
+    tables = without_heading(_networks_report.summary(content["tasks"]))
+    return tables + of_machine(content)
+
+
+def costs(content: Content) -> str:
+    bandwidth = content["copy_bandwidth"]
+    tables = [
+        bold_heading(step_cost.table(result, bandwidth))
+        for result in content["trees"].values()
+    ]
+    return "\n\n".join(tables) + of_machine(content)
+
+
+def nets(content: Content) -> str:
+    """Figure 2: numbers became strings in JSON."""
+    tables = []
+    for net, result in content["nets"].items():
+        for row in result["methods"].values():
+            for key in ("train_loss", "test_accuracy"):
+                row[key] = {float(rate): x for rate, x in row[key].items()}
+        tables.append(bold_heading(figure2.table(net, result)))
+    return "\n\n".join(tables) + of_machine(content)
+
+
+# The file of each table, and what makes it.
+TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
+    "grids": ("inverse_problems.json", grids),
+    "volumes": ("inverse_problems_volumes.json", grids),
+    "real": ("inverse_problems.json", real),
+    "networks": ("networks.json", networks),
+    "normalised": ("networks_normalised.json", networks),
+    "costs": ("step_cost.json", costs),
+    "digits": ("figure2_digits.json", nets),
+    "mnist": ("figure2_mnist.json", nets),
+    "cifar10": ("figure2_cifar10.json", nets),
+}
+
+
+def write(results: Path, folder: Path) -> None:
+    """One Markdown file a table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (file, make) in TABLES.items():
+        content = json.loads((results / file).read_text())
+        (folder / f"{name}.md").write_text(make(content))

@@ -1,0 +1,44 @@
+"""The site: `sphinx-build -W docs docs/_build`, after `pip install -e ".[docs]"`."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "docs"))
+
+import _tables
+
+import bma_optax
+
+project = "bma_optax"
+author = "The bma_optax developers"
+copyright = "The bma_optax developers"
+version = release = bma_optax.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.doctest",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "myst_nb",
+    "sphinx_copybutton",
+]
+html_theme = "sphinx_book_theme"
+html_title = "bma_optax"
+html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+templates_path = ["_templates"]
+exclude_patterns = ["_build", "generated/tables"]
+myst_enable_extensions = ["amsmath", "dollarmath"]
+nb_execution_mode = "off"  # They are saved with outputs, and executed by the tests.
+autosummary_generate = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # The docstrings say more.
+napoleon_use_rtype = False
+
+# The pages' tables, from what the benchmarks wrote.
+_tables.write(ROOT / "benchmarks" / "results", ROOT / "docs" / "generated" / "tables")

@@ -1,0 +1,218 @@
+"""Numbers for a logger against dense matrices, and for every transformation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from methods import every_method
+from reference import RULES, DenseAdaGradBMA, DenseAdamBMA, DenseMiniBMA
+from test_adagrad import flat, labels_and_groups, random_tree
+
+import bma_optax as bma
+
+KEPT = 1 - 2**-30  # A direction that stays.
+
+
+def small_matrix(dense):
+    """M of blocks in the order of labels, 0 between groups."""
+    blocks = dense.blocks
+    v = {b: np.sqrt(dense.h)[dense.labels == b].sum() for b in blocks}
+    s = {b: (dense.labels == b).sum() for b in blocks}
+    M = np.eye(len(blocks))
+    for i, j in dense.U:
+        if dense.groups[i] == dense.groups[j]:
+            C = dense.U[i, j] / (v[i] * v[j])
+            if dense.estimator == "projection":
+                M[i, j] = C * np.sqrt(s[i] * s[j])
+            elif i != j:
+                M[i, j] = C
+    return M
+
+
+def check_matrix(numbers, M, floor, names, labels_of_names):
+    """Eigenvalues, and the strongest pairs by name."""
+    values = np.linalg.eigvalsh(M)
+    np.testing.assert_allclose(numbers["min_eigenvalue"], values[0], atol=1e-9)
+    np.testing.assert_allclose(numbers["max_eigenvalue"], values[-1], atol=1e-9)
+    share = np.mean(values < floor)
+    np.testing.assert_allclose(numbers["floored_share"], share)
+    root = np.sqrt(np.diag(M))
+    C = M / np.outer(root, root)
+    off = np.sort(np.abs(C[np.triu_indices(len(C), 1)]))[::-1]
+    found = np.asarray(numbers["correlations"])
+    assert len(found) == min(10, len(off))
+    np.testing.assert_allclose(np.abs(found), off[: len(found)], atol=1e-12)
+    for (i, j), x in zip(numbers["correlated_pairs"], found, strict=True):
+        a, b = labels_of_names[names[i]], labels_of_names[names[j]]
+        np.testing.assert_allclose(C[a, b], x, atol=1e-12)
+
+
+def check_updates(numbers, given, diagonal, full, labels):
+    ratio = np.linalg.norm(full - diagonal) / np.linalg.norm(diagonal)
+    np.testing.assert_allclose(numbers["correction"], ratio, rtol=1e-7)
+    rates = [
+        np.linalg.norm(full[labels == b]) / np.linalg.norm(given[labels == b])
+        for b in range(max(labels) + 1)
+    ]
+    found = np.sort(np.asarray(numbers["effective_rates"]))
+    np.testing.assert_allclose(found, np.sort(rates), rtol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("estimator", ["report", "projection"])
+@pytest.mark.parametrize("decayed", [False, True])
+def test_small_matrices_of_gradients(decayed, estimator):
+    rng = np.random.default_rng(0)
+    labels, groups = labels_and_groups(RULES[bma.per_unit], "all")
+    options = {"floor": 0.7, "estimator": estimator}
+    if decayed:
+        dense = DenseAdamBMA(labels, groups, b2=0.9, eps=0.0, **options)
+        tx = bma.scale_by_adam_bma(
+            b2=0.9, partition=bma.per_unit, estimator=estimator, min_eigenvalue=0.7
+        )
+    else:
+        dense = DenseAdaGradBMA(labels, groups, eps=0.0, **options)
+        tx = bma.scale_by_bma(bma.per_unit, estimator=estimator, min_eigenvalue=0.7)
+    params = random_tree(rng)
+    state = tx.init(params)
+    for _ in range(5):
+        grads = random_tree(rng)
+        _, state = tx.update(grads, state)
+        dense.update(flat(grads))
+    blocks = bma.partition(params, bma.per_unit)
+    numbers = jax.jit(
+        lambda state, grads: bma.diagnostics(state, blocks, grads, estimator=estimator)
+    )(state, grads)
+    order = list(blocks.names)
+    assert len(order) == max(labels) + 1
+    # Labels count in the order of elements, names in that of blocks.
+    elements = blocks.expand(jnp.arange(float(len(order))), params)
+    positions = flat(elements).astype(int)
+    label_of = {order[p]: label for p, label in zip(positions, labels, strict=True)}
+    check_matrix(numbers, small_matrix(dense), 0.7, order, label_of)
+    assert 0 < numbers["floored_share"] < 1 and numbers["count"] == 5
+    given = dense.mu if decayed else flat(grads)
+    diagonal = given / np.sqrt(dense.h)
+    check_updates(numbers, given, diagonal, dense.root @ diagonal, np.asarray(labels))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("weights", ["learned", "constant"])
+def test_two_numbers_a_unit(weights):
+    rng = np.random.default_rng(1)
+    common = rng.standard_normal((4, 6))
+    dense = DenseMiniBMA((6, 4), b3=KEPT, learned=weights == "learned")
+    tx = bma.scale_by_mini_bma(eps=0.0, b3=KEPT, weights=weights)
+    params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((4, 6))}
+    state = tx.init(params)
+    for _ in range(4):
+        kernel = common + rng.standard_normal((4, 6))
+        grads = {"bias": jnp.asarray(rng.standard_normal(3)), "kernel": kernel}
+        updates, state = tx.update(jax.tree.map(jnp.asarray, grads), state)
+        dense.update(kernel.T)
+    blocks = bma.partition(params, bma.per_unit, "block")
+    numbers = jax.jit(lambda state: bma.diagnostics(state, blocks))(state)
+    ratios = dense.M / ((dense.h - dense.M) / 3)
+    np.testing.assert_allclose(numbers["min_eigenvalue"], ratios.min(), rtol=1e-6)
+    np.testing.assert_allclose(numbers["max_eigenvalue"], ratios.max(), rtol=1e-6)
+    np.testing.assert_allclose(numbers["floored_share"], np.mean(ratios < 1))
+    start = (1 - 0.9**4) / np.sqrt(1 - 0.99**4)
+    full, mu = start * flat(updates), flat(state.mu)
+    Lambda = np.concatenate([state.nu["bias"], np.tile((dense.h - dense.M) / 3, 4)])
+    labels = np.concatenate([[0, 0, 0], np.tile(np.arange(1, 7), 4)])
+    check_updates(numbers, mu, mu / np.sqrt(Lambda), full, labels)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("reach", [None, 1])
+def test_curvature(reach):
+    def f(u):
+        return jnp.sum(jnp.diff(u) ** 2) / 2 + jnp.sum(jnp.cosh(u)) / 50
+
+    u = jnp.asarray(np.random.default_rng(2).standard_normal(32))
+    rule = bma.per_tile((4,))
+    tx = bma.scale_by_newton_bma(rule, reach=reach, damping=0.01)
+    g = jax.grad(f)(u)
+    update, state = tx.update(g, tx.init(u), u, value_fn=f)
+    blocks = bma.partition(u, rule)
+    numbers = jax.jit(lambda s, g: bma.diagnostics(s, blocks, g, reach=reach))(state, g)
+    G = np.asarray(jax.hessian(f)(u))
+    z = np.sqrt(np.diag(G))
+    E = np.repeat(np.eye(8), 4, axis=0) * z[:, None]
+    E /= np.linalg.norm(E, axis=0)
+    M = E.T @ (G / np.outer(z, z)) @ E
+    labels = np.repeat(np.arange(8), 4)
+    Lambda = ((4 - np.diag(M)) / 3 + 0.01)[labels]
+    check_updates(
+        numbers, np.asarray(g), g / (Lambda * z**2), np.asarray(update), labels
+    )
+    if reach is None:
+        names = {name: i for i, name in enumerate(blocks.names)}
+        check_matrix(numbers, M, 0.0, blocks.names, names)
+    else:
+        assert "correlations" not in numbers
+
+
+def options_of(method):
+    kwargs = method.kwargs
+    mini = method.factory is bma.mini_bma
+    rule = kwargs.get("partition", bma.per_unit if mini else bma.per_leaf)
+    couple = "block" if mini else kwargs.get("couple", "all")
+    chosen = {k: kwargs[k] for k in ("estimator", "reach", "levels") if k in kwargs}
+    return rule, couple, chosen
+
+
+@every_method
+def test_every_transformation(method):
+    params = {"a": jnp.ones((6, 4)), "b": jnp.full(4, 2.0, jnp.bfloat16)}
+
+    def loss(p):
+        a, b = p["a"], p["b"].astype("float32")
+        return jnp.sum(jnp.tanh(a) ** 2) + jnp.sum(b**2) + jnp.sum(a[0] - b) ** 2
+
+    grads = jax.grad(loss)(params)
+    tx, (rule, couple, chosen) = method.build(), options_of(method)
+    blocks = bma.partition(params, rule, couple)
+    extra = {"value_fn": loss, "loss_of": loss}
+
+    @jax.jit
+    def run(grads, params):
+        _, state = tx.update(grads, tx.init(params), params, **extra)
+        return bma.diagnostics(state, blocks, grads, **chosen)
+
+    numbers = run(grads, params)
+    assert numbers["count"] == 1
+    assert numbers["effective_rates"].shape == (blocks.num_blocks,)
+    assert all(np.all(np.isfinite(x)) for x in numbers.values())
+
+
+def test_names_of_several_states():
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    tx = optax.partition(
+        {"x": bma.scale_by_newton_bma(), "y": bma.scale_by_newton_bma()},
+        {"a": "x", "b": "y"},
+    )
+    numbers = bma.diagnostics(tx.init(params))
+    assert sum(name.endswith("damping") for name in numbers) == 2
+    adagrad = bma.adagrad_bma(0.1).init(params)
+    assert bma.diagnostics(adagrad)["failures"] == 0
+    assert bma.diagnostics(optax.adam(0.1).init(params)) == {}
+
+
+def test_errors():
+    params = {"a": jnp.ones((3, 2))}
+    state = bma.scale_by_bma(bma.per_unit).init(params)
+    newton = bma.scale_by_newton_bma(bma.per_unit).init(params)
+    fitting = bma.partition(params, bma.per_unit)
+    for kwargs, match in [
+        ({"grads": params}, "need `blocks`"),
+        ({"blocks": bma.partition(params)}, "do not fit a ScaleByBMAState"),
+        ({"blocks": bma.partition({"a": jnp.ones(2)})}, "do not fit a ScaleByBMA"),
+        ({"blocks": fitting, "grads": {"a": jnp.ones(3)}}, "'a'"),
+        ({"blocks": fitting, "estimator": "x"}, "`estimator` must be one of"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            bma.diagnostics(state, **kwargs)
+    with pytest.raises(ValueError, match="`reach` and `levels` do not fit"):
+        bma.diagnostics(newton, bma.partition(params))

@@ -1,0 +1,47 @@
+"""The site has a page for every public name, and each name an example that runs."""
+
+import ast
+import doctest
+import re
+from pathlib import Path
+
+import bma_optax as bma
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_every_public_name_has_a_page():
+    listed = re.findall(r"^   (\w+)$", (DOCS / "api.md").read_text(), re.M)
+    assert sorted(listed) == sorted(bma.__all__)
+
+
+def test_every_public_name_has_an_example():
+    for name in bma.__all__:
+        text = getattr(bma, name).__doc__ or ""
+        assert doctest.DocTestParser().get_examples(text), name
+
+
+def test_the_map_of_the_code_is_whole():
+    package = Path(bma.__file__).parent
+    modules = {path.stem for path in package.glob("_*.py")} - {"__init__"}
+    text = (DOCS.parent / "CONTRIBUTING.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `_")]
+    assert {m for row in rows for m in re.findall(r"`(_\w+)`", row)} == modules
+
+
+def test_the_version_has_one_source():
+    tree = ast.parse(Path(bma.__file__).read_text())
+    assigned = [x for x in tree.body if isinstance(x, ast.Assign)]
+    assert "__version__" in {x.targets[0].id for x in assigned}
+    project = (DOCS.parent / "pyproject.toml").read_text()
+    assert not re.search(r"^version\s*=", project, re.M)
+    changes = (DOCS.parent / "CHANGELOG.md").read_text()
+    assert f"## {bma.__version__}" in changes
+
+
+def test_workflows_pin_their_actions():
+    for path in (DOCS.parent / ".github" / "workflows").glob("*.yml"):
+        text = path.read_text()
+        uses = re.findall(r"uses: (\S+)", text)
+        assert uses and all(re.search(r"@[0-9a-f]{40}$", x) for x in uses)
+        assert "bash .ci/run" in text

@@ -1,0 +1,314 @@
+"""State that survives: checkpoints, other processes, other devices, compositions."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+from methods import METHODS, every_method
+
+import bma_optax as bma
+
+HERE = Path(__file__).parent
+PARAMS = {
+    "a": {"w": -jnp.ones((8, 4)), "b": jnp.arange(8.0)},
+    "c": jnp.linspace(-1.0, 1.0, 16),
+}
+
+
+def loss(params):
+    leaves = jax.tree.leaves(params)
+    squares = sum(jnp.sum((x - 0.3) ** 2 + jnp.cos(x) / 2) for x in leaves)
+    return squares + 0.01 * sum(jnp.sum(x) for x in leaves) ** 2
+
+
+def make_step(tx):
+    def step(params, state):
+        updates, state = tx.update(
+            jax.grad(loss)(params), state, params, value_fn=loss, loss_of=loss
+        )
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def steps(tx, params, state, count):
+    step = jax.jit(make_step(tx))
+    for _ in range(count):
+        params, state = step(params, state)
+    return params, state
+
+
+def raw(tree):
+    """Random keys as the numbers behind them; all of it in NumPy."""
+    return jax.tree.map(
+        lambda x: np.asarray(
+            jax.random.key_data(x)
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            else x
+        ),
+        tree,
+    )
+
+
+def by_name():
+    return {parameter.id: parameter.values[0].build() for parameter in METHODS}
+
+
+def save(folder, pair):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, pair)
+
+
+def restore(folder, like):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder, like)
+
+
+def elsewhere(code: str, *arguments) -> subprocess.CompletedProcess:
+    """Python in a process of its own, with this folder on its path."""
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+RESUME = """
+import conftest, pickle, sys
+from pathlib import Path
+import jax, test_survival as t
+folder = Path(sys.argv[1])
+found = {}
+for name, tx in t.by_name().items():
+    like = t.PARAMS, tx.init(t.PARAMS)
+    params, state = t.restore(folder / name.replace(" ", "_"), like)
+    found[name] = t.raw(jax.tree.leaves(t.steps(tx, params, state, 2)))
+(folder / "found.pickle").write_bytes(pickle.dumps(found))
+"""
+
+
+def test_another_process_goes_on_bit_for_bit(tmp_path):
+    import pickle
+
+    expected = {}
+    for name, tx in by_name().items():
+        pair = steps(tx, PARAMS, tx.init(PARAMS), 3)
+        save(tmp_path / name.replace(" ", "_"), pair)
+        expected[name] = raw(jax.tree.leaves(steps(tx, *pair, 2)))
+    done = elsewhere(RESUME, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = pickle.loads((tmp_path / "found.pickle").read_bytes())
+    assert set(found) == set(expected)
+    for name in expected:
+        for x, y in zip(expected[name], found[name], strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["adagrad_bma", "mini_bma", "newton_bma"])
+def test_another_sharding_restores_bit_for_bit(tmp_path, name):
+    tx = by_name()[name]
+    pair = steps(tx, PARAMS, tx.init(PARAMS), 3)
+    save(tmp_path / "state", pair)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def place(x):
+        split = x.ndim > 0 and x.shape[0] % 4 == 0 and x.size >= 8
+        spec = PartitionSpec("x") if split else PartitionSpec()
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    moved = restore(tmp_path / "state", jax.tree.map(place, pair))
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(moved))
+    for x, y in zip(jax.tree.leaves(pair), jax.tree.leaves(moved), strict=True):
+        np.testing.assert_array_equal(raw(x), raw(y))
+    # Sums over shards are added in another order.
+    after, there = steps(tx, *pair, 2)[0], steps(tx, *moved, 2)[0]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), after, there)
+
+
+KILLED = """
+import conftest, os, signal, sys, threading
+from pathlib import Path
+import jax.numpy as jnp, orbax.checkpoint as ocp, test_survival as t
+tx = t.by_name()["adagrad_bma"]
+pair = t.PARAMS, tx.init(t.PARAMS)
+manager = ocp.CheckpointManager(Path(sys.argv[1]))
+for count in (1, 2):
+    pair = t.steps(tx, *pair, 1)
+    if count == 2:  # Killed on the way from the draft to its final name.
+        os.rename = Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    manager.save(count, args=ocp.args.StandardSave(pair))
+    manager.wait_until_finished()
+"""
+
+
+def test_killed_during_a_save_the_last_whole_one_restores(tmp_path):
+    done = elsewhere(KILLED, tmp_path)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    tx = by_name()["adagrad_bma"]
+    start = PARAMS, tx.init(PARAMS)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        assert manager.latest_step() == 1
+        pair = manager.restore(1, args=ocp.args.StandardRestore(start))
+    expected = steps(tx, *start, 1)
+    jax.tree.map(np.testing.assert_array_equal, raw(pair), raw(expected))
+
+
+@pytest.mark.parametrize(
+    ("tx", "other"),
+    [
+        (bma.scale_by_bma(), bma.scale_by_bma(bma.per_unit)),
+        (bma.scale_by_bma(couple="layer"), bma.scale_by_bma()),
+        (bma.scale_by_adam_bma(), bma.scale_by_adam_bma(partition=bma.per_unit)),
+        (bma.scale_by_mini_bma(), bma.scale_by_mini_bma(partition=bma.per_row)),
+        (bma.scale_by_newton_bma(), bma.scale_by_newton_bma(bma.per_unit)),
+    ],
+)
+def test_a_state_of_another_partition_is_refused(tx, other):
+    grads = jax.grad(loss)(PARAMS)
+    with pytest.raises(ValueError, match=r"shape.*; per_\w+.*makes.*same partition"):
+        tx.update(grads, other.init(PARAMS), PARAMS, value_fn=loss)
+
+
+# Compositions -------------------------------------------------------------------------
+
+WRAPPERS = {
+    "inject": lambda tx: optax.inject_hyperparams(lambda c: optax.chain(tx, scale(c)))(
+        c=0.5
+    ),
+    "masked": lambda tx: optax.masked(tx, {"a": True, "c": False}),
+    "multi_steps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    "if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "conditionally": lambda tx: optax.conditionally_mask(tx, lambda step: step > 1),
+    "ema": lambda tx: optax.chain(tx, optax.ema(0.5)),
+}
+
+
+def scale(c):
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u: u * jnp.asarray(c, u.dtype), updates)
+    )
+
+
+@settings(max_examples=12)
+@given(
+    st.lists(st.sampled_from(sorted(WRAPPERS)), min_size=2, max_size=3),
+    st.sampled_from(["adagrad_bma", "adam_bma projection", "mini_bma"]),
+)
+def test_wrappers_in_any_order(names, method):
+    tx = by_name()[method]
+    with jax.numpy_dtype_promotion("standard"):
+        for name in names:
+            tx = WRAPPERS[name](tx)
+        params, state = PARAMS, tx.init(PARAMS)
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        step = jax.jit(make_step(optax.with_extra_args_support(tx)))
+        for _ in range(4):
+            params, state = step(params, state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == shapes
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(params))
+
+
+@every_method
+def test_schedule_free_and_lookahead(method):
+    tx = method.build()
+    if not method.kwargs.get("learning_rate"):
+        pytest.skip("These average the iterates of an optimiser with a rate.")
+    with jax.numpy_dtype_promotion("standard"):
+        gentle = optax.chain(tx, optax.scale(0.2))
+        free = optax.contrib.schedule_free(gentle, learning_rate=0.1)
+        params, state = steps(free, PARAMS, free.init(PARAMS), 150)
+        mean = optax.contrib.schedule_free_eval_params(state, params)
+        assert loss(mean) < loss(PARAMS)
+        ahead = optax.lookahead(gentle, sync_period=3, slow_step_size=0.5)
+        both = optax.LookaheadParams.init_synced(PARAMS)
+        state = ahead.init(both)
+        update = jax.jit(ahead.update)
+        for _ in range(60):
+            updates, state = update(jax.grad(loss)(both.fast), state, both)
+            both = optax.apply_updates(both, updates)
+        assert loss(both.slow) < loss(PARAMS)
+
+
+@every_method
+def test_donated_buffers(method):
+    tx = method.build()
+    step = jax.jit(make_step(tx), donate_argnums=(0, 1), keep_unused=True)
+    params, state = jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS)
+    kept = steps(tx, params, state, 3)[0]
+    for _ in range(3):
+        given = jax.tree.leaves((params, state))
+        params, state = step(params, state)
+        assert all(x.is_deleted() for x in given if x.size > 1)
+    jax.tree.map(np.testing.assert_array_equal, params, kept)
+
+
+EXPORTED = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from jax import export
+folder = Path(sys.argv[1])
+for path in sorted(folder.glob("*.exported")):
+    step = export.deserialize(bytearray(path.read_bytes())).call
+    leaves = list(np.load(path.with_suffix(".npz")).values())
+    found = step(*step(*leaves))
+    np.savez(path.with_suffix(".found.npz"), *found)
+assert "bma_optax" not in sys.modules
+"""
+
+
+def test_an_exported_step_runs_in_another_process(tmp_path):
+    from jax import export
+
+    expected = {}
+    for name, tx in by_name().items():
+        pair = PARAMS, tx.init(PARAMS)
+        leaves, treedef = jax.tree.flatten(pair)
+        if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves):
+            keys = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
+        else:
+            keys = [False] * len(leaves)
+
+        def flat(*given, treedef=treedef, keys=keys, tx=tx):
+            given = [
+                jax.random.wrap_key_data(x) if key else x
+                for x, key in zip(given, keys, strict=True)
+            ]
+            found = make_step(tx)(*jax.tree.unflatten(treedef, given))
+            return [
+                jax.random.key_data(x) if key else x
+                for x, key in zip(jax.tree.leaves(found), keys, strict=True)
+            ]
+
+        leaves = [
+            jax.random.key_data(x) if key else x
+            for x, key in zip(leaves, keys, strict=True)
+        ]
+        path = tmp_path / f"{name.replace(' ', '_')}.exported"
+        path.write_bytes(export.export(jax.jit(flat))(*leaves).serialize())
+        np.savez(path.with_suffix(".npz"), *leaves)
+        expected[path] = jax.jit(flat)(*jax.jit(flat)(*leaves))
+    done = elsewhere(EXPORTED, tmp_path)
+    assert done.returncode == 0, done.stderr
+    for path, leaves in expected.items():
+        found = np.load(path.with_suffix(".found.npz")).values()
+        for x, y in zip(leaves, found, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,109 @@
+"""Bad input: what the site's table promises is what is said."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bma_optax as bma
+
+PAGE = Path(__file__).parent.parent / "docs" / "troubles.md"
+ROWS = dict(re.findall(r"^\| ([^|`]*) \| `+([^|]*?)`+ \|$", PAGE.read_text(), re.M))
+PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+
+
+def update(tx, grads, params=PARAMS, **kwargs):
+    return tx.update(grads, tx.init(PARAMS), params, **kwargs)
+
+
+@jax.custom_vjp
+def double(x):
+    return 2 * x
+
+
+@jax.custom_vjp
+def square(x):
+    return jnp.sum(x**2)
+
+
+double.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+square.defvjp(lambda x: (square(x), x), lambda x, g: (g * double(x),))
+
+
+def once(params):
+    """A loss whose gradient is a custom_vjp in its turn: no forward mode."""
+    return sum(map(square, jax.tree.leaves(params)))
+
+
+def nonlocal_loss(u):
+    return jnp.sum(jnp.diff(u) ** 2) + (u[0] - u[-1]) ** 2
+
+
+def far():
+    u = jnp.ones(32)
+    tx = bma.newton_bma(partition=bma.per_tile((4,)), reach=1)
+    tx.update(jax.grad(nonlocal_loss)(u), tx.init(u), u, value_fn=nonlocal_loss)
+
+
+CASES = {
+    "an integer leaf": lambda: bma.scale_by_bma().init({"n": jnp.arange(3)}),
+    "a complex leaf": lambda: bma.mini_bma(1.0).init(jnp.ones(2, "complex64")),
+    "gradients of another structure": lambda: update(
+        bma.scale_by_bma(), PARAMS | {"c": jnp.ones(2)}
+    ),
+    "a gradient that is missing": lambda: update(
+        bma.scale_by_adam_bma(), {"w": PARAMS["w"]}
+    ),
+    "a gradient of another shape": lambda: update(
+        bma.scale_by_mini_bma(), PARAMS | {"b": jnp.ones(4)}
+    ),
+    "an unknown form": lambda: bma.scale_by_bma(form="right"),
+    "a negative number": lambda: bma.scale_by_newton_bma(min_eigenvalue=-1),
+    "a number that is NaN": lambda: bma.scale_by_bma(eps=np.nan),
+    "no rule": lambda: bma.scale_by_bma("per_leaf"),
+    "a rule that gives nonsense": lambda: bma.partition(
+        PARAMS, bma.by_function(lambda path, shape: (2.5,) * len(shape))
+    ),
+    "a pattern that matches nothing": lambda: bma.scale_by_bma(
+        bma.by_path({"bias": None})
+    ).init(PARAMS),
+    "more blocks than fit": lambda: bma.partition(
+        jax.ShapeDtypeStruct((50_000,), "float32"), bma.per_element
+    ),
+    "more than a thousand blocks in one group": lambda: bma.partition(
+        jax.ShapeDtypeStruct((1001,), "float32"), bma.per_element
+    ),
+    "units of two shapes, in mini-BMA": lambda: bma.scale_by_mini_bma(
+        partition=bma.per_tile((3,))
+    ).init(PARAMS),
+    "a curvature that is not as local as declared": far,
+    "a loss that is not twice differentiable": lambda: update(
+        bma.newton_bma(), PARAMS, value_fn=once
+    ),
+    "no loss, where there is curvature": lambda: update(
+        bma.scale_by_newton_bma(), PARAMS
+    ),
+    "no parameters, where there is curvature": lambda: update(
+        bma.newton_bma(), PARAMS, None, value_fn=once
+    ),
+    "a curvature that is none": lambda: bma.natural_bma(once),
+    "blocks of another partition, in diagnostics": lambda: bma.diagnostics(
+        bma.scale_by_bma(bma.per_unit).init(PARAMS), bma.partition(PARAMS)
+    ),
+}
+
+
+def test_the_table_is_whole():
+    assert list(ROWS) == list(CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_says_so(case):
+    kind, message = ROWS[case].split(": ", 1)
+    kind = {k.__name__: k for k in (TypeError, ValueError, UserWarning)}[kind]
+    catching = pytest.warns if kind is UserWarning else pytest.raises
+    with catching(kind, match=re.escape(message)):
+        CASES[case]()
