@@ -81,10 +81,10 @@ def look(
             if count in chosen:
                 result["step"].append(count)
                 result["spectrum"].append(np.linalg.eigvalsh(M))
-                result["corrections"].append(correction)
+                result["corrections"].append(float(correction))
                 result["effective_rates"].append(rates)
                 for pair, angle in angles.items():
-                    result["angles"].setdefault(pair, []).append(angle)
+                    result["angles"].setdefault(pair, []).append(float(angle))
         bar.update()
     result["seconds"] = time.perf_counter() - start
     return result

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 TOLERANCE = 1e-6
 PATIENCE = 8.0  # Seconds: no method is repeated beyond.
-TOO_LONG = 30.0  # Seconds of one run: settings scaled from a coarser grid stay.
 
 
 class Solution(NamedTuple):
@@ -192,12 +191,13 @@ class Study:
             start, strides = method.start, method.strides
             if name in self.starts:
                 start, strides = self.starts[name], (method.strides[-1],)
-            settings = start
-            known = name in self.starts and self.search(solver, start)
-            if not (known and known.reached and known.seconds > TOO_LONG):
-                target, most = self.tuning_target, options.max_steps
-                settings, runs = tune(solver, start, strides, self.other, target, most)
-        found = self.search(solver, settings)
+            target = self.tuning_target
+            settings, runs = tune(
+                solver, start, strides, self.other, target, options.max_steps
+            )
+        found = solver.search(
+            settings, self.instance, self.goal["target"], options.max_steps
+        )
         return {
             "settings": dict(zip(method.tuned, settings, strict=True)),
             "tuning_runs": runs,
@@ -207,10 +207,6 @@ class Study:
             "loss": found.loss,
             "compile_seconds": solver.compile_seconds,
         }
-
-    def search(self, solver: Solver, settings) -> Solution:
-        target, most = self.goal["target"], self.options.max_steps
-        return solver.search(settings, self.instance, target, most)
 
     def final(self, method: Method, found: Solution) -> bool:
         """Whether the search itself is what is timed: in vain, or long enough."""

@@ -207,7 +207,8 @@ def table(result: dict[str, Any], bandwidth: float) -> str:
         f"\n`scale_by_bma()`: 24 bytes a parameter, the least for two passes, at "
         f"{least / 1e9:.3g} GB/s; a pass in place runs at {bandwidth / 1e9:.3g} GB/s."
     )
-    lines.append(f"\n`bma.partition`: {result['partition']}.")
+    if "partition" in result:
+        lines.append(f"\n`bma.partition`: {result['partition']}.")
     return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from jax.sharding import NamedSharding, PartitionSpec
 from methods import METHODS, every_method
 
@@ -65,6 +66,12 @@ def by_name():
     return {parameter.id: parameter.values[0].build() for parameter in METHODS}
 
 
+def some():
+    """One of each kind: compiling is what takes time."""
+    names = "adagrad_bma", "adam_bma projection", "mini_bma", "newton_bma"
+    return {name: by_name()[name] for name in names}
+
+
 def save(folder, pair):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, pair)
@@ -95,7 +102,7 @@ from pathlib import Path
 import jax, test_survival as t
 folder = Path(sys.argv[1])
 found = {}
-for name, tx in t.by_name().items():
+for name, tx in t.some().items():
     like = t.PARAMS, tx.init(t.PARAMS)
     params, state = t.restore(folder / name.replace(" ", "_"), like)
     found[name] = t.raw(jax.tree.leaves(t.steps(tx, params, state, 2)))
@@ -107,7 +114,7 @@ def test_another_process_goes_on_bit_for_bit(tmp_path):
     import pickle
 
     expected = {}
-    for name, tx in by_name().items():
+    for name, tx in some().items():
         pair = steps(tx, PARAMS, tx.init(PARAMS), 3)
         save(tmp_path / name.replace(" ", "_"), pair)
         expected[name] = raw(jax.tree.leaves(steps(tx, *pair, 2)))
@@ -279,7 +286,7 @@ def test_an_exported_step_runs_in_another_process(tmp_path):
     from jax import export
 
     expected = {}
-    for name, tx in by_name().items():
+    for name, tx in some().items():
         pair = PARAMS, tx.init(PARAMS)
         leaves, treedef = jax.tree.flatten(pair)
         if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves):
@@ -312,3 +319,49 @@ def test_an_exported_step_runs_in_another_process(tmp_path):
         found = np.load(path.with_suffix(".found.npz")).values()
         for x, y in zip(leaves, found, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+class Interleaved(RuleBasedStateMachine):
+    """Updates, saves and restores in any order equal the updates that survive."""
+
+    tx = bma.scale_by_bma(bma.per_unit, update_interval=3)
+    update = staticmethod(jax.jit(tx.update))
+
+    def __init__(self):
+        super().__init__()
+        self.state = self.tx.init(PARAMS)
+        self.gradients: list = []
+        self.saved = None
+
+    @rule(seed=st.integers(0, 99))
+    def step(self, seed):
+        rng = np.random.default_rng(seed)
+        grads = jax.tree.map(
+            lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), PARAMS
+        )
+        self.updates, self.state = self.update(grads, self.state)
+        self.gradients.append(grads)
+
+    @rule()
+    def save(self):
+        # As any tool that keeps arrays by their paths would.
+        leaves, treedef = jax.tree.flatten(self.state)
+        self.saved = [np.array(x) for x in leaves], treedef, list(self.gradients)
+
+    @precondition(lambda self: self.saved)
+    @rule()
+    def restore(self):
+        leaves, treedef, self.gradients = self.saved
+        self.gradients = list(self.gradients)
+        self.state = treedef.unflatten(map(jnp.asarray, leaves))
+
+    def teardown(self):
+        state = self.tx.init(PARAMS)
+        for grads in self.gradients:
+            _, state = self.update(grads, state)
+        jax.tree.map(np.testing.assert_array_equal, raw(self.state), raw(state))
+        assert self.state.count == len(self.gradients)
+
+
+Interleaved.TestCase.settings = settings(max_examples=10, stateful_step_count=12)
+TestInterleaved = Interleaved.TestCase
