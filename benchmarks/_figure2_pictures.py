@@ -73,6 +73,6 @@ def angles(axes, look: dict[str, Any]) -> None:
     for pair, degrees in look["angles"].items():
         axes.plot(look["step"], degrees, label=pair)
     axes.set(xscale="log", yscale="log", xlabel="step")
-    axes.set_title("degrees between updates, along AdaGrad-BMA")
+    axes.set_title("degrees between updates")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
