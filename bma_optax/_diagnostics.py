@@ -78,19 +78,22 @@ def diagnostics(
         without ``blocks``.
 
     Example:
-      >>> import jax, jax.numpy as jnp, bma_optax as bma
-      >>> def f(x): return jnp.sum(jnp.diff(x["a"]) ** 2) + jnp.sum(x["a"] - x["b"]) ** 2
-      >>> tx = bma.adagrad_bma(0.1)
-      >>> params = {"a": jnp.array([3.0, 1.0, 2.0]), "b": jnp.array(2.0)}
-      >>> grads = jax.grad(f)(params)
-      >>> _, state = tx.update(grads, tx.init(params), params)
+      >>> import jax, jax.numpy as jnp, optax, bma_optax as bma
+      >>> def f(x): return jnp.sum(x["a"] ** 2) + jnp.sum((x["a"] - x["b"]) ** 2)
+      >>> tx = bma.adagrad_bma(0.5)
+      >>> params = {"a": jnp.array([3.0, 1.0, 2.0]), "b": jnp.array(0.0)}
+      >>> state = tx.init(params)
+      >>> for _ in range(9):
+      ...     grads = jax.grad(f)(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
       >>> blocks = bma.partition(params)
       >>> numbers = bma.diagnostics(state, blocks, grads)
-      >>> print(f"{numbers['correction']:.3f}, {numbers['min_eigenvalue']:.3f}")
-      0.265, 0.571
+      >>> print(f"{numbers['correction']:.1f}, {numbers['min_eigenvalue']:.2f}")
+      0.4, 0.06
       >>> for (i, j), x in zip(numbers["correlated_pairs"], numbers["correlations"]):
       ...     print(f"{blocks.names[i]}, {blocks.names[j]}: {x:.2f}")
-      a, b: -0.43
+      a, b: -0.94
     """  # noqa: E501
     _small_matrix.check_estimator(estimator)
     if blocks is None and grads is not None:
