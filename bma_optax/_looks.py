@@ -209,14 +209,11 @@ def _of_updates(blocks, given, diagonal, full):
         usable = below > 0
         return jnp.sqrt(jnp.where(usable, above, 0) / jnp.where(usable, below, 1))
 
-    def total(tree):
-        dtype = _trees.common_statistic_dtype(tree)
-        sums = [jnp.sum(x).astype(dtype) for x in jax.tree.leaves(tree)]
-        return sum(sums, jnp.zeros((), dtype))
-
     change = jax.tree.map(jnp.subtract, full, diagonal)
     return {
-        "correction": root_ratio(total(squares(change)), total(squares(diagonal))),
+        "correction": root_ratio(
+            _trees.vdot(change, change), _trees.vdot(diagonal, diagonal)
+        ),
         "effective_rates": root_ratio(
             blocks.block_sums(squares(full)), blocks.block_sums(squares(given))
         ),
