@@ -27,7 +27,7 @@ class ScaleByBMAState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # shape (), int32: steps taken.
     sum_of_squares: optax.Updates  # like params, float32 or float64: diag H.
     U: jax.Array  # shape (L, L): sum of the outer products of block sums.
-    v: jax.Array  # shape (L,): block sums of z, the root of diag H, as M has them.
+    v: jax.Array  # shape (L,): block sums of z, as M has them.
     inverse_root: jax.Array  # shape (L, L): the last finite M^-½.
     failures: jax.Array  # shape (), int32: factorisations that were not finite.
 
@@ -46,7 +46,8 @@ def scale_by_bma(
     r"""Scales updates by the inverse root of a block mean approximation (AdaGrad-BMA).
 
     AdaGrad-Full scales by the inverse root of :math:`H = \sum g g^T`, d x d. This
-    takes :math:`H \approx Z F Z` with :math:`Z = (\mathrm{diag} H)^{1/2}` and
+    takes :math:`H \approx Z F Z` with :math:`Z = (\mathrm{diag} H + \epsilon)^{1/2}`
+    and
 
     .. math::
         F = I + E (M - I) E^T, \qquad
@@ -69,7 +70,8 @@ def scale_by_bma(
         or none, every "block" alone.
       initial_accumulator_value: the start of diag H, >= 0. It is 0 here, not Optax's
         0.1: a large start swamps z, and M then stays at the identity.
-      eps: added to diag H inside the root, >= 0.
+      eps: added to diag H inside the root, >= 0; z in v is the z that divides, or M
+        would couple in full what Z damps.
       min_eigenvalue: the least eigenvalue of M, >= 0. M is singular in real cases (at
         the first step; in softmax layers). At 0 the floor is only what the dtype can
         resolve beside the largest eigenvalue, 4 √L eps times it; at 1 the update along
@@ -160,7 +162,7 @@ def scale_by_bma(
         blocks = _layout.layout(updates, partition, couple)
         blocks.check_state(state.U.shape)
 
-        # The passes over memory: g and h to h; sums of g and of √h; g and h to r, in
+        # The passes over memory: g and h to h; sums of g and of z; g and h to r, in
         # the gradient's place where it is donated; a sum of r; r and h to the update.
         # XLA on CPU makes a sum one pass with the arithmetic before it, but not with a
         # comparison or with another sum, and stores what two passes share: hence a bare
@@ -173,7 +175,8 @@ def scale_by_bma(
 
         # The small matrix and its root.
         def refresh():
-            v = blocks.block_sums(jax.tree.map(_trees.sqrt, h))
+            z = jax.tree.map(lambda h: _trees.sqrt(h + jnp.asarray(eps, h.dtype)), h)
+            v = blocks.block_sums(z)
             root, failures = _small_matrix.inverse_root(
                 blocks, U, v, state.inverse_root, min_eigenvalue, estimator
             )

@@ -28,6 +28,7 @@ class ScaleByAdamBMAState(NamedTuple):
     mu: optax.Updates  # like params: the momentum.
     nu: optax.Updates  # like params, float32 or float64: diag H.
     U: jax.Array  # shape (L, L): decayed outer products of block sums.
+    v: jax.Array  # shape (L,): block sums of z on the scale of U, as M has them.
     inverse_root: jax.Array  # shape (L, L): the last finite M^-½.
     failures: jax.Array  # shape (), int32: factorisations that were not finite.
 
@@ -55,8 +56,8 @@ def scale_by_adam_bma(
         \approx Z F Z, \qquad \text{update} = F^{-1/2} Z^{-1} m
 
     with :math:`Z = (\mathrm{diag} H + \epsilon_{root})^{1/2} + \epsilon`, F = I + E (M
-    - I) Eᵀ, M = I + (U - diag U) / (v vᵀ), U the block sums of H and v those of the
-    root of diag H. It is Adam on everything but the L block means; with one block it
+    - I) Eᵀ, M = I + (U - diag U) / (v vᵀ), U the block sums of H and v those of
+    Z. It is Adam on everything but the L block means; with one block it
     equals ``optax.scale_by_adam``.
 
     Args:
@@ -126,6 +127,7 @@ def scale_by_adam_bma(
             mu=_moments.start_momentum(params, mu_dtype),
             nu=nu,
             U=U,
+            v=v,
             inverse_root=inverse_root,
             failures=jnp.sum(v).astype(jnp.int32),
         )
@@ -148,23 +150,25 @@ def scale_by_adam_bma(
             _small_matrix.outer(blocks, blocks.block_sums(raw)), state.U, b2
         )
 
-        # The small matrix and its root; what corrects the start of U and v cancels.
+        # The small matrix and its root; U and v² both lack the correction of the start.
         def refresh():
-            new, failures = _small_matrix.inverse_root(
-                blocks,
-                U,
-                blocks.block_sums(jax.tree.map(_trees.sqrt, nu)),
-                state.inverse_root,
-                min_eigenvalue,
-                estimator,
-            )
-            return new, state.failures + failures
+            def root_of(h):
+                start = _moments.bias_correction(count, b2, h.dtype)
+                return _trees.sqrt(h + start * jnp.asarray(eps_root, h.dtype))
 
-        inverse_root, failures = _small_matrix.every(
+            v = blocks.block_sums(jax.tree.map(root_of, nu))
+            start = jnp.sqrt(_moments.bias_correction(count, b2, v.dtype))
+            v = v + start * jnp.asarray(eps, v.dtype) * jnp.asarray(blocks.sizes, v.dtype)
+            root, failures = _small_matrix.inverse_root(
+                blocks, U, v, state.inverse_root, min_eigenvalue, estimator
+            )
+            return v, root, state.failures + failures
+
+        v, inverse_root, failures = _small_matrix.every(
             update_interval,
             state.count,
             refresh,
-            (state.inverse_root, state.failures),
+            (state.v, state.inverse_root, state.failures),
         )
 
         # Apply: r + E (M^-½ - I) Eᵀ r.
@@ -187,6 +191,7 @@ def scale_by_adam_bma(
             mu=jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu),
             nu=nu,
             U=U,
+            v=v,
             inverse_root=inverse_root,
             failures=failures,
         )

@@ -66,8 +66,7 @@ def _of_adagrad(state, blocks, grads, options):
 
 def _of_adam(state, blocks, grads, options):
     del grads  # The momentum is what is scaled.
-    v = blocks.block_sums(jax.tree.map(_trees.sqrt, state.nu))
-    numbers = _of_roots(blocks, state.U, v, state.inverse_root, options)
+    numbers = _of_roots(blocks, state.U, state.v, state.inverse_root, options)
     m = _trees.astype(state.mu, state.nu)
     r = _over_root(m, state.nu)
     return numbers | _of_root_update(blocks, state.inverse_root, m, r)

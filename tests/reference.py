@@ -81,7 +81,7 @@ class DenseAdaGradBMA:
         g = np.asarray(g, np.float64)
         self.add(g)
         inverse_z = np.where(self.h > 0, 1 / np.sqrt(self.h + self.eps), 0)
-        root = self.root_of_this_step(np.sqrt(self.h))
+        root = self.root_of_this_step(np.sqrt(self.h + self.eps))
         diagonal = inverse_z * g
         if self.form == "left":
             result = root @ diagonal
@@ -106,7 +106,7 @@ class DenseAdamBMA(DenseAdaGradBMA):
         correction = 1 - self.b2**self.count
         z = np.sqrt(self.h / correction) + self.eps
         m = self.mu / (1 - self.b1**self.count)
-        root = self.root_of_this_step(np.sqrt(self.h / correction), correction)
+        root = self.root_of_this_step(z, correction)
         return root @ (m / z)
 
 
