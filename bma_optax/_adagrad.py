@@ -70,8 +70,8 @@ def scale_by_bma(
         or none, every "block" alone.
       initial_accumulator_value: the start of diag H, >= 0. It is 0 here, not Optax's
         0.1: a large start swamps z, and M then stays at the identity.
-      eps: added to diag H inside the root, >= 0; z in v is the z that divides, or M
-        would couple in full what Z damps.
+      eps: added to diag H inside the root, >= 0. M damps what Z damps: with
+        ``per_element`` this is AdaGrad-Full of H + eps I.
       min_eigenvalue: the least eigenvalue of M, >= 0. M is singular in real cases (at
         the first step; in softmax layers). At 0 the floor is only what the dtype can
         resolve beside the largest eigenvalue, 4 √L eps times it; at 1 the update along

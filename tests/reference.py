@@ -93,8 +93,9 @@ class DenseAdaGradBMA:
 class DenseAdamBMA(DenseAdaGradBMA):
     """The same with decayed averages."""
 
-    def __init__(self, labels, groups, *, b1=0.9, b2=0.999, **kwargs):
+    def __init__(self, labels, groups, *, b1=0.9, b2=0.999, eps_root=0.0, **kwargs):
         super().__init__(labels, groups, **kwargs)
+        self.eps_root = eps_root
         self.b1, self.b2 = b1, b2
         self.mu, self.count = np.zeros(len(labels)), 0
 
@@ -104,7 +105,7 @@ class DenseAdamBMA(DenseAdaGradBMA):
         self.add(g, self.b2, 1 - self.b2)
         self.mu = self.b1 * self.mu + (1 - self.b1) * g
         correction = 1 - self.b2**self.count
-        z = np.sqrt(self.h / correction) + self.eps
+        z = np.sqrt(self.h / correction + self.eps_root) + self.eps
         m = self.mu / (1 - self.b1**self.count)
         root = self.root_of_this_step(z, correction)
         return root @ (m / z)

@@ -53,10 +53,12 @@ def labels_and_groups(name_of, couple):
 def test_fifty_steps_equal_the_dense_reference(rule, form, mode):
     rng = np.random.default_rng(0)
     couple = "all"
-    tx = bma.scale_by_bma(rule, couple=couple, form=form, min_eigenvalue=1e-3)
+    tx = bma.scale_by_bma(
+        rule, couple=couple, form=form, eps=0.3, min_eigenvalue=1e-3
+    )
     update = jax.jit(tx.update) if mode == "jit" else tx.update
     labels, groups = labels_and_groups(RULES[rule], couple)
-    dense = DenseAdaGradBMA(labels, groups, floor=1e-3, form=form)
+    dense = DenseAdaGradBMA(labels, groups, eps=0.3, floor=1e-3, form=form)
     state = tx.init(random_tree(rng))
     for _ in range(50):
         g = random_tree(rng)
@@ -99,13 +101,14 @@ def test_one_block_is_scale_by_rss(initial):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("eps", [0.0, 0.5])
 @pytest.mark.parametrize("form", ["left", "symmetric"])
-def test_one_element_blocks_are_full_matrix_adagrad(form):
+def test_one_element_blocks_are_full_matrix_adagrad(form, eps):
     rng = np.random.default_rng(3)
     d = 6
-    tx = bma.scale_by_bma(bma.per_element, eps=0.0, min_eigenvalue=0.0, form=form)
+    tx = bma.scale_by_bma(bma.per_element, eps=eps, min_eigenvalue=0.0, form=form)
     state = tx.init(jnp.zeros(d))
-    H = np.zeros((d, d))
+    H = eps * np.eye(d)
     for step in range(20):
         g = rng.standard_normal(d)
         H += np.outer(g, g)
@@ -119,6 +122,31 @@ def test_one_element_blocks_are_full_matrix_adagrad(form):
         if form == "symmetric":
             expected = (root @ (g / np.sqrt(z))) / np.sqrt(z)
         np.testing.assert_allclose(updates, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("form", "floor"), [("left", 1e-2), ("left", 1.0), ("symmetric", 1e-2)]
+)
+def test_derivative_at_repeated_and_floored_eigenvalues(form, floor):
+    """The first gradient gives M = ± ones and the identity where nothing moved."""
+    tx = bma.scale_by_bma(bma.per_element, form=form, min_eigenvalue=floor)
+    rng = np.random.default_rng(5)
+    given, along = rng.standard_normal((2, 3, 6)) * [1, 1, 1, 1, 1, 0]
+    wanted = rng.standard_normal(6)
+
+    @jax.jit
+    def after(t):
+        state, total = tx.init(jnp.zeros(6)), 0.0
+        for g in given + t * along:
+            updates, state = tx.update(g, state)
+            total += jnp.vdot(updates, wanted)
+        return total
+
+    step = 1e-6
+    expected = (after(step) - after(-step)) / (2 * step)
+    assert abs(expected) > 0.1
+    np.testing.assert_allclose(jax.grad(after)(0.0), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("initial", [0.0, 0.5])

@@ -20,12 +20,23 @@ def test_steps_equal_the_dense_reference(rule, estimator):
     rng = np.random.default_rng(0)
     decays = {"b1": 0.8, "b2": 0.95}
     tx = bma.scale_by_adam_bma(
-        **decays, eps=1e-4, partition=rule, estimator=estimator, min_eigenvalue=1e-3
+        **decays,
+        eps=0.1,
+        eps_root=0.3,
+        partition=rule,
+        estimator=estimator,
+        min_eigenvalue=1e-3,
     )
     update = jax.jit(tx.update)
     labels, groups = labels_and_groups(RULES[rule], "all")
     dense = DenseAdamBMA(
-        labels, groups, **decays, eps=1e-4, floor=1e-3, estimator=estimator
+        labels,
+        groups,
+        **decays,
+        eps=0.1,
+        eps_root=0.3,
+        floor=1e-3,
+        estimator=estimator,
     )
     state = tx.init(random_tree(rng))
     for _ in range(30):
