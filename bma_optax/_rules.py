@@ -82,7 +82,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class _PerLeaf(Rule):
-    """Each array is one block: the default, and the report's.
+    """Each array is one block; the default, and the report's.
 
     The weights and the bias of a layer are two blocks.
 
@@ -125,7 +125,7 @@ class _PerLayer(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class _PerUnit(Rule):
-    """One block for each index of the last axis: an output unit, a channel.
+    """One block for each index of the last axis (an output unit, a channel).
 
     For arrays that are (..., inputs, outputs), as those of Flax and Haiku. An array of
     one axis is one block.
@@ -146,7 +146,7 @@ class _PerUnit(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class _PerRow(Rule):
-    """One block for each index of the first axis: a unit of Equinox, an embedding.
+    """One block for each index of the first axis (Equinox's units, embeddings).
 
     An array of one axis is one block.
 
@@ -165,7 +165,7 @@ class _PerRow(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class _PerElement(Rule):
-    """One block for each element: with it AdaGrad-BMA is AdaGrad-Full.
+    """One block for each element; AdaGrad-BMA with it is AdaGrad-Full.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma

@@ -28,7 +28,11 @@ extensions = [
 ]
 html_theme = "sphinx_book_theme"
 html_title = "bma_optax"
-html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
+html_theme_options = {
+    "show_toc_level": 2,
+    "navigation_with_keys": False,
+    "navbar_persistent": [],  # The sidebar has the search.
+}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 templates_path = ["_templates"]
