@@ -273,6 +273,51 @@ def test_inverse_is_an_inverse(drawn):
     np.testing.assert_allclose(root.matvec(root.matvec(matrix.matvec(x))), x, atol=1e-9)
 
 
+@given(partitions_and_matrices())
+def test_weighted_block_means(drawn):
+    """E's columns are the weights, of unit length in each block, whatever theirs."""
+    sizes, G, seed = drawn
+    rng = np.random.default_rng(seed)
+    weights, x = rng.uniform(0.5, 2, (2, len(G))) * rng.choice([-1, 1], (2, len(G)))
+    E = expansion(sizes) * weights[:, None]
+    E = E / np.linalg.norm(E, axis=0)
+    matrix = BlockMeanMatrix.project(G + np.eye(len(G)), sizes, weights)
+    M = E.T @ (G + np.eye(len(G))) @ E
+    traces = expansion(sizes).T @ np.diag(G + np.eye(len(G)))
+    s = np.asarray(sizes)
+    Lambda = np.where(s > 1, (traces - np.diag(M)) / np.maximum(s - 1, 1), 1.0)
+    dense = np.diag(np.repeat(Lambda, sizes)) @ (np.eye(len(G)) - E @ E.T)
+    dense = dense + E @ M @ E.T
+    np.testing.assert_allclose(matrix.to_dense(weights), dense, atol=1e-10)
+    np.testing.assert_allclose(matrix.matvec(x, weights), dense @ x, atol=1e-9)
+    inverse = matrix.inverse().to_dense(weights)
+    np.testing.assert_allclose(inverse @ dense, np.eye(len(G)), atol=1e-8)
+
+
+def test_integer_powers_of_an_indefinite_matrix():
+    Lambda, B = np.array([-2.0, 0.5, 1.0]), -np.ones((3, 3)) / 3
+    matrix = BlockMeanMatrix.from_expansions(Lambda, B, (2, 3, 1))
+    dense = dense_of(Lambda, B, (2, 3, 1))
+    assert np.linalg.eigvalsh(dense)[0] < 0
+    for p, expected in [(-1, np.linalg.inv(dense)), (3, dense @ dense @ dense)]:
+        check_close(matrix.power(p).to_dense(), expected, p)
+
+
+def test_a_batch_is_each_of_its_matrices():
+    sizes, count = (2, 3), 3
+    pairs = [pair(sizes, seed) for seed in range(count)]
+    Lambda, B = (np.stack(x) for x in zip(*pairs, strict=True))
+    batch = BlockMeanMatrix.from_expansions(Lambda, B, sizes)
+    for i, (one_Lambda, one_B) in enumerate(pairs):
+        one = BlockMeanMatrix.from_expansions(one_Lambda, one_B, sizes)
+        for name in ("Lambda", "M", "B", "correction"):
+            np.testing.assert_allclose(getattr(batch, name)[i], getattr(one, name))
+        root, roots = one.inverse_sqrt(), batch.inverse_sqrt()
+        np.testing.assert_allclose(roots.M[i], root.M)
+        np.testing.assert_allclose(batch.logdet()[i], one.logdet())
+        np.testing.assert_allclose(batch.trace()[i], one.trace())
+
+
 def test_no_method_builds_a_dense_matrix():
     sizes = (300_000, 200_000, 1)
     matrix = BlockMeanMatrix.from_expansions(
@@ -332,6 +377,16 @@ def test_one_element_block_with_zero_entry():
             lambda: BlockMeanMatrix(jnp.ones(3), jnp.eye(2), (1, 2)),
             ValueError,
             "must end in",
+        ),
+        (
+            lambda: BlockMeanMatrix(jnp.ones(2), jnp.eye(1), (1, 2)),
+            ValueError,
+            "must end in",
+        ),
+        (
+            lambda: BlockMeanMatrix.project(jnp.eye(3), (1, 2), jnp.ones(2)),
+            ValueError,
+            r"`weights` must have shape \(3,\)",
         ),
         (
             lambda: BlockMeanMatrix.project(jnp.eye(3, dtype=int), (3,)),
