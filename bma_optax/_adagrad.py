@@ -76,8 +76,8 @@ def scale_by_bma(
         the first step; in softmax layers). At 0 the floor is only what the dtype can
         resolve beside the largest eigenvalue, 4 √L eps times it; at 1 the update along
         block means can shrink but not grow. On digits nothing changed from 0 to 1e-2
-        (``benchmarks/min_eigenvalue.py``), which bounds the growth by 10. To the letter of
-        AdaGrad-Full take 0.
+        (``benchmarks/min_eigenvalue.py``), which bounds the growth by 10. To the
+        letter of AdaGrad-Full take 0.
       form: "left" for :math:`F^{-1/2} Z^{-1} g`, "symmetric" for
         :math:`Z^{-1/2} F^{-1/2} Z^{-1/2} g`, always a descent direction but
         large where z is tiny and blocks are fine: with ``per_unit`` on digits its

@@ -158,7 +158,8 @@ def scale_by_adam_bma(
 
             v = blocks.block_sums(jax.tree.map(root_of, nu))
             start = jnp.sqrt(_moments.bias_correction(count, b2, v.dtype))
-            v = v + start * jnp.asarray(eps, v.dtype) * jnp.asarray(blocks.sizes, v.dtype)
+            sizes = jnp.asarray(blocks.sizes, v.dtype)
+            v = v + start * jnp.asarray(eps, v.dtype) * sizes
             root, failures = _small_matrix.inverse_root(
                 blocks, U, v, state.inverse_root, min_eigenvalue, estimator
             )

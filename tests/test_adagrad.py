@@ -53,9 +53,7 @@ def labels_and_groups(name_of, couple):
 def test_fifty_steps_equal_the_dense_reference(rule, form, mode):
     rng = np.random.default_rng(0)
     couple = "all"
-    tx = bma.scale_by_bma(
-        rule, couple=couple, form=form, eps=0.3, min_eigenvalue=1e-3
-    )
+    tx = bma.scale_by_bma(rule, couple=couple, form=form, eps=0.3, min_eigenvalue=1e-3)
     update = jax.jit(tx.update) if mode == "jit" else tx.update
     labels, groups = labels_and_groups(RULES[rule], couple)
     dense = DenseAdaGradBMA(labels, groups, eps=0.3, floor=1e-3, form=form)
@@ -126,11 +124,12 @@ def test_one_element_blocks_are_full_matrix_adagrad(form, eps):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    ("form", "floor"), [("left", 1e-2), ("left", 1.0), ("symmetric", 1e-2)]
+    ("form", "floor", "eps"),
+    [("left", 1e-2, 0.0), ("left", 1.0, 1e-7), ("symmetric", 1e-2, 1e-7)],
 )
-def test_derivative_at_repeated_and_floored_eigenvalues(form, floor):
+def test_derivative_at_repeated_and_floored_eigenvalues(form, floor, eps):
     """The first gradient gives M = ± ones and the identity where nothing moved."""
-    tx = bma.scale_by_bma(bma.per_element, form=form, min_eigenvalue=floor)
+    tx = bma.scale_by_bma(bma.per_element, form=form, eps=eps, min_eigenvalue=floor)
     rng = np.random.default_rng(5)
     given, along = rng.standard_normal((2, 3, 6)) * [1, 1, 1, 1, 1, 0]
     wanted = rng.standard_normal(6)

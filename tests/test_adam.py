@@ -1,5 +1,7 @@
 """Adam-BMA against an independent float64 reference and Optax."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,3 +205,26 @@ def test_finite_gradients_give_finite_updates(magnitude):
             )
             updates, state = update(g, state)
             assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "names"),
+    [
+        (bma.scale_by_bma, optax.scale_by_rss, {"eps"}),
+        (bma.adagrad_bma, optax.adagrad, {"eps"}),
+        (bma.scale_by_adam_bma, optax.scale_by_adam, {"b1", "b2", "eps", "eps_root"}),
+        (bma.adam_bma, optax.adam, {"b1", "b2", "eps", "eps_root", "mu_dtype"}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_defaults_are_those_of_optax(mine, theirs, names):
+    mine, theirs = (inspect.signature(f).parameters for f in (mine, theirs))
+    for name in names:
+        assert mine[name].default == theirs[name].default
+
+
+def test_weights_decay_only_if_asked():
+    for factory in (bma.adam_bma, bma.mini_bma):
+        tx, params = factory(1.0), jnp.ones((2, 2))
+        updates, _ = tx.update(jnp.zeros((2, 2)), tx.init(params), params)
+        np.testing.assert_array_equal(updates, 0)

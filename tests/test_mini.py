@@ -217,6 +217,8 @@ def test_a_gradient_that_is_not_finite_hurts_only_its_unit(bad):
     expected, expected_state = update(params, state)
     np.testing.assert_array_equal(jnp.isfinite(updates["w"]).sum(0), [0, 4])
     np.testing.assert_array_equal(jnp.isfinite(updates["b"]), [False, True])
+    for moment in (after.mu, after.nu):  # As after a gradient of 0.
+        assert jnp.isfinite(moment["b"][0]) and abs(moment["b"][0]) < moment["b"][1]
     # Its unit and the direction stay as they were, the other unit goes on.
     for field in ("mu", "nu", "mean_nu"):
         old, new, good = (
