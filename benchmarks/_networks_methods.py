@@ -13,6 +13,7 @@ from _networks_peers import (
     scale_by_soap,
     with_random_directions,
 )
+from _networks_shrinkage import scale_by_shrunk_adam_bma
 from _networks_tasks import EMBEDDINGS
 from _networks_variants import scale_by_mini_bma_of, scale_by_two_sided_mini_bma
 
@@ -129,6 +130,12 @@ METHODS = {
         lambda b2: bma.scale_by_adam_bma(
             b2=b2, estimator="projection", min_eigenvalue=1.0
         ),
+        B2,
+        factorizes=True,
+    ),
+    "adam_bma_noise": Method(
+        "Adam-BMA, correlations less their noise",
+        lambda b2: scale_by_shrunk_adam_bma(b2=b2),
         B2,
         factorizes=True,
     ),

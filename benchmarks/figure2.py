@@ -45,7 +45,7 @@ PAIR = ["AdaGrad-Diag", "AdaGrad-BMA"]
 # Channels of the convolutions, each of which halves the image.
 NETS = {"small": (16, 32), "large": (32, 64, 128)}
 TINY = (4, 4)
-DEFAULTS = {"digits": (20, 3), "mnist": (1, 3), "cifar10": (4, 3)}  # Epochs, seeds.
+DEFAULTS = {"digits": (20, 3), "mnist": (1, 3), "cifar10": (2, 3)}  # Epochs, seeds.
 
 
 def study(problem: Problem, methods: list[str], options: Any) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset", choices=list(DEFAULTS), default="digits")
     add("--data-dir", type=Path, help="the folder of MNIST's or CIFAR-10's files")
-    add("--epochs", type=int, help="default: 20, MNIST 1, CIFAR-10 4")
+    add("--epochs", type=int, help="default: 20, MNIST 1, CIFAR-10 2")
     add("--batch-size", type=int, default=128)
     add("--seeds", type=int, help="how many; default: 3")
     add("--learning-rates", type=float, nargs="+", default=rates)

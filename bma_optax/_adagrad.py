@@ -52,7 +52,8 @@ def scale_by_bma(
     .. math::
         F = I + E (M - I) E^T, \qquad
         M = I + \frac{U - \mathrm{diag} U}{v v^T}, \\
-        u_i = \sum_{j \in i} g_j, \quad U = \sum u u^T, \quad v_i = \sum_{j \in i} z_j
+        u_i = \sum_{j \in i} g_j, \quad U = \sum u u^T, \quad
+        v_i^2 = (\sum_{j \in i} (\mathrm{diag} H)_j^{1/2})^2 + s_i^2 \epsilon
 
     for blocks i, where column i of E is :math:`1 / \sqrt{s_i}` on block i; so
     :math:`F^{-1/2} = I + E (M^{-1/2} - I) E^T` for one ``eigh`` of size L x L. It is
@@ -70,8 +71,8 @@ def scale_by_bma(
         or none, every "block" alone.
       initial_accumulator_value: the start of diag H, >= 0. It is 0 here, not Optax's
         0.1: a large start swamps z, and M then stays at the identity.
-      eps: added to diag H inside the root, >= 0. M damps what Z damps: with
-        ``per_element`` this is AdaGrad-Full of H + eps I.
+      eps: added to diag H inside the root, and to the squared block means of that root,
+        >= 0: with ``per_element`` this is AdaGrad-Full of H + eps I.
       min_eigenvalue: the least eigenvalue of M, >= 0. M is singular in real cases (at
         the first step; in softmax layers). At 0 the floor is only what the dtype can
         resolve beside the largest eigenvalue, 4 √L eps times it; at 1 the update along
@@ -162,11 +163,11 @@ def scale_by_bma(
         blocks = _layout.layout(updates, partition, couple)
         blocks.check_state(state.U.shape)
 
-        # The passes over memory: g and h to h; sums of g and of z; g and h to r, in
+        # The passes over memory: g and h to h; sums of g and of √h; g and h to r, in
         # the gradient's place where it is donated; a sum of r; r and h to the update.
         # XLA on CPU makes a sum one pass with the arithmetic before it, but not with a
         # comparison or with another sum, and stores what two passes share: hence a bare
-        # root for z, and r written once, where it will become the update.
+        # root, eps later, and r written once, where it will become the update.
 
         # Gather: diag H, U.
         g = jax.tree.map(lambda g, h: g.astype(h.dtype), updates, state.sum_of_squares)
@@ -175,8 +176,9 @@ def scale_by_bma(
 
         # The small matrix and its root.
         def refresh():
-            z = jax.tree.map(lambda h: _trees.sqrt(h + jnp.asarray(eps, h.dtype)), h)
-            v = blocks.block_sums(z)
+            v = _small_matrix.damped(
+                blocks, blocks.block_sums(jax.tree.map(_trees.sqrt, h)), eps
+            )
             root, failures = _small_matrix.inverse_root(
                 blocks, U, v, state.inverse_root, min_eigenvalue, estimator
             )

@@ -56,9 +56,9 @@ def scale_by_adam_bma(
         \approx Z F Z, \qquad \text{update} = F^{-1/2} Z^{-1} m
 
     with :math:`Z = (\mathrm{diag} H + \epsilon_{root})^{1/2} + \epsilon`, F = I + E (M
-    - I) Eᵀ, M = I + (U - diag U) / (v vᵀ), U the block sums of H and v those of
-    Z. It is Adam on everything but the L block means; with one block it
-    equals ``optax.scale_by_adam``.
+    - I) Eᵀ, M = I + (U - diag U) / (v vᵀ), U the block sums of H and v those of Z, with
+    ε as in :func:`scale_by_bma`. It is Adam on everything but the L block means; with
+    one block it equals ``optax.scale_by_adam``.
 
     Args:
       b1: the decay of the momentum, in [0, 1).
@@ -152,14 +152,11 @@ def scale_by_adam_bma(
 
         # The small matrix and its root; U and v² both lack the correction of the start.
         def refresh():
-            def root_of(h):
-                start = _moments.bias_correction(count, b2, h.dtype)
-                return _trees.sqrt(h + start * jnp.asarray(eps_root, h.dtype))
-
-            v = blocks.block_sums(jax.tree.map(root_of, nu))
-            start = jnp.sqrt(_moments.bias_correction(count, b2, v.dtype))
+            v = blocks.block_sums(jax.tree.map(_trees.sqrt, nu))
+            start = _moments.bias_correction(count, b2, v.dtype)
+            v = _small_matrix.damped(blocks, v, start * jnp.asarray(eps_root, v.dtype))
             sizes = jnp.asarray(blocks.sizes, v.dtype)
-            v = v + start * jnp.asarray(eps, v.dtype) * sizes
+            v = v + jnp.sqrt(start) * jnp.asarray(eps, v.dtype) * sizes
             root, failures = _small_matrix.inverse_root(
                 blocks, U, v, state.inverse_root, min_eigenvalue, estimator
             )

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from bma_optax import _trees
 from bma_optax._block_mean_matrix import BlockMeanMatrix
 from bma_optax._expansions import root_outer
 
@@ -36,6 +37,17 @@ def start(blocks, zeros):
 def outer(blocks, u):
     """u uᵀ of each group, without the blocks that are not finite."""
     return blocks.outer(jnp.where(jnp.isfinite(u), u, 0))
+
+
+def damped(blocks, v, eps):
+    """v of a diag H with eps added: to the squared block means, not element by element.
+
+    Exact where a block has one element or one number. Σ √(h + eps) would be a pass over
+    memory more: XLA on CPU stores the eps that a sum has to add.
+    """
+    sizes = jnp.asarray(blocks.sizes, v.dtype)
+    shift = jnp.square(sizes) * jnp.asarray(eps, v.dtype)
+    return _trees.sqrt(jnp.square(v) + shift)
 
 
 def every(interval, count, refresh, last):

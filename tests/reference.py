@@ -60,10 +60,11 @@ class DenseAdaGradBMA:
         self.steps += 1
         return self.root
 
-    def inverse_root(self, z, correction=1.0):
-        labels = self.labels
-        v = {b: z[labels == b].sum() for b in self.blocks}
+    def inverse_root(self, eps, shift=0.0, correction=1.0):
+        labels, root = self.labels, np.sqrt(self.h / correction)
+        v = {b: root[labels == b].sum() for b in self.blocks}
         s = {b: (labels == b).sum() for b in self.blocks}
+        v = {b: np.hypot(v[b], s[b] * np.sqrt(eps)) + s[b] * shift for b in v}
         F = np.eye(len(labels))
         for i, j in self.U:
             if self.groups[i] != self.groups[j] or v[i] * v[j] == 0:
@@ -81,7 +82,7 @@ class DenseAdaGradBMA:
         g = np.asarray(g, np.float64)
         self.add(g)
         inverse_z = np.where(self.h > 0, 1 / np.sqrt(self.h + self.eps), 0)
-        root = self.root_of_this_step(np.sqrt(self.h + self.eps))
+        root = self.root_of_this_step(self.eps)
         diagonal = inverse_z * g
         if self.form == "left":
             result = root @ diagonal
@@ -107,7 +108,7 @@ class DenseAdamBMA(DenseAdaGradBMA):
         correction = 1 - self.b2**self.count
         z = np.sqrt(self.h / correction + self.eps_root) + self.eps
         m = self.mu / (1 - self.b1**self.count)
-        root = self.root_of_this_step(z, correction)
+        root = self.root_of_this_step(self.eps_root, self.eps, correction)
         return root @ (m / z)
 
 

@@ -5,6 +5,7 @@ import json
 
 import _networks_methods as methods
 import _networks_peers as peers
+import _networks_shrinkage as networks_shrinkage
 import _networks_study as measuring
 import _networks_tasks as nets
 import _networks_variants as variants
@@ -14,6 +15,8 @@ import networks
 import numpy as np
 import optax
 import pytest
+
+import bma_optax as bma
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +95,29 @@ def test_soap(x64):
     # Arrays with one axis have Adam from the second step on.
     adam = list(updates_of(optax.scale_by_adam(b1, b2, eps), grads[1:]))
     np.testing.assert_allclose(every[-1]["b"], adam[-1]["b"], rtol=1e-10)
+
+
+def test_correlations_are_shrunk_by_their_noise():
+    """Not at all where every gradient is the same, nearly out where signs are drawn."""
+    rng = np.random.default_rng(0)
+    grads = jnp.asarray(rng.standard_normal((3, 4)), jnp.float32)
+    params = {"a": grads[:2], "b": grads[2]}
+    tx = networks_shrinkage.scale_by_shrunk_adam_bma(b2=0.99)
+    plain = bma.scale_by_adam_bma(b2=0.99)
+    states, update = (tx.init(params), plain.init(params)), jax.jit(tx.update)
+    for _ in range(5):
+        updates, first = update(params, states[0])
+        expected, second = plain.update(params, states[1])
+        states = first, second
+    assert states[0].shrinkage < 1e-4
+    for x, y in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+    state = tx.init(params)
+    for _ in range(100):
+        drawn = {name: rng.choice([-1.0, 1.0]) * x for name, x in params.items()}
+        drawn = jax.tree.map(lambda x: x.astype("float32"), drawn)
+        _, state = update(drawn, state)
+    assert state.shrinkage > 0.2
 
 
 def test_every_method_goes_down():
