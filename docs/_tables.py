@@ -71,8 +71,11 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "volumes": ("inverse_problems_volumes.json", grids),
     "real": ("inverse_problems.json", real),
     "networks": ("networks.json", networks),
+    "normalised": ("networks_normalised.json", networks),
     "costs": ("step_cost.json", costs),
     "digits": ("figure2_digits.json", nets),
+    "mnist": ("figure2_mnist.json", nets),
+    "cifar10": ("figure2_cifar10.json", nets),
 }
 
 
