@@ -31,16 +31,24 @@ from tqdm import tqdm
 
 import bma_optax as bma
 
-METHODS: dict[str, MakeOptimizer] = {
-    # Optax starts its sum of squares from 0.1, the report and bma_optax from 0: with 0
-    # for all, the off-diagonal of the matrix is the only difference between methods.
-    "AdaGrad-Diag": functools.partial(optax.adagrad, initial_accumulator_value=0.0),
-    # One block for the weights of a layer and one for its bias, as in the report.
-    "AdaGrad-BMA": functools.partial(bma.adagrad_bma, partition=bma.per_leaf),
-    "AdaGrad-Full": functools.partial(
-        bma.adagrad_bma, partition=bma.per_element, min_eigenvalue=0.0
-    ),
-}
+
+def optimizers(options: Any) -> dict[str, MakeOptimizer]:
+    return {
+        # Optax starts its sum of squares from 0.1, the report and bma_optax from 0:
+        # with 0 for all, only the off-diagonal of the matrix makes the difference.
+        "AdaGrad-Diag": functools.partial(optax.adagrad, initial_accumulator_value=0.0),
+        # One block for the weights of a layer and one for its bias, as in the report.
+        "AdaGrad-BMA": functools.partial(
+            bma.adagrad_bma,
+            partition=bma.per_leaf,
+            min_eigenvalue=options.min_eigenvalue,
+        ),
+        "AdaGrad-Full": functools.partial(
+            bma.adagrad_bma, partition=bma.per_element, min_eigenvalue=0.0
+        ),
+    }
+
+
 PAIR = ["AdaGrad-Diag", "AdaGrad-BMA"]
 # Channels of the convolutions, each of which halves the image.
 NETS = {"small": (16, 32), "large": (32, 64, 128)}
@@ -50,11 +58,11 @@ DEFAULTS = {"digits": (20, 3), "mnist": (1, 3), "cifar10": (2, 3)}  # Epochs, se
 
 def study(problem: Problem, methods: list[str], options: Any) -> dict[str, Any]:
     """All methods, learning rates and seeds on one net."""
-    results = {}
+    results, makers = {}, optimizers(options)
     total = len(methods) * len(options.learning_rates) * options.seeds + 1
     with tqdm(total=total * problem.epochs, unit="epoch") as bar:
         for method in methods:
-            make = METHODS[method]
+            make = makers[method]
             step, compile_seconds = problem.compile(make)
             runs: dict[float, list[Run]] = {}
             for rate in options.learning_rates:
@@ -67,7 +75,7 @@ def study(problem: Problem, methods: list[str], options: Any) -> dict[str, Any]:
         rate, seen = results["AdaGrad-BMA"]["best_learning_rate"], None
         if rate is not None:
             bar.set_description("what the matrix looks like")
-            seen = look(problem, {m: METHODS[m] for m in methods}, rate, bar)
+            seen = look(problem, {m: makers[m] for m in methods}, rate, bar)
     return {
         "parameters": optax.tree.size(problem.params),
         "methods": results,
@@ -160,6 +168,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=128)
     add("--seeds", type=int, help="how many; default: 3")
     add("--learning-rates", type=float, nargs="+", default=rates)
+    add("--min-eigenvalue", type=float, default=1e-2, help="AdaGrad-BMA's floor of M")
     add("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
     epochs, seeds = DEFAULTS[options.dataset]
@@ -192,7 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--batch-size exceeds the {len(data.train_labels)} images.")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"figure2_{options.dataset}"
-    recorded = ("dataset", "epochs", "batch_size", "seeds", "learning_rates")
+    recorded = ["dataset", "epochs", "batch_size", "seeds", "learning_rates"]
+    recorded += ["min_eigenvalue"]
     content = {
         "options": {key: getattr(options, key) for key in recorded},
         **machine(jax, optax, flax, np, bma),
@@ -201,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     nets = {net: (channels, PAIR) for net, channels in NETS.items()}
     if options.dataset == "digits":  # 8 x 8: no larger net, but one for AdaGrad-Full.
-        nets = {"small": nets["small"], "tiny": (TINY, list(METHODS))}
+        nets = {"small": nets["small"], "tiny": (TINY, [*PAIR, "AdaGrad-Full"])}
     results = {}
     for net, (channels, methods) in nets.items():
         problem = Problem(data, channels, options, folder / net)

@@ -50,9 +50,8 @@ def check_fit(blocks, grads, state) -> None:
 
 def _diagonal(state):
     """The tree like the parameters that it has."""
-    for field in ("sum_of_squares", "nu", "inverse_diagonal"):
-        if hasattr(state, field):
-            return getattr(state, field)
+    fields = ("sum_of_squares", "nu", "inverse_diagonal")
+    return next(getattr(state, field) for field in fields if hasattr(state, field))
 
 
 def _of_adagrad(state, blocks, grads, options):

@@ -422,6 +422,27 @@ def test_one_matrix_at_a_time():
         BlockMeanMatrix(jnp.ones(2), jnp.eye(2), (1, 0))
 
 
+def test_leaves_may_be_other_things_than_arrays():
+    matrix = BlockMeanMatrix.project(jnp.eye(3), (2, 1))
+    dtypes = jax.tree.map(lambda x: x.dtype.name, matrix)
+    assert jax.tree.leaves(dtypes) == ["float64", "float64"]
+
+
+def test_a_derivative_is_linear_in_its_direction():
+    rng = np.random.default_rng(0)
+    M, A, B = rng.standard_normal((3, 3, 3))
+    M, A, B = M @ M.T + np.eye(3), A + A.T, B + B.T
+
+    def along(A):
+        def root(M):
+            return BlockMeanMatrix(jnp.ones(3), M, (2, 2, 2)).power(0.5).M
+
+        return jax.jvp(root, (jnp.asarray(M),), (A,))[1]
+
+    _, derivative = jax.jvp(along, (jnp.asarray(A),), (jnp.asarray(B),))
+    np.testing.assert_allclose(derivative, along(jnp.asarray(B)), atol=1e-12)
+
+
 def test_is_a_pytree_with_static_sizes():
     matrix = BlockMeanMatrix.project(jnp.eye(3), [1, 2])
     leaves, treedef = jax.tree.flatten(matrix)

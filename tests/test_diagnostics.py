@@ -73,7 +73,9 @@ def test_small_matrices_of_gradients(decayed, estimator):
         )
     else:
         dense = DenseAdaGradBMA(labels, groups, eps=0.0, **options)
-        tx = bma.scale_by_bma(bma.per_unit, estimator=estimator, min_eigenvalue=0.7)
+        tx = bma.scale_by_bma(
+            bma.per_unit, eps=0.0, estimator=estimator, min_eigenvalue=0.7
+        )
     params = random_tree(rng)
     state = tx.init(params)
     for _ in range(5):
@@ -216,3 +218,29 @@ def test_errors():
             bma.diagnostics(state, **kwargs)
     with pytest.raises(ValueError, match="`reach` and `levels` do not fit"):
         bma.diagnostics(newton, bma.partition(params))
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        bma.scale_by_bma,
+        lambda rule: bma.scale_by_adam_bma(partition=rule),
+        lambda rule: bma.scale_by_mini_bma(partition=rule),
+        bma.scale_by_newton_bma,
+    ],
+    ids=["adagrad", "adam", "mini", "newton"],
+)
+def test_without_blocks_it_is_the_diagonal_method(factory):
+    params, rule = {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}, bma.by_path({"": None})
+    tx = factory(rule)
+
+    def loss(p):
+        return sum(jnp.sum(x**4) for x in jax.tree.leaves(p))
+
+    _, state = tx.update(params, tx.init(params), params, value_fn=loss)
+    blocks = bma.partition(params, rule)
+    assert "correction" in bma.diagnostics(state, blocks, params)
+    for grads in (params, None):
+        numbers = bma.diagnostics(state, blocks, grads)
+        assert numbers["count"] == 1 and "min_eigenvalue" not in numbers
+        assert numbers.get("correction", 0) == 0

@@ -353,3 +353,53 @@ def test_lineax_and_conjugate_gradients_take_nested_levels():
 def test_errors(kwargs, error, match):
     with pytest.raises(error, match=match):
         bma.newton_bma(partition=bma.per_tile((4,)), **kwargs)
+
+
+def mixed(p):
+    """A field with neighbours beside numbers that see nothing but themselves."""
+    return jnp.sum(jnp.diff(p["u"]) ** 2) + jnp.sum(p["u"] ** 2) + jnp.sum(p["c"] ** 4)
+
+
+def test_an_array_without_blocks_beside_a_field():
+    params = {"u": jnp.ones(12), "c": jnp.ones(3)}
+    rule = bma.by_path({"u": bma.per_tile((4,)), "c": None})
+    tx = bma.scale_by_newton_bma(rule, reach=1)
+    grads = jax.grad(mixed)(params)
+    updates, _ = tx.update(grads, tx.init(params), params, value_fn=mixed)
+    np.testing.assert_allclose(updates["c"], grads["c"] / 12, rtol=1e-5)
+
+
+def test_one_element_tiles_are_newtons_method_however_many():
+    """More than a dense matrix takes on, were there a coarser level."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(100))
+    params = {"u": x, "c": jnp.ones(1)}
+    tx = bma.scale_by_newton_bma(bma.per_element, reach=1)
+    grads, H = jax.grad(mixed)(params), jax.hessian(lambda u: mixed({**params, "u": u}))
+    updates, _ = tx.update(grads, tx.init(params), params, value_fn=mixed)
+    expected = np.linalg.solve(H(x), grads["u"])
+    np.testing.assert_allclose(updates["u"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_diagonal_that_is_given_costs_no_products():
+    x = jnp.ones((16, 16))
+    given = bma.Hessian(diagonal_fn=lambda p: jax.tree.map(jnp.ones_like, p))
+    states = []
+    for curvature in (bma.Hessian(), given):
+        tx = bma.scale_by_newton_bma(bma.per_tile((4, 4)), curvature=curvature, reach=1)
+        states.append(tx.update(x, tx.init(x), x, value_fn=lambda p: jnp.sum(p**2))[1])
+    probed, known = (int(state.products) for state in states)
+    assert known == 9 + 1 < probed  # The colours and the check of the reach.
+
+
+def test_what_a_loss_takes_and_raises():
+    def loss(p, **named):
+        return named["scale"] * jnp.sum(p**2)
+
+    def broken(p):
+        raise TypeError("a mistake of its own")
+
+    x, tx = jnp.ones(4), bma.scale_by_newton_bma(key=jax.random.key(3))
+    updates, _ = tx.update(x, tx.init(x), x, value_fn=loss, scale=5.0)
+    np.testing.assert_allclose(updates, x / 10, rtol=1e-5)
+    with pytest.raises(TypeError, match="a mistake of its own"):
+        tx.update(x, tx.init(x), x, value_fn=broken)

@@ -268,3 +268,29 @@ def test_many_blocks_warn_and_too_many_raise():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_sums_over_long_tiles():
+    """Beyond some length they are another program than those over short ones."""
+    x = jnp.arange(100.0)
+    sums = bma.partition(x, bma.per_tile((40,))).block_sums(x)
+    np.testing.assert_array_equal(sums, [x[:40].sum(), x[40:80].sum(), x[80:].sum()])
+
+
+def test_only_whole_arrays_can_be_merged():
+    class Merged(bma.Rule):
+        def tile(self, path, shape):
+            return (1, *shape[1:])
+
+        def owner(self, path):
+            return path[:-1]
+
+    with pytest.raises(ValueError, match="only whole arrays can be merged"):
+        bma.partition({"a": {"w": jnp.ones((2, 3))}}, Merged())
+
+
+def test_what_a_subclass_has_to_give():
+    with pytest.raises(NotImplementedError):
+        bma.Rule().tile(("w",), (2, 3))
+    with pytest.raises(NotImplementedError):
+        bma.Curvature().linearize(jnp.ones(2), jax.random.key(0), None, {})
