@@ -1,13 +1,12 @@
 """Curvature as a value: the G of eq. (1), known by its products with vectors."""
 
-import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+
+from bma_optax import _losses
 
 Product = Callable[[Any], Any]
 
@@ -87,7 +86,7 @@ class Curvature:
         """
         if self.diagonal_fn is None:
             return None
-        return bind(self.diagonal_fn, extra_args)(params)
+        return _losses.bind(self.diagonal_fn, extra_args)(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +111,12 @@ class Hessian(Curvature):
     def linearize(self, params, key, value_fn, extra_args):
         """v -> Hessian times v, see :meth:`Curvature.linearize`."""
         del key
-        f = loss(value_fn, extra_args)
-        with _explained():
+        f = _losses.loss(value_fn, extra_args)
+        with _losses.explained():
             product = jax.linearize(jax.grad(f), params)[1]
 
         def explained(v):  # Traced, the derivative is taken here.
-            with _explained():
+            with _losses.explained():
                 return product(v)
 
         return explained
@@ -155,9 +154,13 @@ class GaussNewton(Curvature):
     def linearize(self, params, key, value_fn, extra_args):
         """v -> Jᵀ H J v, see :meth:`Curvature.linearize`."""
         del key, value_fn
-        outputs, jacobian = jax.linearize(bind(self.model_fn, extra_args), params)
+        outputs, jacobian = jax.linearize(
+            _losses.bind(self.model_fn, extra_args), params
+        )
         transpose = jax.linear_transpose(jacobian, params)
-        outer = jax.linearize(jax.grad(bind(self.loss_fn, extra_args)), outputs)[1]
+        outer = jax.linearize(
+            jax.grad(_losses.bind(self.loss_fn, extra_args)), outputs
+        )[1]
         return lambda v: transpose(outer(jacobian(v)))[0]
 
 
@@ -189,7 +192,7 @@ class EmpiricalFisher(Curvature):
     def linearize(self, params, key, value_fn, extra_args):
         """v -> Jᵀ J v / n, see :meth:`Curvature.linearize`."""
         del key, value_fn
-        return _gram(bind(self.losses_fn, extra_args), params)
+        return _gram(_losses.bind(self.losses_fn, extra_args), params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,10 +234,10 @@ class Fisher(Curvature):
     def linearize(self, params, key, value_fn, extra_args):
         """v -> Σ s_i s_iᵀ v / n, see :meth:`Curvature.linearize`."""
         del value_fn
-        model = bind(self.model_fn, extra_args)
+        model = _losses.bind(self.model_fn, extra_args)
         outputs = jax.lax.stop_gradient(model(params))
-        labels = bind(self.sample_fn, extra_args)(key, outputs)
-        losses = bind(self.losses_fn, extra_args)
+        labels = _losses.bind(self.sample_fn, extra_args)(key, outputs)
+        losses = _losses.bind(self.losses_fn, extra_args)
         return _gram(lambda p: losses(model(p), labels), params)
 
 
@@ -263,7 +266,7 @@ class Operator(Curvature):
     def linearize(self, params, key, value_fn, extra_args):
         """The product at ``params``, see :meth:`Curvature.linearize`."""
         del key, value_fn
-        return bind(self.product_fn, extra_args)(params)
+        return _losses.bind(self.product_fn, extra_args)(params)
 
 
 def check_curvature(curvature: Any) -> None:
@@ -273,42 +276,6 @@ def check_curvature(curvature: Any) -> None:
             f"`curvature` must be a bma.Curvature, such as bma.Hessian(), got "
             f"{curvature!r}."
         )
-
-
-def loss(value_fn: Any, extra_args: dict[str, Any]) -> Callable[[Any], jax.Array]:
-    """``value_fn`` as a function of the parameters alone."""
-    if value_fn is None:
-        raise ValueError(
-            "`update` needs the loss here: update(grads, state, params, "
-            "value_fn=loss, ...)."
-        )
-    return bind(value_fn, extra_args)
-
-
-def bind(fn: Callable[..., Any], extra_args: dict[str, Any]) -> Callable[..., Any]:
-    """``fn`` with those of the extra arguments that its signature names."""
-    parameters = inspect.signature(fn).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        named = extra_args
-    else:
-        names = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY]
-        named = {k: v for k, v in extra_args.items() if k in names}
-    return lambda *args: fn(*args, **named)
-
-
-@contextlib.contextmanager
-def _explained():
-    """JAX's error about a ``custom_vjp``, in the words of this library."""
-    try:
-        yield
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(
-            "`value_fn` has no second derivatives: a part of it is a custom_vjp, which "
-            "knows no forward mode. bma.GaussNewton, or a bma.Operator with the "
-            "product in its own words, is accepted as `curvature`."
-        ) from error
 
 
 def _gram(losses, params) -> Product:
@@ -321,11 +288,3 @@ def _gram(losses, params) -> Product:
         )
     transpose = jax.linear_transpose(jacobian, params)
     return lambda v: transpose(jacobian(v) / len(values))[0]
-
-
-def random_key(key: jax.typing.ArrayLike) -> jax.Array:
-    """A typed random key from a seed or a key."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return jax.random.fold_in(key, 0)
-    return jax.random.key(key)

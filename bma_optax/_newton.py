@@ -15,6 +15,8 @@ from bma_optax import (
     _diagonal,
     _gather,
     _layout,
+    _losses,
+    _probes,
     _rules,
     _trees,
 )
@@ -171,7 +173,7 @@ def scale_by_newton_bma(
 
         return ScaleByNewtonBMAState(
             count=jnp.zeros((), jnp.int32),
-            key=_curvature.random_key(key),
+            key=_probes.random_key(key),
             inverse_diagonal=inverse.inverse_diagonal,
             Lambda=inverse.Lambda,
             K=inverse.K,
@@ -213,7 +215,7 @@ def scale_by_newton_bma(
             if adaptive_damping:
                 adapted = _damping.levenberg_marquardt(
                     state.damping,
-                    _curvature.loss(value_fn, extra_args),
+                    _losses.loss(value_fn, extra_args),
                     linearize,
                     state.previous_params,
                     params,

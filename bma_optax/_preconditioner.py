@@ -16,6 +16,7 @@ from bma_optax import (
     _gather,
     _nested,
     _partition,
+    _probes,
     _rules,
     _trees,
 )
@@ -167,7 +168,7 @@ def preconditioner(
     )
     blocks, systems = _gather.plan(like, partition, couple, reach, levels, warn=True)
     zeros = _trees.zeros_like(like)
-    key = _curvature.random_key(key)
+    key = _probes.random_key(key)
     N, z2, local = _gather.gather(
         curvature, systems, blocks, product_fn, zeros, key, {}
     )

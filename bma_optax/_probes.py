@@ -10,6 +10,14 @@ from bma_optax import _trees
 _BATCH_ELEMENTS = 2**22
 
 
+def random_key(key: jax.typing.ArrayLike) -> jax.Array:
+    """A typed random key from a seed or a key."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.random.fold_in(key, 0)
+    return jax.random.key(key)
+
+
 def block_products(product, blocks, params, positions):
     """1ᵀ G 1 for the indicators 1 of the blocks at these positions."""
 

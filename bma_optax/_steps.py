@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _curvature, _spectral, _trees
+from bma_optax import _checks, _curvature, _losses, _probes, _spectral, _trees
 from bma_optax._curvature import Curvature
 
 _TRIALS = 12  # Each shrinks the step to between a tenth and a half.
@@ -97,7 +97,7 @@ def scale_by_quadratic_model(
             return 0 * _trees.vdot(_trees.zeros_like(params), _trees.zeros_like(params))
 
         return ScaleByQuadraticModelState(
-            key=_curvature.random_key(key),
+            key=_probes.random_key(key),
             previous_step=_trees.zeros_like(params),
             learning_rate=zero(),
             momentum=zero(),
@@ -111,7 +111,7 @@ def scale_by_quadratic_model(
                 "`update` needs the parameters here: update(grads, state, params, ...)."
             )
         _trees.check_same_shapes(updates, state.previous_step)
-        f = _curvature.loss(value_fn, extra_args)
+        f = _losses.loss(value_fn, extra_args)
         next_key, key = jax.random.split(state.key)
         dtype = state.learning_rate.dtype
         value, gradient = jax.value_and_grad(f)(params)
