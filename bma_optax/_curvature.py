@@ -68,7 +68,7 @@ class Curvature:
           A linear function of trees like ``params``.
 
         Example:
-          >>> import jax, bma_optax as bma
+          >>> import jax, jax.numpy as jnp, bma_optax as bma
           >>> f = lambda x: jnp.sum(x ** 4)
           >>> product = bma.Hessian().linearize(jnp.ones(2), jax.random.key(0), f, {})
           >>> print(product(jnp.array([1.0, 0.0])))
@@ -80,7 +80,7 @@ class Curvature:
         """The diagonal of G as a tree like ``params``, None where it must be probed.
 
         Example:
-          >>> import bma_optax as bma
+          >>> import jax.numpy as jnp, bma_optax as bma
           >>> bma.Hessian().diagonal(jnp.ones(2), {}) is None
           True
         """

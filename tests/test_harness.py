@@ -182,17 +182,16 @@ def test_inject_hyperparams(method):
 
 
 @every_method
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_dtype_is_preserved_and_multi_steps_accumulates(method, dtype):
+def test_dtype_is_preserved_and_multi_steps_accumulates(method):
     tx = method.build()
-    params = jnp.array([1.0, 2.0], dtype)
+    params = jnp.array([1.0, 2.0], jnp.bfloat16)
     updates, _ = jitted(tx.update)(params, tx.init(params), params)
-    assert updates.dtype == dtype
+    assert updates.dtype == params.dtype
     multi = optax.MultiSteps(tx, every_k_schedule=4)
-    state = multi.init(params)
+    state, update = multi.init(params), jitted(multi.update)
     for step in range(8):
         with optax_promotes():
-            updates, state = jitted(multi.update)(params, state, params)
+            updates, state = update(params, state, params)
         assert jnp.all(updates != 0) if step % 4 == 3 else jnp.all(updates == 0)
 
 

@@ -584,13 +584,13 @@ def test_gradient_through_steps_equals_differences():
     """Meta-learning through refreshes, probes, abs eigenvalues and the step rule."""
     G, b = positive_definite(10), np.ones(D)
 
-    def after(log_scale, rate):
+    def after(log_scale):
         def f(params):
             x = ravel_pytree(params)[0]
             bend = jnp.exp(log_scale) * jnp.sum(jnp.log1p(x**2))
             return quadratic(G, b)(params) + bend
 
-        tx = bma.newton_bma(rate, update_interval=2)
+        tx = bma.newton_bma(update_interval=2)
         params = tree_of(np.zeros(D))
 
         def step(carry, _):
@@ -601,11 +601,10 @@ def test_gradient_through_steps_equals_differences():
         (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=3)
         return f(params)
 
-    for rate in (None, 0.3):
-        loss = jax.jit(lambda x, rate=rate: after(x, rate))
-        h = 1e-5
-        difference = (loss(0.5 + h) - loss(0.5 - h)) / (2 * h)
-        np.testing.assert_allclose(jax.jit(jax.grad(loss))(0.5), difference, rtol=1e-5)
+    loss = jax.jit(after)
+    h = 1e-5
+    difference = (loss(0.5 + h) - loss(0.5 - h)) / (2 * h)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(0.5), difference, rtol=1e-5)
 
 
 # Preconditioner -----------------------------------------------------------------------
