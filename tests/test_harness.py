@@ -171,10 +171,11 @@ def test_inject_hyperparams(method):
     tx = method.build()
     injected = optax.inject_hyperparams(method.factory)(**method.kwargs)
     state, injected_state = jax.jit(tx.init)(PARAMS), jax.jit(injected.init)(PARAMS)
+    update, injected_update = jitted(tx.update), jitted(injected.update)
     for seed in range(2):
         g = random_like(PARAMS, seed)
-        updates, state = jitted(tx.update)(g, state, PARAMS)
-        same, injected_state = jitted(injected.update)(g, injected_state, PARAMS)
+        updates, state = update(g, state, PARAMS)
+        same, injected_state = injected_update(g, injected_state, PARAMS)
         chex.assert_trees_all_close(updates, same, rtol=1e-5, atol=1e-7)
     chex.assert_trees_all_close(
         raw(injected_state.inner_state), raw(state), rtol=1e-5, atol=1e-5
