@@ -72,6 +72,7 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "real": ("inverse_problems.json", real),
     "networks": ("networks.json", networks),
     "normalised": ("networks_normalised.json", networks),
+    "networks_mnist": ("networks_mnist.json", networks),
     "costs": ("step_cost.json", costs),
     "digits": ("figure2_digits.json", nets),
     "mnist": ("figure2_mnist.json", nets),
