@@ -20,7 +20,7 @@ class State(NamedTuple):
     shrinkage: jax.Array  # (): λ of the last step.
 
 
-def scale_by_shrunk_adam_bma(b1: Any = 0.9, b2: Any = 0.999, estimator: str = "report"):
+def scale_by_shrunk_adam_bma(b1: Any = 0.9, b2: Any = 0.999):
     r"""Adam-BMA with (1 - λ) U_ij in the place of U_ij, i and j not equal.
 
     With C_ij = U_ij / (v_i v_j) and the variance of a decayed mean of u_i u_j,
@@ -28,7 +28,7 @@ def scale_by_shrunk_adam_bma(b1: Any = 0.9, b2: Any = 0.999, estimator: str = "r
         λ = sum_ij Var(C_ij) / sum_ij C_ij², at most 1.
     """
     rule, eps = bma.per_leaf, 1e-8
-    plain = bma.scale_by_adam_bma(b1, b2, eps, partition=rule, estimator=estimator)
+    plain = bma.scale_by_adam_bma(b1, b2, eps, partition=rule)
 
     def init(params):
         adam = plain.init(params)
@@ -53,7 +53,7 @@ def scale_by_shrunk_adam_bma(b1: Any = 0.9, b2: Any = 0.999, estimator: str = "r
         shrinkage = jnp.clip(noise / jnp.where(signal > 0, signal, 1), 0, 1)
         U = jnp.where(off, (1 - shrinkage) * adam.U, adam.U)
         root, _ = _small_matrix.inverse_root(
-            blocks, U, adam.v, adam.inverse_root, 1e-2, estimator
+            blocks, U, adam.v, adam.inverse_root, 1e-2, "report"
         )
 
         def scaled(m, h):

@@ -201,8 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--batch-size exceeds the {len(data.train_labels)} images.")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"figure2_{options.dataset}"
-    recorded = ["dataset", "epochs", "batch_size", "seeds", "learning_rates"]
-    recorded += ["min_eigenvalue"]
+    recorded = "dataset epochs batch_size seeds learning_rates min_eigenvalue".split()
     content = {
         "options": {key: getattr(options, key) for key in recorded},
         **machine(jax, optax, flax, np, bma),
