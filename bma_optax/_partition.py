@@ -14,6 +14,8 @@ from bma_optax import _table, _trees
 from bma_optax._rules import Path, Rule, Shape
 from bma_optax._tiles import Tiles
 
+_FEW_ARRAYS = 8  # Too few for compilation to take long.
+
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
@@ -136,10 +138,9 @@ class Partition:
           [5. 5. 5.] [[7. 7.]]
         """
         leaves, treedef = jax.tree.flatten(like)
+        parts = self._parts(values)
         filled = [
-            array.fill(
-                values[array.start : array.start + array.num_blocks].astype(leaf.dtype)
-            )
+            array.fill(parts[array.start].astype(leaf.dtype))
             if array.num_blocks
             else jnp.full(array.shape, default, leaf.dtype)
             for array, leaf in zip(self.arrays, leaves, strict=True)
@@ -148,6 +149,27 @@ class Partition:
         if weights is not None:
             filled = jax.tree.map(jnp.multiply, filled, weights)
         return filled
+
+    def _parts(self, values: jax.Array) -> dict[int, jax.Array]:
+        """The values of each array, by the position of its first block.
+
+        XLA on CPU compiles a kernel for each place in a vector that an array's values
+        are taken from. So a few arrays at a time take theirs from a vector of their
+        own, at the same places as the next few.
+        """
+        ends = {a.start: a.start + a.num_blocks for a in self.arrays if a.num_blocks}
+        starts = sorted(ends)
+        few = max(_FEW_ARRAYS, math.isqrt(len(starts)))
+        batches = [starts[i : i + few] for i in range(0, len(starts), few)]
+        vectors = [values[batch[0] : ends[batch[-1]]] for batch in batches]
+        if len(vectors) > 1:
+            finite = [jnp.where(jnp.isfinite(x), x, 0) for x in vectors]
+            vectors = _trees.stored(vectors, finite)
+        return {
+            start: vector[start - batch[0] : ends[start] - batch[0]]
+            for batch, vector in zip(batches, vectors, strict=True)
+            for start in batch
+        }
 
     def check_state(self, *found: Shape, expected: tuple[Shape, ...] = ()) -> None:
         """Raises a ValueError for small matrices that another partition has made."""

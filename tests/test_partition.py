@@ -130,6 +130,31 @@ def test_merged_arrays_share_one_block():
     }
 
 
+@pytest.mark.parametrize("arrays", [9, 30, 100])
+def test_expand_to_many_arrays(arrays):
+    # Some of several blocks, some without any; numbers that are not finite.
+    tree = {
+        f"{'bac'[i % 3]}{i:03}": jnp.zeros((i % 4, 3) if i % 2 else 2)
+        for i in range(arrays)
+    }
+    rule = bma.by_path(
+        {"^a.*1$": None, "^b": bma.per_tile((1, 2))}, default=bma.per_leaf
+    )
+    blocks = bma.partition(tree, rule, couple="array")
+    values = jnp.arange(blocks.num_blocks, dtype=float)
+    values = values.at[jnp.array([0, 5, -1])].set(jnp.array([jnp.inf, jnp.nan, -1e38]))
+    filled = blocks.expand(values, tree, default=-7)
+    for array, leaf in zip(blocks.arrays, jax.tree.leaves(filled), strict=True):
+        expected = np.full(array.shape, -7.0)
+        for i, block in enumerate(np.ndindex(*array.grid) if array.num_blocks else ()):
+            index = tuple(
+                slice(j * t, (j + 1) * t)
+                for j, t in zip(block, array.tile, strict=True)
+            )
+            expected[index] = values[array.start + i]
+        np.testing.assert_array_equal(leaf, expected)
+
+
 def test_groups():
     params = {"a": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "c": {"w": jnp.ones(4)}}
     whole = bma.partition(params, bma.per_unit)
