@@ -168,7 +168,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=128)
     add("--seeds", type=int, help="how many; default: 3")
     add("--learning-rates", type=float, nargs="+", default=rates)
-    add("--min-eigenvalue", type=float, default=1e-2, help="AdaGrad-BMA's floor of M")
+    add("--min-eigenvalue", type=float, default=0.3, help="AdaGrad-BMA's floor of M")
     add("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
     epochs, seeds = DEFAULTS[options.dataset]

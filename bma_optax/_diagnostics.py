@@ -90,10 +90,10 @@ def diagnostics(
       >>> blocks = bma.partition(params)
       >>> numbers = bma.diagnostics(state, blocks, grads)
       >>> print(f"{numbers['correction']:.1f}, {numbers['min_eigenvalue']:.2f}")
-      0.4, 0.06
+      0.3, 0.03
       >>> for (i, j), x in zip(numbers["correlated_pairs"], numbers["correlations"]):
       ...     print(f"{blocks.names[i]}, {blocks.names[j]}: {x:.2f}")
-      a, b: -0.94
+      a, b: -0.97
     """  # noqa: E501
     _small_matrix.check_estimator(estimator)
     if blocks is None and grads is not None:

@@ -14,6 +14,7 @@ from bma_optax import (
     _damping,
     _diagonal,
     _gather,
+    _interval,
     _layout,
     _losses,
     _probes,
@@ -203,7 +204,7 @@ def scale_by_newton_bma(
             expected=_block_mean_inverse.shapes(systems),
         )
 
-        def refresh(state):
+        def refresh():
             # The same probes at every refresh, or the directions that conjugate
             # gradients build would lose their meaning; new ones where averages gain.
             again = jnp.where(jnp.asarray(b2) > 0, state.refreshes, 0)
@@ -270,9 +271,7 @@ def scale_by_newton_bma(
                 products=state.products + products + int(adaptive_damping)
             )
 
-        state = jax.lax.cond(
-            state.count % update_interval == 0, refresh, lambda state: state, state
-        )
+        state = _interval.every(update_interval, state.count, refresh, state)
 
         _gather.raise_if_not_local(state.local, reach)
 

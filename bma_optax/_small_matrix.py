@@ -1,6 +1,5 @@
 """From block sums to the small matrix, its inverse root, and the correction by it."""
 
-import jax
 import jax.numpy as jnp
 
 from bma_optax import _trees
@@ -48,13 +47,6 @@ def damped(blocks, v, eps):
     sizes = jnp.asarray(blocks.sizes, v.dtype)
     shift = jnp.square(sizes) * jnp.asarray(eps, v.dtype)
     return _trees.sqrt(jnp.square(v) + shift)
-
-
-def every(interval, count, refresh, last):
-    """``refresh()`` at the first step and then at each so many, else ``last``."""
-    if isinstance(interval, int) and interval == 1:
-        return refresh()
-    return jax.lax.cond(count % interval == 0, refresh, lambda: last)
 
 
 def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):

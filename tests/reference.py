@@ -35,7 +35,7 @@ class DenseAdaGradBMA:
         *,
         initial=0.0,
         eps=1e-7,
-        floor=1e-2,
+        floor=0.3,
         form="left",
         estimator="report",
         interval=1,
