@@ -8,6 +8,7 @@ definite where the matrix is.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
@@ -44,11 +45,7 @@ class Levels:
     @property
     def packed_size(self) -> int:
         """The length of what ``pack`` returns."""
-        stencils = sum(
-            math.prod(level.stencil.shape) + level.stencil.num_cells
-            for level in self.levels
-        )
-        return stencils + self.bottom.num_cells**2
+        return self._starts[-1] + self.bottom.num_cells**2
 
     def pack(self, S, n2, min_eigenvalue):
         """Everything ``solve`` needs in one vector; and M's eigenvalues at the bottom.
@@ -77,27 +74,27 @@ class Levels:
 
     def solve(self, packed, r):
         """The approximate inverse times r of shape (fields, *grid)."""
-        factors, start = [], 0
-        for stencil, _ in self.levels:
-            split = start + math.prod(stencil.shape)
-            stop = split + stencil.num_cells
-            S = packed[start:split].reshape(stencil.shape)
-            smoother = packed[split:stop].reshape(stencil.fields, *stencil.grid)
-            factors.append((S, smoother))
-            start = stop
         n = self.bottom.num_cells
-        inverse = packed[start:].reshape(n, n)
+
+        def factors(level):
+            # Taken where they are used: from outside a loop they would be copied.
+            stencil, start = self.levels[level].stencil, self._starts[level]
+            split = start + math.prod(stencil.shape)
+            S = packed[start:split].reshape(stencil.shape)
+            smoother = packed[split : split + stencil.num_cells]
+            return S, smoother.reshape(stencil.fields, *stencil.grid)
 
         def solve(level, r):
             if level == len(self.levels):
+                inverse = packed[self._starts[level] :].reshape(n, n)
                 x = jnp.matmul(
                     inverse, r.reshape(-1), precision=jax.lax.Precision.HIGHEST
                 )
                 return x.reshape(r.shape)
             stencil, tile = self.levels[level]
-            S, smoother = factors[level]
 
             def cycle(r):
+                S, smoother = factors(level)
                 x = smoother * r
                 coarse = solve(level + 1, _sums(r - stencil.matvec(S, x), tile))
                 x = x + _fill(coarse, tile, r.shape)
@@ -105,10 +102,13 @@ class Levels:
 
             # A loop, not copies: those would double at every level.
             def step(carry, coefficients):
-                x, d, residual = carry
+                x, d, r = carry
                 a, b = coefficients
-                d = a * cycle(residual) + b * d
-                return (x + d, d, residual - stencil.matvec(S, d)), None
+                r = jax.lax.cond(
+                    b > 0, lambda: r - stencil.matvec(factors(level)[0], d), lambda: r
+                )
+                d = a * cycle(r) + b * d
+                return (x + d, d, r), None
 
             zero = jnp.zeros_like(r)
             coefficients = _chebyshev(_STEPS[level > 0], r.dtype)
@@ -116,6 +116,15 @@ class Levels:
             return carry[0]
 
         return solve(0, r)
+
+    @property
+    def _starts(self) -> list[int]:
+        """Where each level's part of the vector begins; the last is the bottom's."""
+        sizes = [
+            math.prod(level.stencil.shape) + level.stencil.num_cells
+            for level in self.levels
+        ]
+        return list(itertools.accumulate(sizes, initial=0))
 
 
 def levels_below(stencil: Stencil, coarsened: Shape, tiles) -> Levels:
