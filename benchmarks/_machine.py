@@ -14,5 +14,11 @@ def machine(*modules: ModuleType) -> dict[str, Any]:
         "versions": {m.__name__: getattr(m, "__version__", None) for m in modules},
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
+        "cores": cores(),
     }
+
+
+def cores() -> int | None:
+    """Those that this process may use, where the system says."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count()

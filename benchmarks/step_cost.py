@@ -56,7 +56,7 @@ METHODS = {
     "muon": Method("`optax.contrib.muon`", optax.contrib.muon(1.0), slow=True),
     "bma": Method("`scale_by_bma()`", bma.scale_by_bma()),
     "bma_sums": Method(
-        "... its sums alone", bma.scale_by_bma(update_interval=NEVER), NEVER
+        "... without v and the root", bma.scale_by_bma(update_interval=NEVER), NEVER
     ),
     "bma_10": Method(
         "... `update_interval=10`", bma.scale_by_bma(update_interval=10), 10

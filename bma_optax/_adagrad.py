@@ -92,7 +92,7 @@ def scale_by_bma(
         networks.
       update_interval: steps from one inverse root to the next, the first step has one.
         U and diag H take up every gradient whatever it is. With 1000 blocks and 0.9
-        million parameters a step took 9.9 times AdaGrad's at 1, 2.5 times at 10
+        million parameters a step took 9.9 times AdaGrad's at 1, 2.4 times at 10
         (``benchmarks/step_cost.py``).
 
     Returns:
