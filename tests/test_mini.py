@@ -72,6 +72,21 @@ def test_steps_equal_the_dense_reference(cut, kwargs):
             )
 
 
+@pytest.mark.usefixtures("x64")
+def test_the_floor_where_gradients_are_along_the_weights():
+    rng = np.random.default_rng(0)
+    tx = bma.scale_by_mini_bma(
+        b2=0.1, eps=0.0, partition=bma.per_unit, weights="constant"
+    )
+    dense = DenseMiniBMA((4, 6), b2=0.1, learned=False)
+    update, state = jax.jit(tx.update), tx.init(jnp.zeros((6, 4)))
+    for step in range(8):
+        # What the first leaves of the rest is forgotten, but not by the momentum.
+        g = rng.standard_normal((4, 1) if step else (4, 6)) * np.ones((4, 6))
+        updates, state = update(jnp.asarray(g.T), state)
+        np.testing.assert_allclose(updates.T, dense.update(g), rtol=1e-8)
+
+
 ADAM = {
     "vector": jnp.ones(5),
     "scalar": jnp.ones(()),
