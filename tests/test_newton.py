@@ -386,6 +386,22 @@ def moving(x, scale):
     return scale * jnp.sum(x**2) / 2 + jnp.sum(x) ** 2 / 2
 
 
+@pytest.mark.parametrize(("b2", "new"), [(0.0, False), (0.9, True)])
+def test_averages_draw_new_probes_and_nothing_else_does(b2, new):
+    f, params = quadratic(positive_definite(7)), tree_of(np.zeros(D))
+    tx = bma.scale_by_newton_bma(
+        bma.by_path({"": None}),
+        curvature=bma.Hessian(num_probes=8),
+        update_interval=1,
+        b2=b2,
+    )
+    state, found = tx.init(params), []
+    for _ in range(2):
+        _, state = tx.update(jax.grad(f)(params), state, params, value_fn=f)
+        found.append(flat(state.inverse_diagonal))
+    assert np.allclose(*found, rtol=1e-6) != new
+
+
 def test_refreshes_every_interval_and_averages():
     params = jnp.arange(4.0)
     tx = bma.scale_by_newton_bma(update_interval=2, b2=0.9)
