@@ -551,6 +551,32 @@ def test_step_norm_limit():
         np.testing.assert_allclose(np.linalg.norm(flat(updates)), 0.25)
 
 
+def test_a_shortened_step_and_what_is_said_of_it():
+    """By a limit both parts are; by a model too flat, to the minimum in between."""
+    G = jnp.diag(jnp.arange(1.0, 5.0))
+    params, direction, previous = jax.random.normal(jax.random.key(0), (3, 4))
+
+    def f(x):
+        return x @ G @ x / 2
+
+    def step(curvature, previous, **kwargs):
+        tx = bma.scale_by_quadratic_model(curvature, **kwargs)
+        state = tx.init(params)._replace(previous_step=previous)
+        return tx.update(direction, state, params, value_fn=f)
+
+    free, _ = step(bma.Hessian(), previous)
+    limit = jnp.linalg.norm(free) / 3
+    updates, state = step(bma.Hessian(), previous, max_norm=limit)
+    np.testing.assert_allclose(updates, free / 3)
+    parts = state.learning_rate * direction + state.momentum * previous
+    np.testing.assert_allclose(parts, updates)
+    flat = bma.Operator(lambda p: lambda v: G @ v / 4)
+    updates, state = step(flat, jnp.zeros(4))
+    best = -(direction @ G @ params) / (direction @ G @ direction)
+    np.testing.assert_allclose(updates, best * direction)
+    np.testing.assert_allclose(state.backtracking, 0.25)
+
+
 def test_refuses_a_step_that_never_descends():
     """A loss that is nowhere finite but here."""
 
