@@ -125,7 +125,11 @@ def test_colors_give_what_a_product_a_block_gives(name):
 
 @pytest.mark.parametrize(
     ("name", "levels"),
-    [*((name, "auto") for name in CASES), ("1 dimension", "by hand")],
+    [
+        *((name, "auto") for name in CASES),
+        ("1 dimension", "by hand"),
+        ("3 dimensions", "by hand"),
+    ],
 )
 def test_nested_operator_is_symmetric_and_positive_definite(name, levels):
     f, params, tile, reach = CASES[name]

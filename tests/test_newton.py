@@ -437,10 +437,11 @@ def test_last_good_factor_is_kept():
     np.testing.assert_array_equal(first, second)
     assert after.failures == 1 and after.refreshes == 1
     # Before there is a good one it is the identity.
-    third, _ = tx.update(
+    third, after = tx.update(
         params, tx.init(params), params, value_fn=moving, scale=jnp.float64(jnp.nan)
     )
     np.testing.assert_array_equal(third, params)
+    np.testing.assert_array_equal(after.Lambda, 1)
 
 
 def test_adaptive_damping_follows_the_model():
