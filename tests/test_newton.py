@@ -425,6 +425,17 @@ def test_refreshes_every_interval_and_averages():
     )
 
 
+@pytest.mark.parametrize(
+    ("off", "damping", "floored"), [(0.8, 1.0, 0), (0.8, 0.0, 0), (1.8, 0.5, 1)]
+)
+def test_damping_comes_before_the_floor(off, damping, floored):
+    G = jnp.array([[1.0, off], [off, 1.0]])  # M itself: 1 - off, 1 + off.
+    tx = bma.scale_by_newton_bma(bma.per_element, damping=damping)
+    x = jnp.ones(2)
+    _, state = tx.update(x, tx.init(x), x, value_fn=lambda x: x @ G @ x / 2)
+    assert state.floored == floored
+
+
 def test_last_good_factor_is_kept():
     params = jnp.arange(4.0)
     tx = bma.scale_by_newton_bma(update_interval=1)
