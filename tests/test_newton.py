@@ -589,6 +589,21 @@ def test_a_shortened_step_and_what_is_said_of_it():
     np.testing.assert_allclose(state.backtracking, 0.25)
 
 
+@pytest.mark.parametrize("taken", [1.0, 1e-1, 1e-11, 0.0])
+def test_twelve_trials_where_the_loss_has_an_edge(taken):
+    """Beyond it the loss is not a number, so that each trial is a tenth of the last."""
+    edge = 1.5 * (taken or 1e-12)
+
+    def f(x):
+        return jnp.sum(jnp.where(1 - x <= edge, x, jnp.nan))
+
+    params = jnp.ones(1)
+    tx = bma.scale_by_quadratic_model(bma.Operator(lambda p: lambda v: v))
+    updates, state = tx.update(-params, tx.init(params), params, value_fn=f)
+    np.testing.assert_allclose(updates, -taken)
+    np.testing.assert_allclose(state.backtracking, taken)
+
+
 def test_refuses_a_step_that_never_descends():
     """A loss that is nowhere finite but here."""
 
