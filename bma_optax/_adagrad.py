@@ -76,10 +76,9 @@ def scale_by_bma(
       min_eigenvalue: the least eigenvalue of M, >= 0. M is singular in real cases (at
         the first step; in softmax layers). At 0 the floor is only what the dtype can
         resolve beside the largest eigenvalue, 4 √L eps times it; at 1 the update along
-        block means can shrink but not grow. The default bounds the growth by 1.8. On
-        digits floors from 0 to 0.3 give much the same losses
-        (``benchmarks/min_eigenvalue.py``); on deeper nets the second step, where M is
-        nearly singular, can throw training off below 0.1. To the letter of
+        block means can shrink but not grow. The default bounds the growth by 1.8: below
+        0.1 the second step, where M is nearly singular, can throw deeper nets off, and
+        on digits little changes (``benchmarks/min_eigenvalue.py``). To the letter of
         AdaGrad-Full take 0.
       form: "left" for :math:`F^{-1/2} Z^{-1} g`, "symmetric" for
         :math:`Z^{-1/2} F^{-1/2} Z^{-1/2} g`, always a descent direction but
