@@ -68,6 +68,7 @@ def nets(content: Content) -> str:
 # The file of each table, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "grids": ("inverse_problems.json", grids),
+    "one_core": ("inverse_problems_one_core.json", grids),
     "volumes": ("inverse_problems_volumes.json", grids),
     "real": ("inverse_problems.json", real),
     "networks": ("networks.json", networks),
