@@ -57,7 +57,7 @@ def invert(systems, blocks, N, diagonal, damping, min_eigenvalue, local) -> Inve
     what the dtype resolves, stand in the place of its eigenvalues. Where G is not
     ``local`` as declared it is the inverse of the diagonal alone.
     """
-    z2 = _positive(diagonal)
+    z2 = _positive(blocks, diagonal)
     n2 = blocks.block_sums(z2)
     damping = jnp.asarray(damping).astype(n2.dtype)
     floor = jnp.maximum(jnp.asarray(min_eigenvalue).astype(n2.dtype), damping)
@@ -112,11 +112,21 @@ def correct(systems, K, sums):
     return _coarse.assemble(systems, parts, sums)
 
 
-def _positive(diagonal):
-    """Entries at least what float32 resolves beside the largest; 1 if all are 0."""
-    dtype = _trees.common_statistic_dtype(diagonal)
-    largest = jnp.zeros((), dtype)
-    for x in jax.tree.leaves(diagonal):
-        largest = jnp.maximum(largest, jnp.max(x, initial=0).astype(dtype))
-    least = jnp.where(largest > 0, largest * float(jnp.finfo("float32").eps), 1)
-    return jax.tree.map(lambda x: jnp.maximum(x, least.astype(x.dtype)), diagonal)
+def _positive(blocks, diagonal):
+    """z²: |diag G|, and for an element without curvature that of its neighbours.
+
+    That is the mean over its block, else the largest number of its array, else 1. No
+    floor: one that is relative to other elements would couple their units.
+    """
+    tiny = {x.dtype: float(jnp.finfo(x.dtype).tiny) for x in jax.tree.leaves(diagonal)}
+    z2 = jax.tree.map(lambda x: jnp.where(x <= tiny[x.dtype], 0, x), diagonal)
+    sums = blocks.block_sums(z2)
+    means = blocks.expand(sums / jnp.asarray(blocks.sizes, sums.dtype), z2)
+
+    def fill(x, mean):
+        largest = jnp.broadcast_to(jnp.max(x, initial=0), x.shape)
+        for other in (mean, largest, jnp.ones_like(x)):
+            x = jnp.where(x == 0, other, x)  # Not a number stays.
+        return x
+
+    return jax.tree.map(fill, z2, means)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bma_optax import _coloring, _nested, _probes, _spectral, _trees
-from bma_optax._block_mean_matrix import BlockMeanMatrix
+from bma_optax._expansions import diagonal_matrix
 from bma_optax._nested import Levels
 from bma_optax._partition import Partition
 from bma_optax._rules import Shape
@@ -62,17 +62,29 @@ class Dense:
         M = N.reshape(shape) / outer
         s = np.asarray(self.sizes).astype(n2.dtype)
         Lambda = _lambda(s, jnp.diagonal(M, axis1=1, axis2=2))
+        inverse_Lambda = 1 / jnp.maximum(Lambda + damping, floor)
         eye = jnp.broadcast_to(jnp.eye(self.n, dtype=M.dtype), shape)
-        mean = BlockMeanMatrix(Lambda + damping, M + damping * eye, self.sizes)
-        inverse = mean.power(-1, min_eigenvalue=floor, absolute=True)
+        relative = _spectral.resolution(self.n, M.dtype)
+        null = self._null(M.dtype)
+        inverse = _spectral.matrix_power(
+            M + damping * eye, -1, floor, relative, absolute=True, null=null
+        )
         eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
         return Factor(
-            (inverse.correction / outer).reshape(-1),
-            inverse.Lambda.reshape(-1),
+            ((inverse - diagonal_matrix(inverse_Lambda)) / outer).reshape(-1),
+            inverse_Lambda.reshape(-1),
             Lambda.reshape(-1),
-            jnp.min(eigenvalues),
-            _count_floored(eigenvalues + damping, floor),
+            *_look(eigenvalues, damping, floor, null),
         )
+
+    def _null(self, dtype) -> float:
+        """What rounding makes of an eigenvalue 0 of M.
+
+        F has a unit diagonal, and each entry of M is a mean over products of all
+        elements: their rounding adds up as a random walk does. The tests check it.
+        """
+        size = max(map(sum, self.sizes), default=1)
+        return _spectral.resolution(size, dtype)
 
     def correct(self, K, r):
         """K r."""
@@ -114,14 +126,16 @@ class Nested:
         s = np.asarray(self.sizes).reshape(shape).astype(n2.dtype)
         Lambda = _lambda(s, self.tiles.diagonal(S) / n2)
         damped = self.tiles.add_diagonal(S, damping * n2)
-        packed, eigenvalues = self.levels.pack(damped, n2, floor)
-        smoother = (Lambda + damping) * n2
+        # A block without any curvature has no part in the metric of coarser levels.
+        metric = jnp.where(self.tiles.diagonal(S) == 0, 0, n2)
+        packed, eigenvalues = self.levels.pack(damped, metric, floor)
+        damped_Lambda = jnp.maximum(Lambda + damping, floor)
+        smoother = damped_Lambda * n2
         return Factor(
             jnp.concatenate([smoother.reshape(-1), packed]),
-            (1 / (Lambda + damping)).reshape(-1),
+            (1 / damped_Lambda).reshape(-1),
             Lambda.reshape(-1),
-            jnp.min(eigenvalues) - damping,
-            _count_floored(eigenvalues, floor),
+            *_look(eigenvalues - damping, damping, floor, self.levels.null(n2.dtype)),
         )
 
     def correct(self, K, r):
@@ -291,7 +305,11 @@ def _lambda(s, M_diagonal):
     return jnp.where(s == 1, 1, jnp.maximum(Lambda, _MIN_LAMBDA))
 
 
-def _count_floored(eigenvalues, floor):
-    largest = jnp.max(jnp.abs(eigenvalues), axis=-1, keepdims=True)
-    resolved = _spectral.resolution(eigenvalues.shape[-1], eigenvalues.dtype) * largest
-    return jnp.sum(eigenvalues < jnp.maximum(floor, resolved), dtype=jnp.int32)
+def _look(eigenvalues, damping, floor, null):
+    """The least eigenvalue of M that is not null, and how many were replaced."""
+    largest = jnp.max(jnp.abs(eigenvalues), axis=-1, keepdims=True, initial=0)
+    resolution = _spectral.resolution(eigenvalues.shape[-1], eigenvalues.dtype)
+    null = jnp.maximum(resolution * largest, null)
+    known = jnp.where(jnp.abs(eigenvalues) > null, eigenvalues, jnp.inf)
+    floored = eigenvalues + damping < jnp.maximum(floor, null)
+    return jnp.min(known, initial=jnp.inf), jnp.sum(floored, dtype=jnp.int32)

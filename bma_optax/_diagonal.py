@@ -58,8 +58,17 @@ def diagonal(curvature, systems, product, blocks, N, params, key, extra_args):
     return jax.tree.map(jnp.abs, jax.tree.unflatten(treedef, leaves)), error
 
 
-def row_sums(systems, product, params, key):
-    """Σ_j |G_ij| like params, where every array has a reach."""
+def row_sums(systems, product, z2, params, key):
+    """Σ_j |F_ij| z_i² like params, for F = Z^-1 G Z^-1 where every array has a reach.
+
+    In units in which the diagonal is 1: those of G may differ by any factor.
+    """
+    z = jax.tree.map(lambda x, p: jnp.sqrt(x).astype(p.dtype), z2, params)
+
+    def scaled(v):
+        y = product(jax.tree.map(jnp.divide, v, z))
+        return jax.tree.map(jnp.multiply, z, y)
+
     leaves, treedef = jax.tree.flatten(params)
     sums = list(leaves)
     for number, system in enumerate(systems):
@@ -69,7 +78,7 @@ def row_sums(systems, product, params, key):
             )
         key_system = jax.random.fold_in(key, number)
         found = _coloring.row_sums(
-            product, params, system.arrays, system.elements, key_system
+            scaled, params, system.arrays, system.elements, key_system
         )
         for position, values in zip(system.arrays, found, strict=True):
             sums[position] = values

@@ -47,30 +47,42 @@ class Levels:
         """The length of what ``pack`` returns."""
         return self._starts[-1] + self.bottom.num_cells**2
 
-    def pack(self, S, n2, min_eigenvalue):
+    def pack(self, S, n2, floor):
         """Everything ``solve`` needs in one vector; and M's eigenvalues at the bottom.
+
+        Smoothers and M are taken in the units of the metric: those of S may differ
+        from field to field by any factor.
 
         Args:
           S: the stencil of the first level.
           n2: the diagonal of the metric there, shape (fields, *grid).
-          min_eigenvalue: a floor for the eigenvalues of the dense matrix relative to
-            the metric.
+          floor: the least eigenvalue of the dense matrix relative to the metric.
         """
         parts = []
         for stencil, tile in self.levels:
-            sums = stencil.absolute_row_sums(S)
-            smoother = RELAXATION / jnp.where(sums > 0, sums, 1)
+            sums = stencil.absolute_row_sums(S, _or_one(n2))
+            smoother = RELAXATION / _or_one(sums)
             parts += [S.reshape(-1), smoother.reshape(-1)]
             _, S = stencil.coarsen(S, tile)
             n2 = _sums(n2, tile)
-        root = jnp.sqrt(n2.reshape(-1))
+        root = jnp.sqrt(_or_one(n2).reshape(-1))
         outer = root[:, None] * jnp.broadcast_to(root, (root.size, root.size))
         M = self.bottom.dense(S) / outer
         relative = _spectral.resolution(M.shape[-1], M.dtype)
-        inverse = _spectral.matrix_power(M, -1, min_eigenvalue, relative, absolute=True)
+        inverse = _spectral.matrix_power(
+            M, -1, floor, relative, absolute=True, null=self.null(M.dtype)
+        )
         parts.append((inverse / outer).reshape(-1))
         eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
         return jnp.concatenate(parts), eigenvalues
+
+    def null(self, dtype) -> float:
+        """What rounding makes of an eigenvalue 0 at the bottom.
+
+        Entries of a matrix with a reach are sums of few products: their rounding is
+        eps times a number near 1, whatever the number of cells.
+        """
+        return 8 * float(jnp.finfo(dtype).eps)
 
     def solve(self, packed, r):
         """The approximate inverse times r of shape (fields, *grid)."""
@@ -164,6 +176,11 @@ def _chebyshev(steps, dtype):
         a.append(2 * rho / half)
         b.append(rho * last)
     return np.asarray(a, dtype), np.asarray(b, dtype)
+
+
+def _or_one(x):
+    """x > 0, and 1 where it is 0: what belongs to a row of zeros."""
+    return jnp.where(x > 0, x, 1)
 
 
 def _sums(x, tile):

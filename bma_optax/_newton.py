@@ -263,7 +263,7 @@ def scale_by_newton_bma(
                 local=local,
             )
             failed = state._replace(failures=optax.safe_increment(state.failures))
-            finite = _trees.all_finite(inverse)
+            finite = _trees.all_finite((inverse, N, diagonal))
             chosen = jax.tree.map(
                 lambda x, y: jnp.where(finite, x, y), refreshed, failed
             )

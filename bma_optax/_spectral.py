@@ -15,6 +15,7 @@ Hessian, forward over reverse, would differentiate ``eigh`` after all.
 import itertools
 import math
 import string
+from typing import NamedTuple
 
 import jax
 import jax.extend
@@ -28,6 +29,7 @@ def matrix_power(
     floor: jax.Array,
     relative_floor: float = 0.0,
     absolute: bool = False,
+    null: float = 0.0,
 ) -> jax.Array:
     """R max(diag(l), floor, relative_floor max|l|)^p Rᵀ of a symmetric R diag(l) Rᵀ.
 
@@ -37,6 +39,9 @@ def matrix_power(
       floor: broadcasts to shape (...).
       relative_floor: a Python number. Both floors are constants to differentiation.
       absolute: whether |l| stands in the place of l.
+      null: a Python number. Eigenvalues that are no larger, or no larger than
+        ``relative_floor`` max|l|, after ``floor`` are null: 1 stands in their place,
+        and they are constants to differentiation. 0 for none, and the relative floor.
 
     Returns:
       Shape (..., L, L), the dtype of ``matrix``.
@@ -44,7 +49,12 @@ def matrix_power(
     symmetric = (matrix + jnp.swapaxes(matrix, -1, -2)) / 2
     floor = jnp.broadcast_to(jax.lax.stop_gradient(floor), matrix.shape[:-2])
     return _derivative(
-        floor, symmetric, p=p, relative_floor=relative_floor, absolute=absolute
+        floor,
+        symmetric,
+        p=p,
+        relative_floor=relative_floor,
+        absolute=absolute,
+        null=null,
     )
 
 
@@ -65,17 +75,22 @@ def _derivative(floor, matrix, *directions, **params):
 
 
 @_derivative_p.def_impl
-def _derivative_impl(floor, matrix, *directions, p, relative_floor, absolute):
+def _derivative_impl(
+    floor, matrix, *directions, p, relative_floor, absolute, null
+):
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
     transposed = jnp.swapaxes(vectors, -1, -2)
-    largest = jnp.max(jnp.abs(values), axis=-1, initial=0)
-    floor = jnp.maximum(floor, relative_floor * largest)
+    relative = relative_floor * jnp.max(jnp.abs(values), axis=-1, initial=0)
+    if null:
+        floors = _Floors(floor, jnp.maximum(relative, null), absolute)
+    else:
+        floors = _Floors(jnp.maximum(floor, relative), None, absolute)
     n = len(directions)
     if n == 0:
-        power = _floored(values, floor[..., None], absolute) ** p
+        power = floors.over(1).value(values) ** p
         return (vectors * power[..., None, :]) @ transposed
     rotated = [transposed @ direction @ vectors for direction in directions]
-    difference = _divided_difference_tensor(p, floor, values, n, absolute)
+    difference = _divided_difference_tensor(p, floors.over(n + 1), values, n)
     index = string.ascii_lowercase[: n + 1]
     terms = [f"...{i}{j}" for i, j in itertools.pairwise(index)]
     equation = ",".join([f"...{index}", *terms]) + f"->...{index[0]}{index[-1]}"
@@ -141,7 +156,36 @@ mlir.register_lowering(
 )
 
 
-def _divided_difference_tensor(p, floor, values, n, absolute):
+class _Floors(NamedTuple):
+    """What stands in the place of an eigenvalue l."""
+
+    floor: jax.Array  # shape (...).
+    null: jax.Array | None  # shape (...): no larger ones count as 1.
+    absolute: bool
+
+    def over(self, axes: int) -> "_Floors":
+        """Broadcast over so many more axes."""
+        null = self.null
+        if null is not None:
+            null = null.reshape(null.shape + (1,) * axes)
+        floor = self.floor.reshape(self.floor.shape + (1,) * axes)
+        return _Floors(floor, null, self.absolute)
+
+    def value(self, x: jax.Array) -> jax.Array:
+        """max(x, floor) or max(|x|, floor), 1 where that is null."""
+        y = jnp.maximum(jnp.abs(x) if self.absolute else x, self.floor)
+        return y if self.null is None else jnp.where(y <= self.null, 1, y)
+
+    def slope(self, x: jax.Array) -> jax.Array:
+        """The derivative of ``value``: 1, 0 or -1."""
+        floor = self.floor
+        if self.null is not None:
+            floor = jnp.maximum(floor, self.null)
+        slope = (x > floor).astype(x.dtype)
+        return slope - (x < -floor).astype(x.dtype) if self.absolute else slope
+
+
+def _divided_difference_tensor(p, floors, values, n):
     """f[l_i0, ..., l_in] for all indices: shape (..., L, ..., L), n + 1 times L."""
     lead = values.ndim - 1
     size = values.shape[-1]
@@ -155,47 +199,34 @@ def _divided_difference_tensor(p, floor, values, n, absolute):
         )
         for k in range(n + 1)
     ]
-    floor = floor.reshape(floor.shape + (1,) * (n + 1))
     # Any order of the points gives the same number; the sorted one, whose ends are
     # furthest apart, loses the fewest digits.
     ascending = jnp.sort(jnp.stack(points), axis=0)
-    return _divided_difference(p, floor, list(ascending), absolute)
+    return _divided_difference(p, floors, list(ascending))
 
 
-def _floored(values, floor, absolute):
-    return jnp.maximum(jnp.abs(values) if absolute else values, floor)
-
-
-def _divided_difference(p, floor, points, absolute):
-    """f[x_0, ..., x_n] of f(x) = max(x, floor)^p for points in ascending order."""
+def _divided_difference(p, floors, points):
+    """f[x_0, ..., x_n] of f(x) = floors.value(x)^p for points in ascending order."""
     n = len(points) - 1
     low, high = points[0], points[-1]
     gap = high - low
     if n == 1:
-        floored_low = _floored(low, floor, absolute)
-        floored_high = _floored(high, floor, absolute)
+        floored_low, floored_high = floors.value(low), floors.value(high)
         slope = jnp.where(
             gap > 0,
             (floored_high - floored_low) / jnp.where(gap > 0, gap, 1),
-            _slope(high, floor, absolute),
+            floors.slope(high),
         )
         return slope * _power_difference(p, floored_low, floored_high)
-    upper = _divided_difference(p, floor, points[1:], absolute)
-    lower = _divided_difference(p, floor, points[:-1], absolute)
+    upper = _divided_difference(p, floors, points[1:])
+    lower = _divided_difference(p, floors, points[:-1])
     # Below this relative gap f's derivative at the mean is the better approximation:
     # its error grows with the gap squared, that of the quotient falls with the gap.
     near = gap <= jnp.finfo(gap.dtype).eps ** (1 / 3) * jnp.abs(high)
     mean = sum(points) / (n + 1)
     falling = math.prod(p - k for k in range(n)) / math.factorial(n)
-    confluent = falling * _floored(mean, floor, absolute) ** (p - n)
-    confluent = confluent * _slope(mean, floor, absolute) ** n
+    confluent = falling * floors.value(mean) ** (p - n) * floors.slope(mean) ** n
     return jnp.where(near, confluent, (upper - lower) / jnp.where(near, 1, gap))
-
-
-def _slope(x, floor, absolute):
-    """The derivative of max(x, floor), or of max(|x|, floor): 1, 0 or -1."""
-    slope = (x > floor).astype(x.dtype)
-    return slope - (x < -floor).astype(x.dtype) if absolute else slope
 
 
 def _power_difference(p, low, high):

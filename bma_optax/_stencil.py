@@ -110,9 +110,13 @@ class Stencil:
             S = S.at[(a, a, *zero)].add(values[a])
         return S
 
-    def absolute_row_sums(self, S):
-        """Σ |entries| of each row, shape (fields, *grid)."""
-        return jnp.sum(jnp.abs(S), axis=range(1, 2 + len(self.grid)))
+    def absolute_row_sums(self, S, metric):
+        """Σ_j |S_ij| √(metric_i / metric_j) of each row, shape (fields, *grid).
+
+        The row sums of S in the units in which the metric is 1, times the metric.
+        """
+        root = jnp.sqrt(metric)
+        return root * self.matvec(jnp.abs(S), 1 / root)
 
     def coarsen(self, S, tile: Shape):
         """PᵀSP for the indicators P of tiles: the coarser layout and its S."""
