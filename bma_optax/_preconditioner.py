@@ -179,7 +179,8 @@ def preconditioner(
     scale, K = inverse.inverse_diagonal, inverse.K
     if cycle == "additive":
         return Preconditioner(scale, K, (), blocks, systems)
-    rows = _diagonal.row_sums(systems, product_fn, zeros, key)
+    product = _probes.typed(product_fn, zeros)
+    rows = _diagonal.row_sums(systems, product, zeros, key)
     smoother = jax.tree.map(lambda r: _nested.RELAXATION / jnp.where(r > 0, r, 1), rows)
     z2 = _block_mean_inverse.diagonal_of(blocks, scale, inverse.Lambda, damping)
     coarse_diagonal = 1 / (inverse.Lambda * blocks.block_sums(z2))
