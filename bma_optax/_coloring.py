@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _tiles, _trees
+from bma_optax import _flow, _tiles, _trees
 from bma_optax._stencil import Stencil
 from bma_optax._tiles import Tiles
 
@@ -47,11 +47,14 @@ def diagonal(product, params, arrays, stencil, key):
             )
         ]
 
-    zeros = [jnp.zeros(stencil.grid, probes.dtype) for _ in arrays]
+    zeros = probes.zeros()
     diagonals, seen = probes.total(respond, [zeros, zeros])
     # Where two of a color meet, the diagonal does not explain the second response.
     expected = [d * x for d, x in zip(diagonals, probes.signed_test(), strict=True)]
-    return diagonals, _relative_error(jnp.stack(seen), jnp.stack(expected))
+    seen, expected = (
+        jnp.stack([_tiles.replicated(x) for x in fields]) for fields in (seen, expected)
+    )
+    return diagonals, _relative_error(seen, expected)
 
 
 def row_sums(product, params, arrays, stencil, key):
@@ -62,8 +65,7 @@ def row_sums(product, params, arrays, stencil, key):
         y = probes.respond(product, probe, _outer(probe.signs))
         return [jnp.abs(y) for y in y]
 
-    zeros = [jnp.zeros(stencil.grid, probes.dtype) for _ in arrays]
-    return probes.total(respond, zeros)
+    return probes.total(respond, probes.zeros())
 
 
 def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
@@ -86,9 +88,7 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
         y = probes.respond(product, probe, _outer(probe.signs))
         return jnp.stack([tiles.sums(y) for y in y])
 
-    _, Y = jax.lax.scan(
-        lambda _, chunk: (None, jax.vmap(respond)(chunk)), None, probes.chunks()
-    )
+    Y = _flow.map(respond, probes.all_probes(), probes.side_by_side, params)
     Y = Y.reshape(stencil.fields, *stencil.colors, stencil.fields, *stencil.grid)
     S = stencil.from_colors(Y * probes.near_signs())
     response = probes.respond_to_test(product)
@@ -180,15 +180,16 @@ class _Probes:
             ],
         )
 
-    def chunks(self) -> _Probe:
-        """The same in equal chunks of probes that run side by side."""
-        every = self.all_probes()
-        count = len(every.field)
+    @property
+    def side_by_side(self) -> int:
+        """How many probes run side by side, in equal chunks."""
+        count = self.stencil.fields * math.prod(self.colors)
         most = max(1, _BATCH_ELEMENTS // max(_trees.size(self.params), 1))
-        size = max(b for b in range(1, count + 1) if count % b == 0 and b <= most)
-        return jax.tree.map(
-            lambda x: x.reshape(count // size, size, *x.shape[1:]), every
-        )
+        return max(b for b in range(1, count + 1) if count % b == 0 and b <= most)
+
+    def zeros(self):
+        """Zeros for each of the arrays, in the dtype in which they meet."""
+        return _trees.zeros_like(self.leaves, lambda _: self.dtype)
 
     def total(self, respond, zeros):
         """The sum over all probes of what ``respond(probe)`` gives."""
@@ -197,7 +198,11 @@ class _Probes:
             parts = jax.vmap(respond)(chunk)
             return jax.tree.map(lambda t, p: t + jnp.sum(p, axis=0), total, parts), None
 
-        return jax.lax.scan(add, zeros, self.chunks())[0]
+        size = self.side_by_side
+        chunks = jax.tree.map(
+            lambda x: x.reshape(-1, size, *x.shape[1:]), self.all_probes()
+        )
+        return _flow.scan(add, zeros, chunks, operands=self.params)[0]
 
     def own(self, probe, a, x):
         """x for the field of the probe, else 0."""
@@ -268,9 +273,9 @@ class _Probes:
         leaves, treedef = jax.tree.flatten(self.params)
         parts = dict(zip(self.arrays, x, strict=True))
         tangent = [
-            _trees.sharded_like(parts[i].astype(leaf.dtype), leaf)
+            _trees.typed_like(parts[i].astype(leaf.dtype), leaf)
             if i in parts
-            else jnp.zeros_like(leaf)
+            else _trees.zeros_like(leaf)
             for i, leaf in enumerate(leaves)
         ]
         y = jax.tree.leaves(product(jax.tree.unflatten(treedef, tangent)))

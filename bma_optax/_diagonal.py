@@ -12,9 +12,7 @@ def diagonal(curvature, systems, product, blocks, N, params, key, extra_args):
     """|diag G| like params, and the error of a declared reach; see ``Curvature``."""
     exact = jnp.zeros((), _trees.common_statistic_dtype(params))
     given = curvature.diagonal(params, extra_args)
-    zeros = jax.tree.map(
-        lambda p: jnp.zeros_like(p, dtype=_trees.statistic_dtype(p)), params
-    )
+    zeros = _trees.zeros_like(params, _trees.statistic_dtype)
     if given is not None:
         return jax.tree.map(
             lambda x, z: jnp.abs(x.astype(z.dtype)), given, zeros

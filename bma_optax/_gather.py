@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _coarse, _diagonal, _layout
+from bma_optax import _coarse, _diagonal, _layout, _probes
 
 
 def plan(params, rule, couple, reach, levels, warn=False):
@@ -16,6 +16,7 @@ def plan(params, rule, couple, reach, levels, warn=False):
 def gather(curvature, systems, blocks, product, params, key, extra_args):
     """N of all systems, |diag G| like params, and whether a declared reach is true."""
     key_N, key_diagonal = jax.random.split(key)
+    product = _probes.typed(product, params)
     N, error = _coarse.gather(systems, product, blocks, params, key_N)
     diagonal, diagonal_error = _diagonal.diagonal(
         curvature, systems, product, blocks, N, params, key_diagonal, extra_args
@@ -28,11 +29,9 @@ def gather(curvature, systems, blocks, product, params, key, extra_args):
 
 def raise_if_not_local(local, reach) -> None:
     """Raises a ValueError if the flag is False and not traced."""
-    try:
-        failed = not bool(local)
-    except jax.errors.ConcretizationTypeError:
+    if isinstance(local, jax.core.Tracer):
         return  # Under jit: the state has the flag.
-    if failed:
+    if not local:
         raise ValueError(
             f"The curvature reaches further than `reach`={reach} declares, or around a "
             "periodic grid whose number of tiles is no multiple of 2k + 1 (k the reach "

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _spectral, _tiles
+from bma_optax import _flow, _spectral, _tiles
 from bma_optax._rules import Shape
 from bma_optax._stencil import Stencil
 
@@ -116,7 +116,7 @@ class Levels:
             def step(carry, coefficients):
                 x, d, r = carry
                 a, b = coefficients
-                r = jax.lax.cond(
+                r = _flow.cond(
                     b > 0, lambda: r - stencil.matvec(factors(level)[0], d), lambda: r
                 )
                 d = a * cycle(r) + b * d
@@ -124,7 +124,7 @@ class Levels:
 
             zero = jnp.zeros_like(r)
             coefficients = _chebyshev(_STEPS[level > 0], r.dtype)
-            carry, _ = jax.lax.scan(step, (zero, zero, r), coefficients)
+            carry, _ = _flow.scan(step, (zero, zero, r), coefficients, operands=packed)
             return carry[0]
 
         return solve(0, r)

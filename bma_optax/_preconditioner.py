@@ -179,8 +179,9 @@ def preconditioner(
     scale, K = inverse.inverse_diagonal, inverse.K
     if cycle == "additive":
         return Preconditioner(scale, K, (), blocks, systems)
+    product = _probes.typed(product_fn, zeros)
     z2 = _block_mean_inverse.diagonal_of(blocks, scale, inverse.Lambda, damping)
-    rows = _diagonal.row_sums(systems, product_fn, z2, zeros, key)
+    rows = _diagonal.row_sums(systems, product, z2, zeros, key)
     smoother = jax.tree.map(lambda r: _nested.RELAXATION / jnp.where(r > 0, r, 1), rows)
     coarse_diagonal = 1 / (inverse.Lambda * blocks.block_sums(z2))
     return Preconditioner(

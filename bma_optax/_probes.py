@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _trees
+from bma_optax import _flow, _trees
 
 # Products run side by side as long as their vectors hold no more elements than this.
 _BATCH_ELEMENTS = 2**22
@@ -16,6 +16,11 @@ def random_key(key: jax.typing.ArrayLike) -> jax.Array:
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return jax.random.fold_in(key, 0)
     return jax.random.key(key)
+
+
+def typed(product, params):
+    """``product`` with results on the mesh as the parameters are."""
+    return lambda v: jax.tree.map(_trees.typed_like, product(v), params)
 
 
 def block_products(product, blocks, params, positions):
@@ -49,7 +54,7 @@ def by_units(product, params, active):
     parts = [
         x.astype(_trees.statistic_dtype(leaf)).reshape(leaf.shape)
         if on
-        else jnp.zeros_like(leaf, dtype=_trees.statistic_dtype(leaf))
+        else _trees.zeros_like(leaf, _trees.statistic_dtype)
         for x, leaf, on in zip(_split(entries, sizes), leaves, active, strict=True)
     ]
     return _tangent(jax.tree.unflatten(treedef, parts), params)
@@ -57,9 +62,7 @@ def by_units(product, params, active):
 
 def by_signs(product, params, active, key, num_probes):
     """max(|mean|, standard error) of x ∘ G x over random signs x in active arrays."""
-    zeros = jax.tree.map(
-        lambda p: jnp.zeros_like(p, dtype=_trees.statistic_dtype(p)), params
-    )
+    zeros = _trees.zeros_like(params, _trees.statistic_dtype)
 
     def sample(key):
         leaves, treedef = jax.tree.flatten(params)
@@ -67,7 +70,7 @@ def by_signs(product, params, active, key, num_probes):
         signs = [
             jax.random.rademacher(k, leaf.shape, leaf.dtype)
             if on
-            else jnp.zeros_like(leaf)
+            else _trees.zeros_like(leaf)
             for k, leaf, on in zip(keys, leaves, active, strict=True)
         ]
         x = _tangent(jax.tree.unflatten(treedef, signs), params)
@@ -83,7 +86,7 @@ def by_signs(product, params, active, key, num_probes):
         return (first, second), None
 
     keys = jax.random.split(key, num_probes)
-    (first, second), _ = jax.lax.scan(add, (zeros, zeros), keys)
+    (first, second), _ = _flow.scan(add, (zeros, zeros), keys, operands=params)
 
     def combine(first, second):
         mean = first / num_probes
@@ -97,15 +100,15 @@ def by_signs(product, params, active, key, num_probes):
 
 
 def _tangent(tree, params):
-    """``tree`` typed as a tangent of ``params`` must be: sharded as they are."""
-    return jax.tree.map(_trees.sharded_like, tree, params)
+    """``tree`` typed as a tangent of ``params`` must be."""
+    return jax.tree.map(_trees.typed_like, tree, params)
 
 
 def _map(f, xs, params):
     """``f`` over the first axis in chunks that bound the memory."""
     length = len(xs[0])
     batch = max(1, min(length, _BATCH_ELEMENTS // max(_trees.size(params), 1)))
-    return jax.lax.map(lambda x: f(*x), xs, batch_size=batch)
+    return _flow.map(lambda x: f(*x), xs, batch, params)
 
 
 def _split(x, sizes):

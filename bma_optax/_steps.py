@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _curvature, _losses, _probes, _spectral, _trees
+from bma_optax import _checks, _curvature, _flow, _losses, _probes, _spectral, _trees
 from bma_optax._curvature import Curvature
 
 _TRIALS = 12  # Each shrinks the step to between a tenth and a half.
@@ -116,12 +116,13 @@ def scale_by_quadratic_model(
         dtype = state.learning_rate.dtype
         value, gradient = jax.value_and_grad(f)(params)
         product = curvature.linearize(params, key, value_fn, extra_args)
-        direction = jax.tree.map(lambda x, p: x.astype(p.dtype), updates, params)
-
-        a, b, slope = _minimise(
-            gradient, product, direction, state.previous_step, dtype
+        product = _probes.typed(product, params)
+        direction, previous = (
+            jax.tree.map(lambda x, p: _trees.typed_like(x.astype(p.dtype), p), x, params)
+            for x in (updates, state.previous_step)
         )
-        step = _combine(a, direction, b, state.previous_step)
+        a, b, slope = _minimise(gradient, product, direction, previous, dtype)
+        step = _combine(a, direction, b, previous)
         if max_norm is not None:
             square = _trees.vdot(step, step).astype(dtype)
             limit = jnp.asarray(max_norm).astype(dtype)
@@ -196,10 +197,10 @@ def _backtrack(f, params, step, value, slope, dtype):
 
     def trial(carry, _):
         t, accepted = carry
-        return jax.lax.cond(accepted, lambda t: (t, accepted), attempt, t), None
+        return _flow.cond(accepted, lambda t: (t, accepted), attempt, t), None
 
     first = attempt(jnp.ones((), dtype))
-    (t, accepted), _ = jax.lax.scan(trial, first, length=_TRIALS - 1)
+    (t, accepted), _ = _flow.scan(trial, first, length=_TRIALS - 1)
     return jnp.where(accepted, t, 0)
 
 

@@ -48,17 +48,33 @@ def common_statistic_dtype(tree) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
-def sharded_like(x, leaf):
-    """``x`` sharded as ``leaf`` is, where that is part of its type."""
+def typed_like(x, leaf):
+    """``x`` on a mesh as ``leaf`` is, where that is part of its type.
+
+    That is its sharding along explicit axes, and in ``jax.shard_map`` the axes along
+    which devices hold different values.
+    """
     sharding = jax.typeof(leaf).sharding
-    if all(axis is None for axis in sharding.spec):
-        return x
-    return jax.sharding.reshard(x, sharding)
+    if not sharding.mesh.empty and jax.typeof(x).sharding.spec != sharding.spec:
+        x = jax.sharding.reshard(x, sharding)
+    return varying_like(x, leaf)
 
 
-def zeros_like(tree):
-    """Zeros of the dtypes of ``tree``; its leaves may be abstract."""
-    return jax.tree.map(jnp.zeros_like, tree)
+def varying_like(x, leaf):
+    """``x`` typed as varying at least along the axes along which ``leaf`` does."""
+    missing = jax.typeof(leaf).mat.varying - jax.typeof(x).mat.varying
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def zeros_like(tree, dtype=lambda leaf: leaf.dtype):
+    """Zeros typed like the leaves of ``tree``, which may be abstract.
+
+    Of an array that a traced function closes over, ``jnp.zeros_like`` alone would lose
+    the sharding.
+    """
+    return jax.tree.map(
+        lambda x: typed_like(jnp.zeros_like(x, dtype=dtype(x)), x), tree
+    )
 
 
 def astype(tree, like):

@@ -65,7 +65,7 @@ class Units:
         """The inverse of :meth:`split`, sharded as the array is."""
         if self.view == self.shape:
             return x
-        return _trees.sharded_like(x.reshape(self.shape), like)
+        return _trees.typed_like(x.reshape(self.shape), like)
 
     def over_inputs(self, x: jax.Array) -> jax.Array:
         """Sums over each block."""
