@@ -124,9 +124,9 @@ def _positive(blocks, diagonal):
     means = blocks.expand(sums / jnp.asarray(blocks.sizes, sums.dtype), z2)
 
     def fill(x, mean):
-        largest = jnp.broadcast_to(jnp.max(x, initial=0), x.shape)
-        for other in (mean, largest, jnp.ones_like(x)):
-            x = jnp.where(x == 0, other, x)  # Not a number stays.
-        return x
+        largest = jnp.max(x, initial=0)
+        other = jnp.where(mean == 0, jnp.where(largest == 0, 1, largest), mean)
+        # What is not a number stays.
+        return jnp.where(x == 0, _trees.typed_like(other, x), x)
 
     return jax.tree.map(fill, z2, means)

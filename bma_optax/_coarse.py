@@ -218,15 +218,20 @@ def _reach_of(array, reach) -> Shape:
 
 
 def gather(systems, product, blocks, params, key):
-    """N of all systems one after the other, and the worst error of a declared reach."""
+    """N of all systems one after the other, the checks of their reach, the products.
+
+    Returns:
+      ``(N, checks, products)``: ``checks`` by the position of the system.
+    """
     dtype = _trees.common_statistic_dtype(params)
-    parts, error = [jnp.zeros(0, dtype)], jnp.zeros((), dtype)
+    parts, checks, products = [jnp.zeros(0, dtype)], {}, jnp.int32(0)
     dense = [system for system in systems if isinstance(system, Dense)]
     if dense:
         positions = [np.arange(a, b) for system in dense for a, b in system.spans]
         full = _probes.block_products(
             product, blocks, params, np.concatenate(positions)
         )
+        products = products + sum(map(len, positions))
         row = 0
         for system in dense:
             c, n = system.count, system.n
@@ -235,7 +240,7 @@ def gather(systems, product, blocks, params, key):
             row += c * n
     for number, system in enumerate(systems):
         if isinstance(system, Nested):
-            S, this = _coloring.block_sums(
+            S, checks[number], spent = _coloring.block_sums(
                 product,
                 params,
                 system.arrays,
@@ -244,8 +249,8 @@ def gather(systems, product, blocks, params, key):
                 jax.random.fold_in(key, number),
             )
             parts.append(S.reshape(-1).astype(dtype))
-            error = jnp.maximum(error, this.astype(dtype))
-    return jnp.concatenate(parts), error
+            products = products + spent
+    return jnp.concatenate(parts), checks, products
 
 
 def take(system: System, values):

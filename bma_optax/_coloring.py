@@ -2,7 +2,7 @@
 
 Cells of a grid that are further apart than twice the reach share no neighbour: one
 product with all of one color answers for each of them. The declaration is checked by
-one product with a random vector.
+products with a random vector.
 """
 
 import itertools
@@ -18,10 +18,17 @@ from bma_optax._stencil import Stencil
 from bma_optax._tiles import Tiles
 
 
-def diagonal(product, params, arrays, stencil, key):
+class Check(NamedTuple):
+    """How far a product is from what a declared reach foretells of it, relative."""
+
+    error: jax.Array  # shape (): infinite for what is not finite.
+    tolerance: jax.Array  # shape (): what rounding of the products explains.
+
+
+def diagonal(product, params, arrays, stencil, key, tolerance):
     """The diagonal of G on some arrays, and how far it is from what was declared.
 
-    For it, elements of one color need not share neighbours, only not meet: reach + 1
+    For it, elements of one color may share neighbours if they do not meet: reach + 1
     colors an axis. Those that do meet give two answers to two random vectors.
 
     Args:
@@ -30,36 +37,46 @@ def diagonal(product, params, arrays, stencil, key):
       arrays: positions of arrays of one shape.
       stencil: its cells are the elements.
       key: a random key.
+      tolerance: of the check, from :func:`block_sums`.
 
     Returns:
-      ``(diagonals, error)``: an array for each of ``arrays``; relative, shape ().
+      ``(diagonals, check, products)``: an array for each of ``arrays``.
     """
-    probes = _Probes(params, arrays, stencil, None, key, stencil.apart)
 
-    def respond(probe):
-        # ±1 on the color, 0 elsewhere: its product with the response is the diagonal.
-        x = _outer(probe.signs)
-        return [
-            [probes.own(probe, a, x * y) for a, y in enumerate(responses)]
-            for responses in (
-                probes.respond(product, probe, x),
-                probes.respond(product, probe, _outer(probe.tests)),
-            )
-        ]
+    def attempt(colors):
+        probes = _Probes(params, arrays, stencil, None, key, colors)
 
-    zeros = probes.zeros()
-    diagonals, seen = probes.total(respond, [zeros, zeros])
-    # Where two of a color meet, the diagonal does not explain the second response.
-    expected = [d * x for d, x in zip(diagonals, probes.signed_test(), strict=True)]
-    seen, expected = (
-        jnp.stack([_tiles.replicated(x) for x in fields]) for fields in (seen, expected)
-    )
-    return diagonals, _relative_error(seen, expected)
+        def respond(probe):
+            # ±1 on the color, 0 elsewhere: times the response it is the diagonal.
+            x = _outer(probe.signs)
+            return [
+                [probes.own(probe, a, x * y) for a, y in enumerate(responses)]
+                for responses in (
+                    probes.respond(product, probe, x),
+                    probes.respond(product, probe, _outer(probe.tests)),
+                )
+            ]
+
+        zeros = probes.zeros()
+        diagonals, seen = probes.total(respond, [zeros, zeros])
+        # Where two of a color meet, the diagonal does not explain the second response.
+        signed = probes.signed_test()
+        expected = [d * x for d, x in zip(diagonals, signed, strict=True)]
+        seen, expected = (
+            jnp.stack([_tiles.replicated(x) for x in fields])
+            for fields in (seen, expected)
+        )
+        check = Check(_relative_error(seen, expected), tolerance)
+        return diagonals, check, jnp.int32(2 * probes.count)
+
+    return _first_that_passes(attempt, stencil, share=True)
 
 
 def row_sums(product, params, arrays, stencil, key):
     """Σ_j |G_ij| on some arrays, with arguments as for ``diagonal``."""
-    probes = _Probes(params, arrays, stencil, None, key, stencil.colors)
+    # More colors than a grid needs that is not periodic: it is not known here.
+    colors = stencil.colors(share=False, around=True)
+    probes = _Probes(params, arrays, stencil, None, key, colors)
 
     def respond(probe):
         y = probes.respond(product, probe, _outer(probe.signs))
@@ -80,25 +97,90 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
       key: a random key.
 
     Returns:
-      ``(S, error)``.
+      ``(S, check, products)``.
     """
-    probes = _Probes(params, arrays, stencil, tiles.tile, key, stencil.colors)
+    # The test vector, and a multiple of it: what G makes of the two differs by the
+    # rounding of the arithmetic that the user's function does, whatever its dtype.
+    probes = _Probes(params, arrays, stencil, tiles.tile, key, None)
+    image, scaled = _flow.map(
+        lambda scale: probes.respond_to_test(product, scale),
+        jnp.array([1.0, _SCALE], probes.dtype),
+        2 if 2 * _trees.size(params) <= _BATCH_ELEMENTS else 1,
+        params,
+    )
+    scaled = scaled / _SCALE
+    fine = _relative_error(image, scaled)
+    image, scaled = (
+        jnp.stack([tiles.sums(y) for y in parts]) for parts in (image, scaled)
+    )
+    rounding = jnp.maximum(fine, _relative_error(image, scaled))
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in probes.leaves)
+    tolerance = jnp.clip(16 * rounding, min(eps**0.5, _MOST), _MOST)
 
-    def respond(probe):
-        y = probes.respond(product, probe, _outer(probe.signs))
-        return jnp.stack([tiles.sums(y) for y in y])
+    def attempt(colors):
+        probes = _Probes(params, arrays, stencil, tiles.tile, key, colors)
 
-    Y = _flow.map(respond, probes.all_probes(), probes.side_by_side, params)
-    Y = Y.reshape(stencil.fields, *stencil.colors, stencil.fields, *stencil.grid)
-    S = stencil.from_colors(Y * probes.near_signs())
-    response = probes.respond_to_test(product)
-    image = jnp.stack([tiles.sums(y) for y in response])
-    return S, _relative_error(image, stencil.matvec(S, probes.coarse_test()))
+        def respond(probe):
+            y = probes.respond(product, probe, _outer(probe.signs))
+            return jnp.stack([tiles.sums(y) for y in y])
+
+        Y = _flow.map(respond, probes.all_probes(), probes.side_by_side, params)
+        counts = [axis.count for axis in colors]
+        Y = Y.reshape(stencil.fields, *counts, stencil.fields, *stencil.grid)
+        S = stencil.from_colors(Y * probes.near_signs(), colors)
+        expected = stencil.matvec(S, probes.coarse_test())
+        check = Check(_relative_error(image, expected), tolerance)
+        return S, check, jnp.int32(probes.count)
+
+    S, check, products = _first_that_passes(attempt, stencil, share=False)
+    return S, check, products + 2
+
+
+def worst(checks):
+    """The check that is furthest from passing."""
+    error, tolerance = (jnp.stack(x) for x in zip(*checks, strict=True))
+    # An infinite error stays the largest.
+    most = jnp.argmax(error / tolerance)
+    return Check(error[most], tolerance[most])
+
+
+def _first_that_passes(attempt, stencil, share):
+    """``attempt(colors)``, and once more around the edge where the check fails.
+
+    As on a periodic grid whose number of cells is no multiple of the number of colors.
+    """
+    colors = stencil.colors(share=share, around=False)
+    result = attempt(colors)
+    if all(g % c.count == 0 for g, c in zip(stencil.grid, colors, strict=True)):
+        return result  # The colors around the edge are the same.
+    _, check, products = result
+
+    def again():
+        around = stencil.colors(share=share, around=True)
+        found, check, more = attempt(around)
+        return found, check, products + more
+
+    return _flow.cond(check.error <= check.tolerance, lambda: result, again)
+
+
+_SCALE = 1.3  # No power of 2, so that it changes how numbers are rounded.
+_MOST = 0.3  # A false reach is off by more, however little the arithmetic resolves.
 
 
 def _relative_error(x, y):
-    difference, norm = jnp.sum(jnp.square(x - y)), jnp.sum(jnp.square(x))
-    return jnp.sqrt(difference / jnp.where(norm > 0, norm, 1))
+    """‖x - y‖ over the larger norm: 0 for zeros, infinite if one is not finite.
+
+    Over the largest entry before numbers are squared, or the squares would overflow
+    or vanish.
+    """
+    largest = jnp.maximum(jnp.max(jnp.abs(x)), jnp.max(jnp.abs(y)))
+    usable = largest >= float(jnp.finfo(x.dtype).tiny)
+    scale = jnp.where(usable, largest, 1)
+    difference, *squares = (
+        jnp.sum(jnp.square(v)) for v in (x / scale - y / scale, x / scale, y / scale)
+    )
+    error = jnp.sqrt(difference / jnp.where(usable, jnp.maximum(*squares), 1))
+    return jnp.where(jnp.isfinite(largest), error, jnp.inf)
 
 
 # Products run side by side as long as their vectors hold no more elements than this.
@@ -155,12 +237,12 @@ class _Probes:
 
     def all_probes(self) -> _Probe:
         """Every probe, each array with one row for each."""
-        every = itertools.product(range(self.stencil.fields), *map(range, self.colors))
+        counts = [range(axis.count) for axis in self.colors]
+        every = itertools.product(range(self.stencil.fields), *counts)
         field, *colors = np.array(list(every), np.int32).T
 
         def rows(axis, v, color):
-            g, m = self.stencil.grid[axis], self.colors[axis]
-            on = jnp.arange(g, dtype=jnp.int32)[None] % m == color[:, None]
+            on = self.colors[axis].rows()[color]
             return self._fine(axis, jnp.where(on, v, 0))
 
         size = (len(field), 1)
@@ -181,11 +263,16 @@ class _Probes:
         )
 
     @property
+    def count(self) -> int:
+        """The number of probes."""
+        return self.stencil.fields * math.prod(axis.count for axis in self.colors)
+
+    @property
     def side_by_side(self) -> int:
         """How many probes run side by side, in equal chunks."""
-        count = self.stencil.fields * math.prod(self.colors)
         most = max(1, _BATCH_ELEMENTS // max(_trees.size(self.params), 1))
-        return max(b for b in range(1, count + 1) if count % b == 0 and b <= most)
+        fits = [b for b in range(1, self.count + 1) if self.count % b == 0]
+        return max(b for b in fits if b <= most)
 
     def zeros(self):
         """Zeros for each of the arrays, in the dtype in which they meet."""
@@ -217,16 +304,16 @@ class _Probes:
     def near_signs(self):
         """For each color and cell the sign of the cell near it that has the color."""
         dim = len(self.stencil.grid)
-        whole = (1, *self.colors, 1, *self.stencil.grid)  # field, *color, field, *cell
+        counts = [axis.count for axis in self.colors]
+        whole = (1, *counts, 1, *self.stencil.grid)  # field, *color, field, *cell
         product = jnp.ones(whole, self.dtype)
-        for axis, (g, m) in enumerate(zip(self.stencil.grid, self.colors, strict=True)):
-            cells = np.arange(g)
-            steps = np.array([self.stencil.offset(axis, i) for i in range(m)])
-            near = cells + steps[(np.arange(m)[:, None] - cells) % m]
+        for axis, (g, colors) in enumerate(
+            zip(self.stencil.grid, self.colors, strict=True)
+        ):
             shape = [1] * len(whole)
-            shape[1 + axis], shape[2 + dim + axis] = m, g
-            signs = self.axis_signs[axis][near % g].reshape(shape)
-            product = product * jnp.broadcast_to(signs, whole)
+            shape[1 + axis], shape[2 + dim + axis] = colors.count, g
+            signs = self.axis_signs[axis][self.stencil.near(axis, colors)]
+            product = product * jnp.broadcast_to(signs.reshape(shape), whole)
         return product
 
     def coarse_test(self):
@@ -238,17 +325,14 @@ class _Probes:
             ]
         )
 
-    def respond_to_test(self, product):
-        """G times the test vector of all fields, on the arrays."""
-        return self._product(
-            product,
-            [
-                _outer(
-                    [self._fine(axis, v[a]) for axis, v in enumerate(self.axis_tests)]
-                )
-                for a in range(self.stencil.fields)
-            ],
-        )
+    def respond_to_test(self, product, scale):
+        """G times a multiple of the test vector of all fields, on the arrays."""
+        x = [
+            scale
+            * _outer([self._fine(axis, v[a]) for axis, v in enumerate(self.axis_tests)])
+            for a in range(self.stencil.fields)
+        ]
+        return jnp.stack([_tiles.replicated(y) for y in self._product(product, x)])
 
     def signed_test(self):
         """The signs times the test vector, an array for each field."""

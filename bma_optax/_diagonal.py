@@ -8,15 +8,18 @@ import jax.numpy as jnp
 from bma_optax import _coarse, _coloring, _probes, _trees
 
 
-def diagonal(curvature, systems, product, blocks, N, params, key, extra_args):
-    """|diag G| like params, and the error of a declared reach; see ``Curvature``."""
-    exact = jnp.zeros((), _trees.common_statistic_dtype(params))
+def diagonal(curvature, systems, product, blocks, N, checks, params, key, extra_args):
+    """diag G like params, the checks of a declared reach, the products; ``Curvature``.
+
+    Returns:
+      ``(diagonal, checks, products)``.
+    """
     given = curvature.diagonal(params, extra_args)
     zeros = _trees.zeros_like(params, _trees.statistic_dtype)
+    products = jnp.int32(0)
     if given is not None:
-        return jax.tree.map(
-            lambda x, z: jnp.abs(x.astype(z.dtype)), given, zeros
-        ), exact
+        given = jax.tree.map(lambda x, z: x.astype(z.dtype), given, zeros)
+        return given, list(checks.values()), products
     if _is_full(systems, blocks):
         entries = [
             jnp.diagonal(part.reshape(system.count, system.n, -1), axis1=1, axis2=2)
@@ -29,31 +32,50 @@ def diagonal(curvature, systems, product, blocks, N, params, key, extra_args):
         parts = [part.reshape(-1) for part in entries]
         vector = _coarse.assemble(systems, parts, jnp.zeros(0, N.dtype))
         filled = blocks.expand(vector, zeros)
-        return jax.tree.map(lambda x, z: z + jnp.abs(x), filled, zeros), exact
+        return jax.tree.map(jnp.add, filled, zeros), [], products
 
     leaves, treedef = jax.tree.flatten(zeros)
-    error = exact
-    for number, system in enumerate(systems):
-        if isinstance(system, _coarse.Nested):
-            found, this = _coloring.diagonal(
-                product,
-                params,
-                system.arrays,
-                system.elements,
-                jax.random.fold_in(key, number),
-            )
-            error = jnp.maximum(error, this.astype(error.dtype))
-            for position, values in zip(system.arrays, found, strict=True):
-                leaves[position] = leaves[position] + values
+    made = list(checks.values())
+    for number, check in checks.items():
+        system = systems[number]
+        found, this, spent = _coloring.diagonal(
+            product,
+            params,
+            system.arrays,
+            system.elements,
+            jax.random.fold_in(key, number),
+            check.tolerance,
+        )
+        made.append(this)
+        products = products + spent
+        for position, values in zip(system.arrays, found, strict=True):
+            leaves[position] = leaves[position] + values
     active, size = _rest(systems, params)
     if size:
-        probe = (
-            _probes.by_units(product, params, active)
-            if size <= curvature.num_probes
-            else _probes.by_signs(product, params, active, key, curvature.num_probes)
-        )
+        probe, spent = _probed(curvature, product, params, active, size, key)
         leaves = [x + y for x, y in zip(leaves, jax.tree.leaves(probe), strict=True)]
-    return jax.tree.map(jnp.abs, jax.tree.unflatten(treedef, leaves)), error
+        products = products + spent
+    return jax.tree.unflatten(treedef, leaves), made, products
+
+
+def without_a_reach(curvature, product, params, key, extra_args):
+    """diag G whatever its reach, and the products."""
+    given = curvature.diagonal(params, extra_args)
+    if given is not None:
+        zeros = _trees.zeros_like(params, _trees.statistic_dtype)
+        given = jax.tree.map(lambda x, z: x.astype(z.dtype), given, zeros)
+        return given, jnp.int32(0)
+    leaves = jax.tree.leaves(params)
+    active, size = [True] * len(leaves), sum(x.size for x in leaves)
+    return _probed(curvature, product, params, active, size, key)
+
+
+def _probed(curvature, product, params, active, size, key):
+    """diag G on the active arrays, which have so many elements; and the products."""
+    if size <= curvature.num_probes:
+        return _probes.by_units(product, params, active), jnp.int32(size)
+    n = curvature.num_probes
+    return _probes.by_signs(product, params, active, key, n), jnp.int32(n)
 
 
 def row_sums(systems, product, z2, params, key):
@@ -81,22 +103,6 @@ def row_sums(systems, product, z2, params, key):
         for position, values in zip(system.arrays, found, strict=True):
             sums[position] = values
     return jax.tree.unflatten(treedef, sums)
-
-
-def num_products(curvature, systems, blocks, params, extra_args) -> int:
-    """How many products N and the diagonal cost."""
-    given = jax.eval_shape(lambda: curvature.diagonal(params, extra_args)) is not None
-    known = given or _is_full(systems, blocks)
-    total = 0 if known else min(_rest(systems, params)[1], curvature.num_probes)
-    for system in systems:
-        if isinstance(system, _coarse.Nested):
-            tiles, elements = system.tiles, system.elements
-            total += tiles.fields * math.prod(tiles.colors) + 1
-            if not known:
-                total += 2 * elements.fields * math.prod(elements.apart)
-        else:
-            total += system.count * system.n
-    return total
 
 
 def _rest(systems, params):

@@ -1,9 +1,20 @@
 """What Newton-BMA gathers of a curvature: N, the diagonal, and whether it is local."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _coarse, _diagonal, _layout, _probes
+from bma_optax import (
+    _alarm,
+    _coarse,
+    _coloring,
+    _diagonal,
+    _flow,
+    _layout,
+    _probes,
+    _trees,
+)
 
 
 def plan(params, rule, couple, reach, levels, warn=False):
@@ -13,28 +24,60 @@ def plan(params, rule, couple, reach, levels, warn=False):
     return blocks, _coarse.systems(blocks, reach, levels)
 
 
-def gather(curvature, systems, blocks, product, params, key, extra_args):
-    """N of all systems, |diag G| like params, and whether a declared reach is true."""
+class Gathered(NamedTuple):
+    """What a refresh finds of a curvature."""
+
+    N: jax.Array  # of all systems.
+    diagonal: Any  # like params: |diag G|.
+    local: jax.Array  # shape (), bool: whether G reaches no further than declared.
+    products: jax.Array  # shape (), int32.
+
+
+def gather(
+    curvature, systems, blocks, product, params, key, extra_args, known=False
+) -> Gathered:
+    """N of all systems, |diag G|, and whether a declared reach is true.
+
+    Where it is not, ``update`` raises or, traced, warns, unless that is ``known``. The
+    diagonal is then one for which the reach does not matter.
+    """
     key_N, key_diagonal = jax.random.split(key)
     product = _probes.typed(product, params)
-    N, error = _coarse.gather(systems, product, blocks, params, key_N)
-    diagonal, diagonal_error = _diagonal.diagonal(
-        curvature, systems, product, blocks, N, params, key_diagonal, extra_args
+    N, checks, products = _coarse.gather(systems, product, blocks, params, key_N)
+    diagonal, checks, more = _diagonal.diagonal(
+        curvature,
+        systems,
+        product,
+        blocks,
+        N,
+        checks,
+        params,
+        key_diagonal,
+        extra_args,
     )
-    # How exact a product by a declared reach is, with room for rounding.
-    eps = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params)]
-    tolerance = max(eps, default=0.0) ** 0.5
-    return N, diagonal, jnp.maximum(error, diagonal_error) <= tolerance
+    products = products + more
+    local = jnp.asarray(True)
+    if checks:
+        check = _coloring.worst(checks)
+        local = check.error <= check.tolerance
+        # What is not finite is a failure of the curvature, not of its reach.
+        reaches_far = ~local & _trees.all_finite(N) & ~jnp.asarray(known)
+        _alarm.alarm(reaches_far, _message, *check)
+
+        def fall_back():
+            found, spent = _diagonal.without_a_reach(
+                curvature, product, params, key_diagonal, extra_args
+            )
+            return found, products + spent
+
+        diagonal, products = _flow.cond(local, lambda: (diagonal, products), fall_back)
+    return Gathered(N, jax.tree.map(jnp.abs, diagonal), local, products)
 
 
-def raise_if_not_local(local, reach) -> None:
-    """Raises a ValueError if the flag is False and not traced."""
-    if isinstance(local, jax.core.Tracer):
-        return  # Under jit: the state has the flag.
-    if not local:
-        raise ValueError(
-            f"The curvature reaches further than `reach`={reach} declares, or around a "
-            "periodic grid whose number of tiles is no multiple of 2k + 1 (k the reach "
-            "in tiles) or whose number of elements is none of reach + 1. A larger "
-            "reach, or None, is accepted."
-        )
+def _message(error, tolerance) -> str:
+    return (
+        "The curvature reaches further than `reach` declares: a product with it is "
+        f"{float(error):.1e} from what that reach foretells, relative, where rounding "
+        f"explains {float(tolerance):.1e}. Pass a larger `reach`, or None. Under "
+        "jax.jit the diagonal alone is used, and `local` in bma.diagnostics is False."
+    )

@@ -12,7 +12,6 @@ from bma_optax import (
     _coarse,
     _curvature,
     _damping,
-    _diagonal,
     _gather,
     _interval,
     _layout,
@@ -228,13 +227,17 @@ def scale_by_newton_bma(
             # Gather: N and diag G.
             product = linearize(params)
             key_probes = jax.random.fold_in(state.key, again)
-            N, diagonal, local = _gather.gather(
-                curvature, systems, blocks, product, params, key_probes, extra_args
+            N, diagonal, local, products = _gather.gather(
+                curvature,
+                systems,
+                blocks,
+                product,
+                params,
+                key_probes,
+                extra_args,
+                known=~state.local,
             )
             N = N.reshape(state.N.shape)
-            products = _diagonal.num_products(
-                curvature, systems, blocks, params, extra_args
-            )
             if not (isinstance(b2, (int, float)) and b2 == 0):
                 last = _block_mean_inverse.diagonal_of(
                     blocks, state.inverse_diagonal, state.Lambda, state.damping
@@ -272,8 +275,6 @@ def scale_by_newton_bma(
             )
 
         state = _interval.every(update_interval, state.count, refresh, state)
-
-        _gather.raise_if_not_local(state.local, reach)
 
         # Apply.
         result = _block_mean_inverse.apply(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bma_optax import (
+    _alarm,
     _block_mean_inverse,
     _checks,
     _coarse,
@@ -40,6 +41,7 @@ class Preconditioner:
 
     inverse_diagonal: Any
     K: jax.Array
+    local: jax.Array  # shape (), bool: whether the operator is as local as declared.
     cycle: tuple[Any, ...]  # () or what _multiplicative needs
     blocks: _partition.Partition = dataclasses.field(metadata={"static": True})
     systems: tuple[_coarse.System, ...] = dataclasses.field(metadata={"static": True})
@@ -169,21 +171,27 @@ def preconditioner(
     blocks, systems = _gather.plan(like, partition, couple, reach, levels, warn=True)
     zeros = _trees.zeros_like(like)
     key = _probes.random_key(key)
-    N, z2, local = _gather.gather(
+    N, z2, local, _ = _gather.gather(
         curvature, systems, blocks, product_fn, zeros, key, {}
     )
-    _gather.raise_if_not_local(local, reach)
     inverse = _block_mean_inverse.invert(
         systems, blocks, N, z2, damping, min_eigenvalue, local
     )
+    _alarm.alarm(
+        ~_trees.all_finite((inverse, N, z2)),
+        lambda: (
+            "`product_fn` gives numbers that are not finite, and so does the "
+            "preconditioner. Pass an operator whose products with finite vectors are."
+        ),
+    )
     scale, K = inverse.inverse_diagonal, inverse.K
     if cycle == "additive":
-        return Preconditioner(scale, K, (), blocks, systems)
+        return Preconditioner(scale, K, local, (), blocks, systems)
     product = _probes.typed(product_fn, zeros)
     z2 = _block_mean_inverse.diagonal_of(blocks, scale, inverse.Lambda, damping)
     rows = _diagonal.row_sums(systems, product, z2, zeros, key)
     smoother = jax.tree.map(lambda r: _nested.RELAXATION / jnp.where(r > 0, r, 1), rows)
     coarse_diagonal = 1 / (inverse.Lambda * blocks.block_sums(z2))
     return Preconditioner(
-        scale, K, (smoother, coarse_diagonal), blocks, systems, product_fn
+        scale, K, local, (smoother, coarse_diagonal), blocks, systems, product_fn
     )

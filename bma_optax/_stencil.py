@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,18 @@ import numpy as np
 
 from bma_optax import _tiles
 from bma_optax._rules import Shape
+
+
+class Colors(NamedTuple):
+    """The colors of the cells along one axis; static."""
+
+    count: int
+    of_cell: np.ndarray  # shape (cells,).
+    at_offset: np.ndarray  # shape (offsets, cells): of the cell at an offset from each.
+
+    def rows(self) -> np.ndarray:
+        """Which cells have each color, shape (count, cells)."""
+        return self.of_cell == np.arange(self.count)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,21 +39,41 @@ class Stencil:
     reach: Shape
 
     @property
-    def colors(self) -> Shape:
-        """m for each axis: cells of equal index modulo m share no neighbour."""
+    def width(self) -> Shape:
+        """m for each axis, the number of offsets."""
         return tuple(
             min(2 * k + 1, g) for k, g in zip(self.reach, self.grid, strict=True)
         )
 
     @property
-    def apart(self) -> Shape:
-        """For each axis: cells of equal index modulo this do not meet."""
-        return tuple(min(k + 1, g) for k, g in zip(self.reach, self.grid, strict=True))
-
-    @property
     def shape(self) -> Shape:
         """The shape of S."""
-        return (self.fields, self.fields, *self.colors, *self.grid)
+        return (self.fields, self.fields, *self.width, *self.grid)
+
+    def colors(self, *, share: bool, around: bool) -> tuple[Colors, ...]:
+        """Colors along each axis, so few that cells of one color are far apart.
+
+        Args:
+          share: whether such cells may share a neighbour. Else they may only not meet.
+          around: whether they are far apart around the edge of the grid as well, as
+            on a periodic one. Cells of equal index modulo the number of colors are not
+            where that does not divide the number of cells: then there are more colors.
+        """
+        return tuple(
+            self._axis_colors(axis, share, around) for axis in range(len(self.grid))
+        )
+
+    def _axis_colors(self, axis, share, around):
+        g, k, m = self.grid[axis], self.reach[axis], self.width[axis]
+        cells, apart = np.arange(g), min(k + 1 if share else 2 * k + 1, g)
+        offsets = np.array([self.offset(axis, i) for i in range(m)])
+        near = cells + offsets[:, None]
+        if not around:
+            return Colors(apart, cells % apart, near % apart)
+        # Runs of `apart` cells, and some longer ones, each in the colors 0, 1, 2, ...
+        runs = np.array_split(cells, g // apart)
+        of_cell = np.concatenate([np.arange(len(run)) for run in runs])
+        return Colors(max(map(len, runs)), of_cell, of_cell[near % g])
 
     @property
     def num_cells(self) -> int:
@@ -49,25 +82,36 @@ class Stencil:
 
     def offset(self, axis: int, index: int) -> int:
         """The offset at a position of the stencil."""
-        m, k = self.colors[axis], self.reach[axis]
+        m, k = self.width[axis], self.reach[axis]
         return index if index <= k or m == self.grid[axis] else index - m
 
-    def from_colors(self, Y):
-        """S from responses Y[a, *color, b, *cell]: color is (cell + offset) mod m."""
+    def from_colors(self, Y, colors: tuple[Colors, ...]):
+        """S from responses Y[a, *color, b, *cell] to fields and colors."""
         S = Y.transpose(self._from_colors_order())
-        for axis, (m, g) in enumerate(zip(self.colors, self.grid, strict=True)):
+        for axis, (m, g) in enumerate(zip(self.width, self.grid, strict=True)):
             color_axis, cell_axis = 2 + axis, 2 + len(self.grid) + axis
-            offset, cell = np.arange(m)[:, None], np.arange(g)
             shape = [1] * S.ndim
             shape[color_axis], shape[cell_axis] = m, g
-            total = jnp.zeros_like(S)
-            for color in range(m):
-                mask = ((cell + offset) % m == color).astype(S.dtype)
+            whole = (*S.shape[:color_axis], m, *S.shape[color_axis + 1 :])
+            total = jnp.zeros(whole, S.dtype)
+            for color in range(colors[axis].count):
+                mask = (colors[axis].at_offset == color).astype(S.dtype)
                 part = jax.lax.slice_in_dim(S, color, color + 1, axis=color_axis)
-                mask = jnp.broadcast_to(mask.reshape(shape), S.shape)
-                total = total + mask * jnp.broadcast_to(part, S.shape)
+                mask = jnp.broadcast_to(mask.reshape(shape), whole)
+                total = total + mask * jnp.broadcast_to(part, whole)
             S = total
         return S
+
+    def near(self, axis: int, colors: Colors) -> np.ndarray:
+        """For each color and cell the one cell near it that has the color, or itself.
+
+        Shape (colors, cells).
+        """
+        cells = np.arange(self.grid[axis])
+        near = np.tile(cells, (colors.count, 1))
+        for i in range(self.width[axis]):
+            near[colors.at_offset[i], cells] = cells + self.offset(axis, i)
+        return near % self.grid[axis]
 
     def _from_colors_order(self):
         """From (a, *color, b, *cell) to (b, a, *color, *cell)."""
@@ -77,7 +121,7 @@ class Stencil:
     def matvec(self, S, x):
         """S x for x of shape (fields, *grid)."""
         pads, starts = [(0, 0)], []
-        for axis, m in enumerate(self.colors):
+        for axis, m in enumerate(self.width):
             offsets = [self.offset(axis, i) for i in range(m)]
             pads.append((max(0, -min(offsets)), max(0, max(offsets))))
             starts.append([pads[-1][0] + o for o in offsets])
@@ -85,7 +129,7 @@ class Stencil:
         for axis, (before, after) in enumerate(pads):
             padded = _wrap(padded, axis, before, after)
         total = jnp.zeros_like(x)
-        for index in itertools.product(*map(range, self.colors)):
+        for index in itertools.product(*map(range, self.width)):
             window = tuple(
                 slice(starts[axis][i], starts[axis][i] + g)
                 for axis, (i, g) in enumerate(zip(index, self.grid, strict=True))
@@ -135,10 +179,10 @@ class Stencil:
         tile = [1] * len(self.grid)
         tile[axis] = t
         coarse = self.coarse(tuple(tile))
-        g, m = self.grid[axis], coarse.colors[axis]
+        g, m = self.grid[axis], coarse.width[axis]
         offset_axis, cell_axis = 2 + axis, 2 + len(self.grid) + axis
         parts: dict[int, list] = {i: [] for i in range(m)}
-        for i in range(self.colors[axis]):
+        for i in range(self.width[axis]):
             cells = np.arange(g)
             neighbours = (cells + self.offset(axis, i)) % g
             step = neighbours // t - cells // t
@@ -166,7 +210,7 @@ class Stencil:
         dim, n = len(self.grid), self.num_cells
         cell = np.arange(math.prod(self.grid)).reshape(self.grid)
         rows, columns = np.zeros(self.shape, int), np.zeros(self.shape, int)
-        for index in itertools.product(*map(range, self.colors)):
+        for index in itertools.product(*map(range, self.width)):
             shift = [-self.offset(axis, i) for axis, i in enumerate(index)]
             neighbour = np.roll(cell, shift, axis=range(dim))
             for b, a in itertools.product(range(self.fields), repeat=2):

@@ -118,7 +118,9 @@ def scale_by_quadratic_model(
         product = curvature.linearize(params, key, value_fn, extra_args)
         product = _probes.typed(product, params)
         direction, previous = (
-            jax.tree.map(lambda x, p: _trees.typed_like(x.astype(p.dtype), p), x, params)
+            jax.tree.map(
+                lambda x, p: _trees.typed_like(x.astype(p.dtype), p), x, params
+            )
             for x in (updates, state.previous_step)
         )
         a, b, slope = _minimise(gradient, product, direction, previous, dtype)

@@ -1,0 +1,265 @@
+"""C for conjugate gradients: unlike units, null directions, holes, what is not finite."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import bma_optax as bma
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+N = 16
+TILES = bma.per_tile((4, 4))
+
+
+def neumann(u, weights=(1.0, 1.0)):
+    """A Laplacian that maps constants to 0."""
+
+    def energy(u):
+        parts = [jnp.sum(jnp.diff(u, axis=k) ** 2 * w) for k, w in enumerate(weights)]
+        return sum(parts) / 2
+
+    return jax.grad(energy)(u)
+
+
+def dirichlet(u):
+    return neumann(jnp.pad(u, 1))[1:-1, 1:-1]
+
+
+def field(seed, n=N, dtype=None):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((n, n)), dtype)
+
+
+def two_fields(v):
+    coupling = 0.3 * (v["u"] - v["v"])
+    return {"u": dirichlet(v["u"]) + coupling, "v": dirichlet(v["v"]) - coupling}
+
+
+def scaled(A, D):
+    """D A D."""
+
+    def times(v):
+        return jax.tree.map(jnp.multiply, D, v)
+
+    return lambda v: times(A(times(v)))
+
+
+def iterations(A, C, b, tolerance=1e-8, most=1000):
+    """Steps of conjugate gradients to a relative residual."""
+    flat, unravel = ravel_pytree(b)
+
+    def run():
+        def product(f, x):
+            return ravel_pytree(f(unravel(x)))[0]
+
+        def going(carry):
+            _, r, _, _, k = carry
+            return (jnp.linalg.norm(r) > tolerance * jnp.linalg.norm(flat)) & (k < most)
+
+        def step(carry):
+            x, r, p, rz, k = carry
+            q = product(A, p)
+            a = rz / jnp.vdot(p, q)
+            x, r = x + a * p, r - a * q
+            z = product(C, r)
+            new = jnp.vdot(r, z)
+            return x, r, z + new / rz * p, new, k + 1
+
+        z = product(C, flat)
+        start = 0 * flat, flat, z, jnp.vdot(flat, z), 0
+        return jax.lax.while_loop(going, step, start)[-1]
+
+    return int(jax.jit(run)())
+
+
+# Units --------------------------------------------------------------------------------
+
+PARTITIONS = {
+    "nested": {"partition": TILES, "reach": 1},
+    "dense": {"partition": TILES},
+    "layers alone": {"partition": TILES, "couple": "array"},
+    "per leaf": {},
+    "per unit": {"partition": bma.per_column},
+    "no blocks": {"partition": bma.by_function(lambda path, shape: None)},
+    "multiplicative": {"partition": TILES, "reach": 1, "cycle": "multiplicative"},
+}
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_units_of_arrays_do_not_matter(name, dtype):
+    """C(D A D) = D^-1 C(A) D^-1 for D constant on each array, up to the least numbers.
+
+    D is a power of two, so that even rounding is the same.
+    """
+    ratio = 2.0 ** (17 if dtype == "float32" else 20)  # of D; of G it is the square.
+    like = {"u": field(0, dtype=dtype), "v": field(1, dtype=dtype)}
+    kwargs = PARTITIONS[name]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def apply(large, x):
+        D = {"u": jnp.asarray(1.0, dtype), "v": jnp.asarray(large, dtype)}
+        C = bma.preconditioner(
+            scaled(two_fields, D),
+            like,
+            # Random signs see the coupling of unlike units as noise: colors or units.
+            **{"num_probes": 2 * N * N} | kwargs,
+        )
+        return jax.tree.map(jnp.multiply, D, C(jax.tree.map(jnp.multiply, D, x)))
+
+    expected = apply(1.0, like)
+    for large in (ratio, 1 / ratio):
+        found = apply(large, like)
+        tolerance = 1e-4 if dtype == "float32" else 1e-9
+        jax.tree.map(
+            functools.partial(
+                np.testing.assert_allclose, rtol=tolerance, atol=tolerance
+            ),
+            found,
+            expected,
+        )
+
+
+@pytest.mark.parametrize("layout", ["last axis", "first axis"])
+def test_units_of_fields_in_one_array_do_not_matter(layout):
+    axis = -1 if layout == "last axis" else 0
+    rule = TILES if layout == "last axis" else bma.stacked(TILES)
+
+    def A(v):
+        u, w = (jnp.take(v, i, axis=axis) for i in (0, 1))
+        out = two_fields({"u": u, "v": w})
+        return jnp.stack([out["u"], out["v"]], axis=axis)
+
+    like = jnp.stack([field(0), field(1)], axis=axis)
+
+    @jax.jit
+    def apply(large):
+        D = jnp.stack([jnp.ones((N, N)), jnp.full((N, N), large)], axis=axis)
+        C = bma.preconditioner(scaled(A, D), like, rule, reach=1)
+        return D * C(D * like)
+
+    np.testing.assert_allclose(apply(2.0**20), apply(1.0), rtol=1e-8, atol=1e-9)
+
+
+def test_units_of_elements_cost_no_more_than_jacobi_does():
+    n = 32
+    rng = np.random.default_rng(0)
+    D, b = jnp.asarray(10 ** rng.uniform(-3, 3, (n, n))), field(0, n)
+    A = scaled(dirichlet, D)
+    jacobi = iterations(A, lambda r: r / (4 * D**2), b)
+    for cycle, most in (("additive", 1.4), ("multiplicative", 0.8)):
+        C = jax.jit(
+            lambda cycle=cycle: bma.preconditioner(A, b, TILES, reach=1, cycle=cycle)
+        )()
+        assert iterations(A, C, b) < most * jacobi
+
+
+# Null directions ----------------------------------------------------------------------
+
+
+def varying(seed, dtype=None):
+    rng = np.random.default_rng(seed)
+    shapes = (N - 1, N), (N, N - 1)
+    return tuple(jnp.asarray(10 ** rng.uniform(-1, 1, s), dtype) for s in shapes)
+
+
+SINGULAR = {
+    "default": {},
+    "tiles": {"partition": TILES},
+    "tiles, a reach": {"partition": TILES, "reach": 1},
+    "nested levels": {"partition": bma.per_tile((1, 2)), "reach": 1},
+    "units": {"partition": bma.per_column},
+    "units alone": {"partition": bma.per_column, "couple": "block"},
+    "multiplicative": {"partition": TILES, "reach": 1, "cycle": "multiplicative"},
+}
+
+
+@pytest.mark.parametrize("weights", ["uniform", "varying"])
+@pytest.mark.parametrize("name", SINGULAR)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_singular_system_is_solved_to_rounding(name, weights, dtype):
+    w = (1.0, 1.0) if weights == "uniform" else varying(0, dtype)
+    b = field(1, dtype=dtype)
+    b = b - jnp.mean(b)
+    kwargs = {"num_probes": N * N} | SINGULAR[name]
+
+    @jax.jit
+    def solve():
+        def A(u):
+            return neumann(u, w)
+
+        C = bma.preconditioner(A, b, **kwargs)
+        tolerance = 2e-6 if dtype == "float32" else 1e-12
+        x, _ = jax.scipy.sparse.linalg.cg(A, b, M=C, tol=tolerance, maxiter=400)
+        one = jnp.ones_like(b)
+        return jnp.linalg.norm(A(x) - b) / jnp.linalg.norm(b), jnp.max(jnp.abs(C(one)))
+
+    residual, of_ones = solve()
+    assert residual < (1e-5 if dtype == "float32" else 1e-11)
+    # C does not amplify the null vector more than its diagonal part does.
+    assert of_ones < (2 if weights == "uniform" else 40)
+
+
+def test_newton_takes_factors_of_a_softmax_layer():
+    """Its weights may be shifted for all classes at once."""
+    rng = np.random.default_rng(0)
+    X = jnp.asarray(rng.standard_normal((50, 12)) + 1)
+    y = jnp.asarray(rng.integers(0, 4, 50))
+    params = {"w": jnp.zeros((12, 4)), "b": jnp.zeros(4)}
+
+    def f(p):
+        losses = optax.softmax_cross_entropy_with_integer_labels(X @ p["w"] + p["b"], y)
+        return jnp.mean(losses)
+
+    for rule in (bma.per_leaf, bma.per_unit, bma.per_row, bma.per_layer):
+        tx = bma.newton_bma(partition=rule)
+
+        def step(carry, _, tx=tx):
+            p, s = carry
+            u, s = tx.update(jax.grad(f)(p), s, p, value_fn=f)
+            p = optax.apply_updates(p, u)
+            return (p, s), f(p)
+
+        (p, s), values = jax.jit(
+            lambda p, tx=tx, step=step: jax.lax.scan(step, (p, tx.init(p)), length=25)
+        )(params)
+        numbers = bma.diagnostics(s)
+        assert numbers["failures"] == 0 and numbers["refreshes"] == 3
+        assert values[-1] < 0.9 * f(params) and jnp.all(jnp.diff(values) < 1e-9)
+        # No eigenvalue that is only rounding is promised to pay.
+        assert numbers["coarse_ratio"] > 1e-4
+
+
+# Holes, and what is not finite --------------------------------------------------------
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"reach": 1}])
+def test_elements_without_curvature_disturb_nothing(kwargs):
+    """A mask with holes, a block of them and a field of another unit beside it."""
+    mask = np.ones((N, N))
+    mask[3:6, 3:14] = 0
+    mask[8:16, 8:16] = 0
+
+    def A(v):
+        inside = mask * dirichlet(mask * v["u"])
+        return {"u": 1e-9 * inside, "v": 1e9 * dirichlet(v["v"])}
+
+    b = {"u": mask * field(0), "v": field(1)}
+    C = jax.jit(
+        lambda: bma.preconditioner(A, b, TILES, num_probes=2 * N * N, **kwargs)
+    )()
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(C(b)))
+    assert iterations(A, C, b, tolerance=1e-10) < 60
+
+
+def test_a_product_that_is_not_finite_is_said():
+    with pytest.raises(ValueError, match="not finite"):
+        bma.preconditioner(lambda v: jnp.nan * v, jnp.ones(4))
+    with pytest.warns(UserWarning, match="not finite"):
+        jax.jit(lambda: bma.preconditioner(lambda v: jnp.nan * v, jnp.ones(4)))()
+        jax.effects_barrier()
