@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _coloring, _nested, _probes, _spectral, _trees
+from bma_optax import _coloring, _flow, _nested, _probes, _spectral, _trees
 from bma_optax._block_mean_matrix import BlockMeanMatrix
 from bma_optax._nested import Levels
 from bma_optax._partition import Partition
@@ -53,6 +53,7 @@ class Dense:
 
     K_size = N_size
 
+    @_flow.compiled
     def invert(self, N, n2, damping, floor) -> Factor:
         """K by the absolute eigenvalues of the damped M."""
         shape = (self.count, self.n, self.n)
@@ -74,6 +75,7 @@ class Dense:
             _count_floored(eigenvalues + damping, floor),
         )
 
+    @_flow.compiled
     def correct(self, K, r):
         """K r."""
         y = jnp.einsum(
@@ -106,6 +108,7 @@ class Nested:
         """The length of K."""
         return self.tiles.num_cells + self.levels.packed_size
 
+    @_flow.compiled
     def invert(self, N, n2, damping, floor) -> Factor:
         """The nested levels of the damped N; eigenvalues are those of the last one."""
         shape = (self.tiles.fields, *self.tiles.grid)
@@ -124,6 +127,7 @@ class Nested:
             _count_floored(eigenvalues, floor),
         )
 
+    @_flow.compiled
     def correct(self, K, r):
         """K r; 0 where an indefinite matrix would have made it an ascent direction.
 

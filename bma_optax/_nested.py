@@ -47,6 +47,7 @@ class Levels:
         """The length of what ``pack`` returns."""
         return self._starts[-1] + self.bottom.num_cells**2
 
+    @_flow.compiled
     def pack(self, S, n2, min_eigenvalue):
         """Everything ``solve`` needs in one vector; and M's eigenvalues at the bottom.
 
@@ -72,6 +73,7 @@ class Levels:
         eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
         return jnp.concatenate(parts), eigenvalues
 
+    @_flow.compiled
     def solve(self, packed, r):
         """The approximate inverse times r of shape (fields, *grid)."""
         n = self.bottom.num_cells

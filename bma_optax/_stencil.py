@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _tiles
+from bma_optax import _flow, _tiles
 from bma_optax._rules import Shape
 
 
@@ -52,6 +52,7 @@ class Stencil:
         m, k = self.colors[axis], self.reach[axis]
         return index if index <= k or m == self.grid[axis] else index - m
 
+    @_flow.compiled
     def from_colors(self, Y):
         """S from responses Y[a, *color, b, *cell]: color is (cell + offset) mod m."""
         S = Y.transpose(self._from_colors_order())
@@ -74,6 +75,7 @@ class Stencil:
         dim = len(self.grid)
         return (1 + dim, 0, *range(1, 1 + dim), *range(2 + dim, 2 + 2 * dim))
 
+    @_flow.compiled
     def matvec(self, S, x):
         """S x for x of shape (fields, *grid)."""
         pads, starts = [(0, 0)], []
