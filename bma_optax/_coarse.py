@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _coloring, _nested, _probes, _spectral, _trees
+from bma_optax import _coloring, _flow, _nested, _probes, _spectral, _trees
 from bma_optax._expansions import diagonal_matrix
 from bma_optax._nested import Levels
 from bma_optax._partition import Partition
@@ -53,6 +53,7 @@ class Dense:
 
     K_size = N_size
 
+    @_flow.compiled
     def invert(self, N, n2, damping, floor) -> Factor:
         """K by the absolute eigenvalues of the damped M."""
         shape = (self.count, self.n, self.n)
@@ -86,6 +87,7 @@ class Dense:
         size = max(map(sum, self.sizes), default=1)
         return _spectral.resolution(size, dtype)
 
+    @_flow.compiled
     def correct(self, K, r):
         """K r."""
         y = jnp.einsum(
@@ -118,6 +120,7 @@ class Nested:
         """The length of K."""
         return self.tiles.num_cells + self.levels.packed_size
 
+    @_flow.compiled
     def invert(self, N, n2, damping, floor) -> Factor:
         """The nested levels of the damped N; eigenvalues are those of the last one."""
         shape = (self.tiles.fields, *self.tiles.grid)
@@ -138,6 +141,7 @@ class Nested:
             *_look(eigenvalues - damping, damping, floor, self.levels.null(n2.dtype)),
         )
 
+    @_flow.compiled
     def correct(self, K, r):
         """K r; 0 where an indefinite matrix would have made it an ascent direction.
 

@@ -43,7 +43,8 @@ def diagonal(product, params, arrays, stencil, key, tolerance):
       ``(diagonals, check, products)``: an array for each of ``arrays``.
     """
 
-    def attempt(colors):
+    def attempt(around):
+        colors = stencil.colors(share=True, around=around)
         probes = _Probes(params, arrays, stencil, None, key, colors)
 
         def respond(probe):
@@ -117,7 +118,8 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in probes.leaves)
     tolerance = jnp.clip(16 * rounding, min(eps**0.5, _MOST), _MOST)
 
-    def attempt(colors):
+    def attempt(around):
+        colors = stencil.colors(share=False, around=around)
         probes = _Probes(params, arrays, stencil, tiles.tile, key, colors)
 
         def respond(probe):
@@ -127,7 +129,7 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
         Y = _flow.map(respond, probes.all_probes(), probes.side_by_side, params)
         counts = [axis.count for axis in colors]
         Y = Y.reshape(stencil.fields, *counts, stencil.fields, *stencil.grid)
-        S = stencil.from_colors(Y * probes.near_signs(), colors)
+        S = stencil.from_colors(Y * probes.near_signs(), around)
         expected = stencil.matvec(S, probes.coarse_test())
         check = Check(_relative_error(image, expected), tolerance)
         return S, check, jnp.int32(probes.count)
@@ -145,19 +147,17 @@ def worst(checks):
 
 
 def _first_that_passes(attempt, stencil, share):
-    """``attempt(colors)``, and once more around the edge where the check fails.
+    """``attempt(around=False)``, and with more colors where its check fails.
 
     As on a periodic grid whose number of cells is no multiple of the number of colors.
     """
-    colors = stencil.colors(share=share, around=False)
-    result = attempt(colors)
+    result, colors = attempt(False), stencil.colors(share=share, around=False)
     if all(g % c.count == 0 for g, c in zip(stencil.grid, colors, strict=True)):
         return result  # The colors around the edge are the same.
     _, check, products = result
 
     def again():
-        around = stencil.colors(share=share, around=True)
-        found, check, more = attempt(around)
+        found, check, more = attempt(True)
         return found, check, products + more
 
     return _flow.cond(check.error <= check.tolerance, lambda: result, again)

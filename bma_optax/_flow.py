@@ -5,11 +5,16 @@ ones at each update, each time anew. There the predicate is known, and a loop of
 compiles nothing that it has met before.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bma_optax import _trees
+
+# A method of a static layout as one program: un-jitted, it is compiled once for each
+# layout. Under ``jit`` it is a part of the caller's, as if it were not here.
+compiled = functools.partial(jax.jit, static_argnums=0, inline=True)
 
 
 def is_traced(*trees) -> bool:
@@ -36,10 +41,9 @@ def scan(f, init, xs=None, length=None, operands=()):
             carry, _ = jax.eval_shape(f, init, first)
             init = jax.tree.map(_trees.varying_like, init, carry)
         return jax.lax.scan(f, init, xs, length)
-    rows = _rows(xs) if length is None else [None] * length
     carry, ys = init, []
-    for x in rows:
-        carry, y = f(carry, x)
+    for i in range(_length(xs) if length is None else length):
+        carry, y = f(carry, jax.tree.map(lambda x, i=i: x[i], xs))
         ys.append(y)
     return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
@@ -48,19 +52,15 @@ def map(f, xs, batch_size, operands=()):  # noqa: A001 - as in jax.lax.
     """``jax.lax.map``, ``batch_size`` at a time; ``operands`` as for :func:`scan`."""
     if is_traced(xs, operands):
         return jax.lax.map(f, xs, batch_size=batch_size)
-    length = len(jax.tree.leaves(xs)[0])
     parts = [
         jax.vmap(f)(jax.tree.map(lambda x, i=i: x[i : i + batch_size], xs))
-        for i in range(0, length, batch_size)
+        for i in range(0, _length(xs), batch_size)
     ]
     return jax.tree.map(lambda *y: jnp.concatenate(y), *parts)
 
 
-def _rows(xs):
-    """The slices of each array along its first axis."""
-    leaves, treedef = jax.tree.flatten(xs)
-    columns = [list(x) if isinstance(x, np.ndarray) else jnp.unstack(x) for x in leaves]
-    return [jax.tree.unflatten(treedef, row) for row in zip(*columns, strict=True)]
+def _length(xs) -> int:
+    return len(jax.tree.leaves(xs)[0])
 
 
 def _in_shard_map() -> bool:

@@ -47,6 +47,7 @@ class Levels:
         """The length of what ``pack`` returns."""
         return self._starts[-1] + self.bottom.num_cells**2
 
+    @_flow.compiled
     def pack(self, S, n2, floor):
         """Everything ``solve`` needs in one vector; and M's eigenvalues at the bottom.
 
@@ -84,6 +85,7 @@ class Levels:
         """
         return 8 * float(jnp.finfo(dtype).eps)
 
+    @_flow.compiled
     def solve(self, packed, r):
         """The approximate inverse times r of shape (fields, *grid)."""
         n = self.bottom.num_cells

@@ -1,6 +1,7 @@
 """Matrices on grids whose entries meet only near neighbours, as block stencils."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _tiles
+from bma_optax import _flow, _tiles
 from bma_optax._rules import Shape
 
 
@@ -85,8 +86,10 @@ class Stencil:
         m, k = self.width[axis], self.reach[axis]
         return index if index <= k or m == self.grid[axis] else index - m
 
-    def from_colors(self, Y, colors: tuple[Colors, ...]):
-        """S from responses Y[a, *color, b, *cell] to fields and colors."""
+    @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
+    def from_colors(self, Y, around: bool):
+        """S from responses Y[a, *color, b, *cell] to fields and ``colors``."""
+        colors = self.colors(share=False, around=around)
         S = Y.transpose(self._from_colors_order())
         for axis, (m, g) in enumerate(zip(self.width, self.grid, strict=True)):
             color_axis, cell_axis = 2 + axis, 2 + len(self.grid) + axis
@@ -118,6 +121,7 @@ class Stencil:
         dim = len(self.grid)
         return (1 + dim, 0, *range(1, 1 + dim), *range(2 + dim, 2 + 2 * dim))
 
+    @_flow.compiled
     def matvec(self, S, x):
         """S x for x of shape (fields, *grid)."""
         pads, starts = [(0, 0)], []
