@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _coarse, _coloring, _probes, _trees
+from bma_optax import _coarse, _coloring, _losses, _probes, _trees
 
 
 def diagonal(curvature, systems, product, blocks, N, params, key, extra_args):
@@ -14,8 +14,11 @@ def diagonal(curvature, systems, product, blocks, N, params, key, extra_args):
     given = curvature.diagonal(params, extra_args)
     zeros = _trees.zeros_like(params, _trees.statistic_dtype)
     if given is not None:
+        own = f"{type(curvature).__name__}.diagonal"
+        name = own if curvature.diagonal_fn is None else "diagonal_fn"
+        given = _losses.like_params(given, params, name)
         return jax.tree.map(
-            lambda x, z: jnp.abs(x.astype(z.dtype)), given, zeros
+            lambda x, z: jnp.abs(jnp.asarray(x, z.dtype)), given, zeros
         ), exact
     if _is_full(systems, blocks):
         entries = [
