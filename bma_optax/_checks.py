@@ -66,7 +66,8 @@ def plain(value: Any) -> Any:
 
 def random_key(key: Any) -> None:
     """Raises an error for what is neither a seed nor one random key."""
-    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    dtype: Any = getattr(key, "dtype", None)
+    shape = getattr(key, "shape", None)
     if is_integer(key):
         if not -(2**63) <= key < 2**63:
             raise ValueError(f"`key` must fit into 64 bits, got {key}.")
@@ -119,7 +120,7 @@ def _number(name, value, wanted, narrow):
     """``value`` as a number of Python's, None where it is traced; else a TypeError."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
-    dtype = getattr(value, "dtype", None)
+    dtype: Any = getattr(value, "dtype", None)
     is_array = isinstance(value, (np.generic, np.ndarray, jax.Array))
     if (
         not is_array

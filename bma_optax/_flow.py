@@ -59,9 +59,7 @@ def map(f, xs, batch_size, operands=()):  # noqa: A001 - as in jax.lax.
 def _rows(xs):
     """The slices of each array along its first axis."""
     leaves, treedef = jax.tree.flatten(xs)
-    columns = [
-        list(x) if isinstance(x, np.ndarray) else jnp.unstack(x) for x in leaves
-    ]
+    columns = [list(x) if isinstance(x, np.ndarray) else jnp.unstack(x) for x in leaves]
     return [jax.tree.unflatten(treedef, row) for row in zip(*columns, strict=True)]
 
 

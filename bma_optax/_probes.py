@@ -1,5 +1,7 @@
 """Entries of G by products with it: block sums and the diagonal."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,21 +14,21 @@ _BATCH_ELEMENTS = 2**22
 _IMPLEMENTATION = "threefry2x32"  # The same numbers on every device.
 
 
-def key_data(key: jax.typing.ArrayLike) -> jax.Array:
+def key_data(key: Any) -> jax.Array:
     """Two numbers of 32 bits from a seed or a key of any kind, for a state to hold.
 
     Arrays of numbers can be saved, averaged and compared, typed keys cannot.
     """
-    if not (hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.ndim):
-        if not jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
-            return jax.random.key_data(jax.random.key(key, impl=_IMPLEMENTATION))
+    if jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
         key = jax.random.key_data(key)
+    elif getattr(key, "shape", ()) == ():
+        return jax.random.key_data(jax.random.key(key, impl=_IMPLEMENTATION))
     # A key of the user's stays with the user: other numbers are drawn here.
     if key.shape == (2,):
         ours = jax.random.fold_in(typed_key(key), 0)
     else:
         ours = jax.random.key(0, impl=_IMPLEMENTATION)
-        for word in key.reshape(-1):
+        for word in key:
             ours = jax.random.fold_in(ours, word)
     return jax.random.key_data(ours)
 

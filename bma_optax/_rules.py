@@ -236,7 +236,7 @@ def per_tile(tile: int | tuple[int, ...]) -> Rule:
       >>> blocks.names, blocks.sizes
       (('params[0:4, :, :]', 'params[4:6, :, :]'), (48, 24))
     """
-    lengths = (tile,) if is_integer(tile) else tile
+    lengths: Any = (tile,) if is_integer(tile) else tile
     if not isinstance(lengths, (tuple, list)) or not all(map(is_integer, lengths)):
         raise TypeError(
             f"`tile` must hold positive integers, got {tile!r}. Pass one for each "

@@ -75,9 +75,7 @@ def _derivative(floor, matrix, *directions, **params):
 
 
 @_derivative_p.def_impl
-def _derivative_impl(
-    floor, matrix, *directions, p, relative_floor, absolute, null
-):
+def _derivative_impl(floor, matrix, *directions, p, relative_floor, absolute, null):
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
     transposed = jnp.swapaxes(vectors, -1, -2)
     relative = relative_floor * jnp.max(jnp.abs(values), axis=-1, initial=0)

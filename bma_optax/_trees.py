@@ -11,6 +11,12 @@ from jax.tree_util import GetAttrKey
 
 Path = tuple[str, ...]
 
+_BOXES = (
+    ("flax.nnx", "Variable"),
+    ("flax.nnx", "VariableState"),
+    ("flax.core.meta", "AxisMetadata"),
+)
+
 
 def path_of(keys: tuple) -> Path:
     """A leaf's path in plain strings."""
@@ -52,11 +58,13 @@ def _is_box(x) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_box_type(kind: type) -> bool:
+def _is_box_type(kind) -> bool:
     """Whether Flax boxes parameters in objects of this type, found without Flax."""
-    names = ("flax.nnx", "Variable"), ("flax.nnx", "VariableState")
-    names = *names, ("flax.core.meta", "AxisMetadata")
-    found = [vars(sys.modules[m]).get(name) for m, name in names if m in sys.modules]
+    found = [
+        vars(sys.modules[module]).get(name)
+        for module, name in _BOXES
+        if module in sys.modules
+    ]
     return issubclass(kind, tuple(box for box in found if isinstance(box, type)))
 
 
@@ -117,10 +125,9 @@ def arrays(tree):
     """
 
     def array(x):
-        is_array = isinstance(x, jax.Array)
-        if is_array and (x.dtype != jnp.float64 or jax.config.jax_enable_x64):
-            return x
-        return jnp.asarray(x, dtype_of(x))
+        dtype = dtype_of(x)
+        same = isinstance(x, jax.Array) and x.dtype == dtype
+        return x if same else jnp.asarray(x, dtype)
 
     return jax.tree.map(array, tree)
 
@@ -246,7 +253,8 @@ def unlike(tree, like) -> tuple[str, Any, Any] | None:
 
     With it come both leaves, None for one that is missing.
     """
-    if jax.tree.structure(tree) == jax.tree.structure(like):
+    structure: Any = jax.tree.structure(like)
+    if structure == jax.tree.structure(tree):
         pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
         if all(np.shape(x) == np.shape(y) for x, y in pairs):
             return None  # Names cost more than all the rest.
@@ -260,7 +268,7 @@ def unlike(tree, like) -> tuple[str, Any, Any] | None:
 
 def in_order(tree, like):
     """``tree`` in the structure of ``like``, whose names its leaves have."""
-    structure = jax.tree.structure(like)
+    structure: Any = jax.tree.structure(like)
     if jax.tree.structure(tree) == structure:
         return tree
     leaves = dict(named_leaves(tree))
@@ -299,8 +307,8 @@ def check_statistics(params, statistics) -> None:
             path, _ = named_leaves(params)[position]
             raise ValueError(
                 f"Parameter {name_of(path)!r} has dtype {dtype_of(p)}, with statistics "
-                f"of {dtype}; the state has {x.dtype}, from other parameters or another "
-                "jax_enable_x64. Pass the state that init makes of these parameters; a "
-                "restored one can be cast to it: "
+                f"of {dtype}; the state has {x.dtype}, from other parameters or "
+                "another jax_enable_x64. Pass the state that init makes of these "
+                "parameters; a restored one can be cast to it: "
                 "jax.tree.map(lambda x, y: x.astype(y.dtype), state, tx.init(params))."
             )
