@@ -46,7 +46,8 @@ def decay(
                 "`update` needs the parameters where weights decay. Pass "
                 "update(grads, state, params)."
             )
-        return wide.update(updates, state, _trees.astype(params, updates))
+        params = _trees.astype(_trees.arrays(params), updates)
+        return wide.update(updates, state, params)
 
     return optax.GradientTransformation(inner.init, update)
 
@@ -60,7 +61,7 @@ def _in_statistics(inner):
     """``inner`` computed in the dtype of statistics."""
 
     def wide(tree):
-        return jax.tree.map(lambda x: x.astype(_trees.statistic_dtype(x)), tree)
+        return jax.tree.map(lambda x: jnp.asarray(x, _trees.statistic_dtype(x)), tree)
 
     def update(updates, state, params=None):
         result, state = inner.update(wide(updates), state, wide(params))

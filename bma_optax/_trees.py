@@ -54,7 +54,8 @@ def named_leaves(tree) -> list[tuple[Path, Any]]:
 
 
 def _is_box(x) -> bool:
-    return _is_box_type(type(x))
+    kind: Any = type(x)
+    return _is_box_type(kind)
 
 
 @functools.lru_cache(maxsize=1024)
