@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _interval, _layout, _rules, _small_matrix, _trees
+from bma_optax import _checks, _interval, _layout, _rates, _rules, _small_matrix, _trees
 
 _FORMS = ("left", "symmetric")
 
@@ -97,15 +97,15 @@ def scale_by_bma(
     Returns:
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleByBMAState`.
       Updates keep the dtype of the gradients, float16 to float64; statistics are
-      float32, or float64 for float64 gradients.
+      float32, or float64 for float64 parameters.
 
     Raises:
-      TypeError: if ``partition`` is no rule; at ``init``, if a leaf is no real floating
-        array.
+      TypeError: if ``partition`` is no rule or a number is none, or of 16 bits; at
+        ``init`` and ``update``, if a leaf is no real floating array.
       ValueError: if ``form``, ``couple`` or ``estimator`` is unknown or a number is
         negative or NaN; at ``init``, if the rule does not fit the parameters; at
         ``update``, if the gradients are not of the structure and shapes that ``init``
-        saw.
+        saw, or the state is of parameters of another dtype.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -138,9 +138,10 @@ def scale_by_bma(
         min_eigenvalue=min_eigenvalue,
     )
     _checks.at_least_one(update_interval=update_interval)
+    update_interval = _checks.plain(update_interval)
 
     def init_fn(params):
-        _trees.check_floating(params)
+        params = _trees.parameters(params)
         blocks = _layout.partition(params, partition, couple)
         sum_of_squares = jax.tree.map(
             lambda p: jnp.full_like(
@@ -159,8 +160,10 @@ def scale_by_bma(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
+        _trees.check_statistics(params, state.sum_of_squares)
         _trees.check_same_shapes(updates, state.sum_of_squares)
+        updates, state = _trees.arrays((updates, state))
         blocks = _layout.layout(updates, partition, couple)
         blocks.check_state(state.U.shape)
 
@@ -171,7 +174,7 @@ def scale_by_bma(
         # root, eps later, and r written once, where it will become the update.
 
         # Gather: diag H, U.
-        g = jax.tree.map(lambda g, h: g.astype(h.dtype), updates, state.sum_of_squares)
+        g = _trees.astype(updates, state.sum_of_squares)
         h = jax.tree.map(_add_square, g, state.sum_of_squares)
         U = state.U + _small_matrix.outer(blocks, blocks.block_sums(g))
 
@@ -209,8 +212,7 @@ def scale_by_bma(
             result = jax.tree.map(
                 lambda x, h: x * _scale(h, eps, power), result, _trees.again(h)
             )
-        result = jax.tree.map(lambda x, g: x.astype(g.dtype), result, updates)
-        return result, ScaleByBMAState(
+        return _trees.astype(result, updates), ScaleByBMAState(
             count=optax.safe_increment(state.count),
             sum_of_squares=h,
             U=U,
@@ -283,7 +285,7 @@ def adagrad_bma(
             estimator=estimator,
             update_interval=update_interval,
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        _rates.scale(learning_rate),
     )
 
 

@@ -12,6 +12,7 @@ from bma_optax import (
     _interval,
     _layout,
     _moments,
+    _rates,
     _rules,
     _small_matrix,
     _trees,
@@ -86,15 +87,16 @@ def scale_by_adam_bma(
     Returns:
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleByAdamBMAState`.
       Updates keep the dtype of the gradients; statistics are float32, or float64 for
-      float64 gradients. A gradient that is not finite counts as 0 (its whole block is
+      float64 parameters. A gradient that is not finite counts as 0 (its whole block is
       left out of U) and gives an update that is not finite, at that element alone.
 
     Raises:
-      TypeError: if ``partition`` is no rule; at ``init``, if a leaf is no real floating
-        array.
+      TypeError: if ``partition`` is no rule or a number is none, or of 16 bits; at
+        ``init`` and ``update``, if a leaf is no real floating array.
       ValueError: if ``couple`` or ``estimator`` is unknown or a number is out of its
         range; at ``init``, if the rule does not fit the parameters; at ``update``, if
-        the gradients are not of the structure and shapes that ``init`` saw.
+        the gradients are not of the structure and shapes that ``init`` saw, or the
+        state is of parameters of another dtype.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -122,9 +124,11 @@ def scale_by_adam_bma(
     _checks.below_one(b1=b1, b2=b2)
     _checks.not_negative(eps=eps, eps_root=eps_root, min_eigenvalue=min_eigenvalue)
     _checks.at_least_one(update_interval=update_interval)
+    _checks.mu_dtype(mu_dtype)
+    update_interval = _checks.plain(update_interval)
 
     def init_fn(params):
-        _trees.check_floating(params)
+        params = _trees.parameters(params)
         blocks = _layout.partition(params, partition, couple)
         nu = jax.tree.map(
             lambda p: jnp.zeros_like(p, dtype=_trees.statistic_dtype(p)), params
@@ -141,19 +145,21 @@ def scale_by_adam_bma(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
+        _trees.check_statistics(params, state.nu)
         _trees.check_same_shapes(updates, state.nu)
+        updates, state = _trees.arrays((updates, state))
         blocks = _layout.layout(updates, partition, couple)
         blocks.check_state(state.U.shape)
         count = optax.safe_increment(state.count)
 
         # Gather: the momentum, diag H, U.
-        g = _moments.finite_gradients(updates)
+        raw = _trees.astype(updates, state.nu)
+        g = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), raw)
         mu = jax.tree.map(lambda g, m: _moments.decay(g, m, b1), g, state.mu)
         nu = jax.tree.map(
             lambda g, h: _moments.decay(jnp.square(g), h, b2), g, state.nu
         )
-        raw = jax.tree.map(lambda g, h: g.astype(h.dtype), updates, nu)
         U = _moments.decay(
             _small_matrix.outer(blocks, blocks.block_sums(raw)), state.U, b2
         )
@@ -191,10 +197,9 @@ def scale_by_adam_bma(
         result = jax.tree.map(
             lambda r, c, h: r + jnp.where(h > 0, c, 0), r, correction, nu
         )
-        result = jax.tree.map(lambda x, g: x.astype(g.dtype), result, updates)
-        return result, ScaleByAdamBMAState(
+        return _trees.astype(result, updates), ScaleByAdamBMAState(
             count=count,
-            mu=jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu),
+            mu=_trees.astype(mu, state.mu),
             nu=nu,
             U=U,
             v=v,
@@ -245,7 +250,7 @@ def adam_bma(
 
     Returns:
       A chain of :func:`scale_by_adam_bma`, the decay and the rate. ``update`` needs
-      ``params``.
+      ``params`` where weights decay.
 
     Raises:
       TypeError, ValueError: as :func:`scale_by_adam_bma`.
@@ -281,6 +286,6 @@ def adam_bma(
             min_eigenvalue=min_eigenvalue,
             update_interval=update_interval,
         ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+        _rates.decay(weight_decay, weight_decay_mask),
+        _rates.scale(learning_rate),
     )

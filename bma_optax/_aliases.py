@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from bma_optax import _curvature, _natural, _newton, _rules, _steps
+from bma_optax import _checks, _curvature, _natural, _newton, _rates, _rules, _steps
 from bma_optax._curvature import Curvature
 
 
@@ -182,7 +182,8 @@ def _descend(
     if learning_rate is None:
         rule = _steps.scale_by_quadratic_model(curvature, max_norm=max_norm, key=key)
         return optax.chain(direction, optax.scale(-1.0), rule)
-    parts: list[Any] = [direction, optax.scale_by_learning_rate(learning_rate)]
+    parts: list[Any] = [direction, _rates.scale(learning_rate)]
     if max_norm is not None:
-        parts.append(optax.clip_by_global_norm(max_norm))
+        _checks.positive(max_norm=max_norm)
+        parts.append(_rates.clip(max_norm))
     return optax.chain(*parts)

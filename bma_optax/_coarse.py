@@ -17,7 +17,7 @@ from bma_optax import _coloring, _flow, _nested, _probes, _spectral, _trees
 from bma_optax._expansions import diagonal_matrix
 from bma_optax._nested import Levels
 from bma_optax._partition import Partition
-from bma_optax._rules import Shape
+from bma_optax._rules import Shape, is_integer
 from bma_optax._stencil import Stencil
 
 # F has a unit diagonal: Λ, a mean of its eigenvalues, is far above this but for noise.
@@ -214,7 +214,8 @@ def _nested_system(blocks, positions, reach, levels) -> Nested:
 
 def _reach_of(array, reach) -> Shape:
     """The reach along each axis; along an axis that is one tile all elements meet."""
-    given = (reach,) * len(array.shape) if isinstance(reach, int) else tuple(reach)
+    given = (reach,) * len(array.shape) if is_integer(reach) else reach
+    given = tuple(map(int, given))
     return tuple(
         n if g == 1 or axis >= len(given) else given[axis]
         for axis, (n, g) in enumerate(zip(array.shape, array.grid, strict=True))
@@ -286,17 +287,18 @@ def split(systems, packed, size):
 
 def check_reach(reach, levels) -> None:
     """Raises a TypeError or ValueError for a reach or levels of another form."""
-    numbers = (reach,) if isinstance(reach, int) else reach
+    numbers = (reach,) if is_integer(reach) else reach
     if numbers is not None and not (
-        isinstance(numbers, tuple) and all(isinstance(k, int) for k in numbers)
+        isinstance(numbers, tuple) and all(map(is_integer, numbers))
     ):
         raise TypeError(
-            f"`reach` must be an integer, a tuple of them or None, got {reach!r}; a "
-            "tuple under optax.inject_hyperparams."
+            f"`reach` must be an integer, a tuple of them or None, got {reach!r}. Pass "
+            "a tuple under optax.inject_hyperparams."
         )
     if numbers is not None and any(k < 0 for k in numbers):
         raise ValueError(f"`reach` must not be negative, got {reach}.")
-    valid = levels == "auto" or (
+    valid = isinstance(levels, str) and levels == "auto"
+    valid = valid or (
         isinstance(levels, tuple)
         and all(
             isinstance(tile, tuple) and all(isinstance(t, int) and t > 0 for t in tile)

@@ -53,10 +53,11 @@ def scale_block_mean(
       is left as it is.
 
     Raises:
-      TypeError: if ``partition`` is no rule; at ``init``, if a leaf is no real floating
-        array.
-      ValueError: if ``weights`` is unknown or ``b3`` out of its range; at ``init``, if
-        the rule does not fit the parameters.
+      TypeError: if ``partition`` is no rule or a number is none, or of 16 bits; at
+        ``init`` and ``update``, if a leaf is no real floating array.
+      ValueError: if ``weights`` is unknown or a number out of its range; at ``init``,
+        if the rule does not fit the parameters; at ``update`` with learned weights, if
+        updates or parameters are not those that ``init`` saw.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -72,9 +73,10 @@ def scale_block_mean(
     _rules.check_rule(partition)
     _units.check_weights(weights)
     _checks.below_one(b3=b3)
+    _checks.finite(factor=factor)
 
     def init_fn(params):
-        _trees.check_floating(params)
+        params = _trees.parameters(params)
 
         def start(units, p):
             zeros = jnp.zeros_like(p, dtype=_trees.statistic_dtype(p))
@@ -89,7 +91,12 @@ def scale_block_mean(
         return ScaleBlockMeanState(found.direction)
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
+        _trees.check_vectors(updates, "The update of")
+        if weights == "learned":
+            _trees.check_statistics(params, state.direction)
+            _check_directions(jax.eval_shape(init_fn, updates), state)
+        updates, state = _trees.arrays((updates, state))
         x = jax.tree.map(lambda x: x.astype(_trees.statistic_dtype(x)), updates)
 
         def step(units, x, direction):
@@ -112,11 +119,24 @@ def scale_block_mean(
             shift = change * jnp.where(jnp.isfinite(means), means, 0)
             x = jax.tree.map(jnp.add, x, blocks.expand(shift, x))
         else:
+            x = _trees.astype(updates, state.direction)
             found = _units.map_arrays(_Array, step, blocks.arrays, x, state.direction)
             x, state = found.update, ScaleBlockMeanState(found.direction)
-        return jax.tree.map(lambda x, u: x.astype(u.dtype), x, updates), state
+        return _trees.astype(x, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_directions(expected, state) -> None:
+    """Raises a ValueError for updates unlike the parameters that init saw."""
+    difference = _trees.unlike(expected.direction, state.direction)
+    if difference is not None:
+        name, new, old = difference
+        shapes = [None if x is None else x.shape for x in (new, old)]
+        raise ValueError(
+            f"The update of {name!r} has a direction of shape {shapes[0]}, the state "
+            f"{shapes[1]}. Pass updates of the structure and shapes that init saw."
+        )
 
 
 class _Array(NamedTuple):

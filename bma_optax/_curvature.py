@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from bma_optax import _losses
+from bma_optax import _checks, _losses
+from bma_optax._rules import is_integer
 
 Product = Callable[[Any], Any]
 
@@ -29,6 +30,7 @@ class Curvature:
 
     Raises:
       ValueError: if ``num_probes`` is no integer of at least 2.
+      TypeError: if a function is none.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -48,10 +50,15 @@ class Curvature:
     num_probes: int = dataclasses.field(default=32, kw_only=True)
 
     def __post_init__(self):
-        if not isinstance(self.num_probes, int) or self.num_probes < 2:
+        if not is_integer(self.num_probes) or self.num_probes < 2:
             raise ValueError(
                 f"`num_probes` must be an integer >= 2, got {self.num_probes!r}."
             )
+        object.__setattr__(self, "num_probes", int(self.num_probes))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_fn") and not (value is None and field.kw_only):
+                _checks.functions(**{field.name: value})
 
     def linearize(
         self, params: Any, key: jax.Array, value_fn: Any, extra_args: dict[str, Any]
@@ -154,13 +161,13 @@ class GaussNewton(Curvature):
     def linearize(self, params, key, value_fn, extra_args):
         """v -> Jᵀ H J v, see :meth:`Curvature.linearize`."""
         del key, value_fn
+        model = _losses.bind(self.model_fn, extra_args)
         outputs, jacobian = jax.linearize(
-            _losses.bind(self.model_fn, extra_args), params
+            lambda p: _losses.floating(model(p), "model_fn"), params
         )
         transpose = jax.linear_transpose(jacobian, params)
-        outer = jax.linearize(
-            jax.grad(_losses.bind(self.loss_fn, extra_args)), outputs
-        )[1]
+        loss = _losses.scalar(_losses.bind(self.loss_fn, extra_args), "loss_fn")
+        outer = jax.linearize(jax.grad(loss), outputs)[1]
         return lambda v: transpose(outer(jacobian(v)))[0]
 
 
@@ -266,25 +273,31 @@ class Operator(Curvature):
     def linearize(self, params, key, value_fn, extra_args):
         """The product at ``params``, see :meth:`Curvature.linearize`."""
         del key, value_fn
-        return _losses.bind(self.product_fn, extra_args)(params)
+        product = _losses.bind(self.product_fn, extra_args)(params)
+        return _losses.product(product, params, "product_fn")
 
 
 def check_curvature(curvature: Any) -> None:
     """Raises a TypeError for what is no :class:`Curvature`."""
     if not isinstance(curvature, Curvature):
         raise TypeError(
-            f"`curvature` must be a bma.Curvature, such as bma.Hessian(), got "
-            f"{curvature!r}."
+            f"`curvature` must be a bma.Curvature, got {curvature!r}. Pass one such as "
+            "bma.Hessian()."
         )
+
+
+def product_at(
+    curvature: Curvature, params: Any, key: Any, value_fn: Any, extra_args: Any
+) -> Product:
+    """``curvature.linearize``, also of a class of the user's, with checked results."""
+    product = curvature.linearize(params, key, value_fn, extra_args)
+    return _losses.product(product, params, f"{type(curvature).__name__}.linearize")
 
 
 def _gram(losses, params) -> Product:
     """v -> Jᵀ J v / n for the Jacobian of n losses."""
-    values, jacobian = jax.linearize(losses, params)
-    if values.ndim != 1:
-        raise ValueError(
-            f"`losses_fn` must return one loss an example, shape (n,), got shape "
-            f"{values.shape}."
-        )
+    values, jacobian = jax.linearize(
+        lambda p: _losses.vector(losses(p), "losses_fn"), params
+    )
     transpose = jax.linear_transpose(jacobian, params)
     return lambda v: transpose(jacobian(v) / len(values))[0]

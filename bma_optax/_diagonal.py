@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _coarse, _coloring, _probes, _trees
+from bma_optax import _coarse, _coloring, _losses, _probes, _trees
 
 
 def diagonal(curvature, systems, product, blocks, N, checks, params, key, extra_args):
@@ -14,11 +14,10 @@ def diagonal(curvature, systems, product, blocks, N, checks, params, key, extra_
     Returns:
       ``(diagonal, checks, products)``.
     """
-    given = curvature.diagonal(params, extra_args)
+    given = _given(curvature, params, extra_args)
     zeros = _trees.zeros_like(params, _trees.statistic_dtype)
     products = jnp.int32(0)
     if given is not None:
-        given = jax.tree.map(lambda x, z: x.astype(z.dtype), given, zeros)
         return given, list(checks.values()), products
     if _is_full(systems, blocks):
         entries = [
@@ -60,14 +59,26 @@ def diagonal(curvature, systems, product, blocks, N, checks, params, key, extra_
 
 def without_a_reach(curvature, product, params, key, extra_args):
     """diag G whatever its reach, and the products."""
-    given = curvature.diagonal(params, extra_args)
+    given = _given(curvature, params, extra_args)
     if given is not None:
-        zeros = _trees.zeros_like(params, _trees.statistic_dtype)
-        given = jax.tree.map(lambda x, z: x.astype(z.dtype), given, zeros)
         return given, jnp.int32(0)
     leaves = jax.tree.leaves(params)
     active, size = [True] * len(leaves), sum(x.size for x in leaves)
     return _probed(curvature, product, params, active, size, key)
+
+
+def _given(curvature, params, extra_args):
+    """The diagonal that a curvature knows, in the dtypes of statistics, or None."""
+    given = curvature.diagonal(params, extra_args)
+    if given is None:
+        return None
+    own = f"{type(curvature).__name__}.diagonal"
+    name = own if curvature.diagonal_fn is None else "diagonal_fn"
+    return jax.tree.map(
+        lambda x, p: jnp.asarray(x, _trees.statistic_dtype(p)),
+        _losses.like_params(given, params, name),
+        params,
+    )
 
 
 def _probed(curvature, product, params, active, size, key):

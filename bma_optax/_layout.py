@@ -81,7 +81,7 @@ def layout(params: Any, rule: Rule, couple: str) -> Partition:
     _rules.check_rule(rule)
     check_couple(couple)
     leaves = tuple(
-        (path, tuple(leaf.shape)) for path, leaf in _trees.named_leaves(params)
+        (path, tuple(np.shape(leaf))) for path, leaf in _trees.named_leaves(params)
     )
     return _layout(leaves, rule, couple)
 

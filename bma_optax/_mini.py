@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _layout, _moments, _rules, _trees, _units
+from bma_optax import _checks, _layout, _moments, _rates, _rules, _trees, _units
 
 _MIN_LAMBDA = 1e-3  # times a block's mean square: the least Λ.
 
@@ -90,16 +90,17 @@ def scale_by_mini_bma(
     Returns:
       A ``GradientTransformationExtraArgs`` with the state
       :class:`ScaleByMiniBMAState`. Updates keep the dtype of the gradients; statistics
-      are float32, or float64 for float64 gradients. A gradient that is not finite
+      are float32, or float64 for float64 parameters. A gradient that is not finite
       gives its unit an update that is not finite; the unit is left out of the
       statistics of that step, and the direction of its array stays.
 
     Raises:
-      TypeError: if ``partition`` is no rule; at ``init``, if a leaf is no real floating
-        array.
+      TypeError: if ``partition`` is no rule or a number is none, or of 16 bits; at
+        ``init`` and ``update``, if a leaf is no real floating array.
       ValueError: if ``weights`` is unknown or a number out of its range; at ``init``,
         if the rule does not fit the parameters or its tiles do not divide an array; at
-        ``update``, if gradients are not of the structure and shapes that ``init`` saw.
+        ``update``, if gradients are not of the structure and shapes that ``init`` saw,
+        or the state is of parameters of another dtype.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -125,9 +126,12 @@ def scale_by_mini_bma(
     _units.check_weights(weights)
     _checks.below_one(b1=b1, b2=b2, b3=b3)
     _checks.not_negative(eps=eps)
+    _checks.mu_dtype(mu_dtype)
+    if factor is not None:
+        _checks.finite(factor=factor)
 
     def init_fn(params):
-        _trees.check_floating(params)
+        params = _trees.parameters(params)
         arrays = _layout.layout(params, partition, "block").arrays
         start = _units.map_arrays(
             _Array, lambda units, p: _start(units, p, weights), arrays, params
@@ -141,8 +145,10 @@ def scale_by_mini_bma(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
+        _trees.check_statistics(params, state.nu)
         _trees.check_same_shapes(updates, state.mu)
+        updates, state = _trees.arrays((updates, state))
         arrays = _layout.layout(updates, partition, "block").arrays
         _units.check_state(arrays, state.nu, partition)
         count = optax.safe_increment(state.count)
@@ -228,7 +234,7 @@ def mini_bma(
 
     Returns:
       A chain of :func:`scale_by_mini_bma`, the decay and the rate. ``update`` needs
-      ``params``.
+      ``params`` where weights decay.
 
     Raises:
       TypeError, ValueError: as :func:`scale_by_mini_bma`.
@@ -263,8 +269,8 @@ def mini_bma(
             factor=factor,
             mu_dtype=mu_dtype,
         ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+        _rates.decay(weight_decay, weight_decay_mask),
+        _rates.scale(learning_rate),
     )
 
 

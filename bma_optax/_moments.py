@@ -8,14 +8,10 @@ from bma_optax import _trees
 
 def start_momentum(params, mu_dtype):
     """Zeros like params, of the dtype ``mu_dtype`` or their own."""
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype), params)
-
-
-def finite_gradients(updates):
-    """Gradients in the dtype of statistics, 0 where they are not finite."""
+    if mu_dtype is not None:
+        mu_dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
     return jax.tree.map(
-        lambda g: jnp.where(jnp.isfinite(g), g, 0).astype(_trees.statistic_dtype(g)),
-        updates,
+        lambda p: jnp.zeros_like(p, dtype=mu_dtype or _trees.dtype_of(p)), params
     )
 
 

@@ -37,7 +37,7 @@ class ScaleByNewtonBMAState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # shape (), int32: steps taken.
-    key: jax.Array  # shape (), a typed random key, the same throughout.
+    key: jax.Array  # shape (2,), uint32: the numbers of a random key, never another.
     inverse_diagonal: optax.Updates  # like params: 1 / (Λ̄ z²).
     Lambda: jax.Array  # shape (L,): the damped Λ.
     K: jax.Array  # shape (L, L): (M^-1 - Λ^-1) / (n nᵀ) of the last good factor.
@@ -157,12 +157,14 @@ def scale_by_newton_bma(
     _checks.not_negative(damping=damping, min_eigenvalue=min_eigenvalue)
     _checks.below_one(b2=b2)
     _checks.at_least_one(update_interval=update_interval)
+    _checks.random_key(key)
+    update_interval = _checks.plain(update_interval)
     _coarse.check_reach(reach, levels)
-    if adaptive_damping and isinstance(damping, (int, float)) and damping == 0:
+    if adaptive_damping and _checks.is_zero(damping):
         raise ValueError("`adaptive_damping` needs a `damping` above 0 to start from.")
 
     def init_fn(params):
-        _trees.check_floating(params)
+        params = _trees.parameters(params)
         blocks, systems = _gather.plan(
             params, partition, couple, reach, levels, warn=True
         )
@@ -173,7 +175,7 @@ def scale_by_newton_bma(
 
         return ScaleByNewtonBMAState(
             count=jnp.zeros((), jnp.int32),
-            key=_probes.random_key(key),
+            key=_probes.key_data(key),
             inverse_diagonal=inverse.inverse_diagonal,
             Lambda=inverse.Lambda,
             K=inverse.K,
@@ -193,9 +195,13 @@ def scale_by_newton_bma(
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         if params is None:
             raise ValueError(
-                "`update` needs the parameters here: update(grads, state, params, ...)."
+                "`update` needs the parameters here. Pass update(grads, state, params, "
+                "...)."
             )
+        _trees.check_statistics(params, state.inverse_diagonal)
         _trees.check_same_shapes(updates, state.inverse_diagonal)
+        updates, state, params = _trees.arrays((updates, state, params))
+        random_key = _probes.typed_key(state.key)
         blocks, systems = _gather.plan(updates, partition, couple, reach, levels)
         blocks.check_state(
             state.N.shape,
@@ -207,17 +213,19 @@ def scale_by_newton_bma(
             # The same probes at every refresh, or the directions that conjugate
             # gradients build would lose their meaning; new ones where averages gain.
             again = jnp.where(jnp.asarray(b2) > 0, state.refreshes, 0)
-            key_labels = jax.random.fold_in(state.key, state.count)
+            key_labels = jax.random.fold_in(random_key, state.count)
 
             def linearize(params):
-                return curvature.linearize(params, key_labels, value_fn, extra_args)
+                return _curvature.product_at(
+                    curvature, params, key_labels, value_fn, extra_args
+                )
 
             if adaptive_damping:
                 adapted = _damping.levenberg_marquardt(
                     state.damping,
                     _losses.loss(value_fn, extra_args),
                     linearize,
-                    state.previous_params,
+                    _trees.astype(state.previous_params, params),
                     params,
                 )
                 mu = jnp.where(state.count > 0, adapted, state.damping)
@@ -226,7 +234,7 @@ def scale_by_newton_bma(
 
             # Gather: N and diag G.
             product = linearize(params)
-            key_probes = jax.random.fold_in(state.key, again)
+            key_probes = jax.random.fold_in(random_key, again)
             N, diagonal, local, products = _gather.gather(
                 curvature,
                 systems,
@@ -284,10 +292,11 @@ def scale_by_newton_bma(
             state.K,
             _trees.stored(updates, state.inverse_diagonal),
         )
-        result = jax.tree.map(lambda x, g: x.astype(g.dtype), result, updates)
-        return result, state._replace(
+        return _trees.astype(result, updates), state._replace(
             count=optax.safe_increment(state.count),
-            previous_params=params if adaptive_damping else (),
+            previous_params=_trees.astype(params, state.previous_params)
+            if adaptive_damping
+            else (),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -15,6 +15,7 @@ from bma_optax import (
     _curvature,
     _diagonal,
     _gather,
+    _losses,
     _nested,
     _partition,
     _probes,
@@ -50,27 +51,49 @@ class Preconditioner:
     def __call__(self, x: Any) -> Any:
         """C x, in the dtypes of x.
 
+        Args:
+          x: one vector, a tree of the structure and shapes of ``like``. Several side by
+            side are for ``jax.vmap(C)``.
+
+        Returns:
+          A tree like x.
+
+        Raises:
+          TypeError: if a leaf of x is no real floating array.
+          ValueError: if x has another structure or other shapes.
+
         Example:
           >>> import jax.numpy as jnp, bma_optax as bma
           >>> print(bma.preconditioner(lambda v: 2 * v, jnp.zeros(2))(jnp.ones(2)))
           [0.5 0.5]
         """
+        _trees.check_vectors(x, "The vector at")
+        difference = _trees.unlike(x, self.inverse_diagonal)
+        if difference is not None:
+            name, new, old = difference
+            shapes = ["none" if v is None else str(jnp.shape(v)) for v in (new, old)]
+            raise ValueError(
+                f"The vector at {name!r} has shape {shapes[0]}; the preconditioner is "
+                f"of {shapes[1]}. Pass one vector of the structure and shapes of "
+                "`like`; for several right-hand sides jax.vmap(C)."
+            )
+        x = _trees.arrays(_trees.in_order(x, self.inverse_diagonal))
         if self.product_fn is None:
             y = _block_mean_inverse.apply(
                 self.systems, self.blocks, self.inverse_diagonal, self.K, x
             )
         else:
             y = self._multiplicative(x)
-        return jax.tree.map(lambda y, x: y.astype(x.dtype), y, x)
+        return _trees.astype(y, x)
 
     def _multiplicative(self, g):
         """Smooth, correct the block means, smooth: symmetric, two products."""
         smoother, coarse_diagonal = self.cycle
-        g = jax.tree.map(lambda g, d: g.astype(d.dtype), g, smoother)
+        g = _trees.astype(g, smoother)
+        product = _losses.product(self.product_fn, g, "product_fn")
 
         def residual(x):
-            typed = jax.tree.map(lambda x, g: x.astype(g.dtype), x, g)
-            return jax.tree.map(jnp.subtract, g, self.product_fn(typed))
+            return jax.tree.map(jnp.subtract, g, product(_trees.astype(x, g)))
 
         def smooth(r):
             return jax.tree.map(jnp.multiply, smoother, r)
@@ -161,8 +184,13 @@ def preconditioner(
     _checks.not_negative(damping=damping, min_eigenvalue=min_eigenvalue)
     if cycle not in _CYCLES:
         raise ValueError(f"`cycle` must be one of {_CYCLES}, got {cycle!r}.")
-    _trees.check_floating(like)
+    _checks.functions(product_fn=product_fn)
+    _checks.random_key(key)
     _coarse.check_reach(reach, levels)
+    like = _trees.parameters(like)
+    if diagonal is not None:
+        diagonal = _losses.like_params(diagonal, like, "diagonal")
+    product = _losses.product(product_fn, like, "product_fn")
     curvature = _curvature.Operator(
         lambda _: product_fn,
         diagonal_fn=None if diagonal is None else lambda _: diagonal,
@@ -170,9 +198,9 @@ def preconditioner(
     )
     blocks, systems = _gather.plan(like, partition, couple, reach, levels, warn=True)
     zeros = _trees.zeros_like(like)
-    key = _probes.random_key(key)
+    key = _probes.typed_key(_probes.key_data(key))
     N, z2, local, _ = _gather.gather(
-        curvature, systems, blocks, product_fn, zeros, key, {}
+        curvature, systems, blocks, product, zeros, key, {}
     )
     inverse = _block_mean_inverse.invert(
         systems, blocks, N, z2, damping, min_eigenvalue, local
@@ -187,7 +215,7 @@ def preconditioner(
     scale, K = inverse.inverse_diagonal, inverse.K
     if cycle == "additive":
         return Preconditioner(scale, K, local, (), blocks, systems)
-    product = _probes.typed(product_fn, zeros)
+    product = _probes.typed(product, zeros)
     z2 = _block_mean_inverse.diagonal_of(blocks, scale, inverse.Lambda, damping)
     rows = _diagonal.row_sums(systems, product, z2, zeros, key)
     smoother = jax.tree.map(lambda r: _nested.RELAXATION / jnp.where(r > 0, r, 1), rows)

@@ -1,5 +1,7 @@
 """Entries of G by products with it: block sums and the diagonal."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,31 @@ from bma_optax import _flow, _trees
 # Products run side by side as long as their vectors hold no more elements than this.
 _BATCH_ELEMENTS = 2**22
 
+_IMPLEMENTATION = "threefry2x32"  # The same numbers on every device.
 
-def random_key(key: jax.typing.ArrayLike) -> jax.Array:
-    """A typed random key from a seed or a key."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return jax.random.fold_in(key, 0)
-    return jax.random.key(key)
+
+def key_data(key: Any) -> jax.Array:
+    """Two numbers of 32 bits from a seed or a key of any kind, for a state to hold.
+
+    Arrays of numbers can be saved, averaged and compared, typed keys cannot.
+    """
+    if jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    elif getattr(key, "shape", ()) == ():
+        return jax.random.key_data(jax.random.key(key, impl=_IMPLEMENTATION))
+    # A key of the user's stays with the user: other numbers are drawn here.
+    if key.shape == (2,):
+        ours = jax.random.fold_in(typed_key(key), 0)
+    else:
+        ours = jax.random.key(0, impl=_IMPLEMENTATION)
+        for word in key:
+            ours = jax.random.fold_in(ours, word)
+    return jax.random.key_data(ours)
+
+
+def typed_key(data: jax.Array) -> jax.Array:
+    """The random key that a state holds as numbers."""
+    return jax.random.wrap_key_data(data, impl=_IMPLEMENTATION)
 
 
 def typed(product, params):

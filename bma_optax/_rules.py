@@ -1,6 +1,7 @@
 """Partition rules: which tile of each array is a block, from path and shape alone."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -210,7 +211,7 @@ per_row: Rule = _PerRow()
 per_element: Rule = _PerElement()
 
 
-def per_tile(tile: tuple[int, ...]) -> Rule:
+def per_tile(tile: int | tuple[int, ...]) -> Rule:
     """Blocks are tiles of the leading axes of each array.
 
     Axes beyond ``tile`` are whole; an array with fewer axes takes the first numbers of
@@ -218,13 +219,15 @@ def per_tile(tile: tuple[int, ...]) -> Rule:
     count with their true size.
 
     Args:
-      tile: the positive length of a tile along each leading axis.
+      tile: the positive length of a tile along each leading axis; an integer where
+        there is one.
 
     Returns:
       A :class:`Rule`.
 
     Raises:
-      ValueError: if ``tile`` is not a tuple of positive integers.
+      TypeError: if ``tile`` is not an integer or a tuple of them.
+      ValueError: if one is not positive.
 
     Example:
       >>> import jax, bma_optax as bma
@@ -233,10 +236,15 @@ def per_tile(tile: tuple[int, ...]) -> Rule:
       >>> blocks.names, blocks.sizes
       (('params[0:4, :, :]', 'params[4:6, :, :]'), (48, 24))
     """
-    tile = tuple(tile)
-    if not all(isinstance(t, int) and t > 0 for t in tile):
+    lengths: Any = (tile,) if is_integer(tile) else tile
+    if not isinstance(lengths, (tuple, list)) or not all(map(is_integer, lengths)):
+        raise TypeError(
+            f"`tile` must hold positive integers, got {tile!r}. Pass one for each "
+            "leading axis, such as bma.per_tile((4, 4))."
+        )
+    if not all(t > 0 for t in lengths):
         raise ValueError(f"`tile` must hold positive integers, got {tile}.")
-    return _PerTile(tile)
+    return _PerTile(tuple(map(int, lengths)))
 
 
 def by_function(function: Callable[[Path, Shape], Shape | None]) -> Rule:
@@ -264,12 +272,28 @@ def by_function(function: Callable[[Path, Shape], Shape | None]) -> Rule:
     return _ByFunction(function)
 
 
-def check_rule(rule: Any) -> Rule:
+def check_rule(rule: Any, name: str = "partition") -> Rule:
     """``rule`` itself, or a TypeError that says what a rule is."""
-    if not isinstance(rule, Rule):
-        raise TypeError(
-            f"A partition rule is needed, such as bma.per_leaf, got {rule!r}. Wrap a "
-            "function of your own as bma.by_function(function); bma.per_tile needs a "
-            "tile: bma.per_tile((4, 4))."
-        )
-    return rule
+    if isinstance(rule, Rule):
+        return rule
+    advice = "a rule such as bma.per_leaf"
+    if rule is per_tile:
+        advice = "a tile with it, as bma.per_tile((4, 4)),"
+    elif callable(rule) and not isinstance(rule, type):
+        advice = "a function of your own as bma.by_function(function)"
+    elif isinstance(rule, (int, float)):
+        advice += ", and a rate as `learning_rate`,"
+    raise TypeError(
+        f"`{name}` must be a partition rule, got {rule!r}. Pass {advice} instead."
+    )
+
+
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer of Python or NumPy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+# Rules are values, and no functions. With this name in it, Python's own error for
+# bma.per_leaf() is a sentence about them.
+for _rule in (per_leaf, per_layer, per_unit, per_row, per_element):
+    type(_rule).__name__ = f"bma.{_rule} (a rule, written without parentheses)"

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from bma_optax._rules import Path, Rule, check_rule, per_leaf
+from bma_optax._rules import Path, Rule, check_rule, is_integer, per_leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +93,10 @@ def stacked(rule: Rule, axis: int = 0) -> Rule:
       >>> blocks.names, blocks.sizes
       (('params[0, :, :]', 'params[1, :, :]'), (15, 15))
     """
-    check_rule(rule)
-    if not isinstance(axis, int):
+    check_rule(rule, "rule")
+    if not is_integer(axis):
         raise TypeError(f"`axis` must be an integer, got {axis!r}.")
-    return _Stacked(rule, axis)
+    return _Stacked(rule, int(axis))
 
 
 def by_path(
@@ -132,5 +132,5 @@ def by_path(
             raise ValueError(f"by_path: {pattern!r} is no pattern: {error}.") from None
     for rule in (*rules.values(), default):
         if rule is not None:
-            check_rule(rule)
+            check_rule(rule, "rules")
     return ByPath(tuple(rules.items()), default)

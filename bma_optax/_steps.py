@@ -23,7 +23,7 @@ class ScaleByQuadraticModelState(NamedTuple):
       [0. 0. 0.] 0.0
     """
 
-    key: jax.Array  # shape (), a typed random key.
+    key: jax.Array  # shape (2,), uint32: the numbers of a random key.
     previous_step: optax.Updates  # like params.
     learning_rate: jax.Array  # shape (): a of the last step, backtracking included.
     momentum: jax.Array  # shape (): b of the last step, likewise.
@@ -89,15 +89,16 @@ def scale_by_quadratic_model(
     _curvature.check_curvature(curvature)
     if max_norm is not None:
         _checks.positive(max_norm=max_norm)
+    _checks.random_key(key)
 
     def init_fn(params):
-        _trees.check_floating(params)
+        params = _trees.parameters(params)
 
         def zero():  # A new one each time: donated buffers must not be shared.
             return 0 * _trees.vdot(_trees.zeros_like(params), _trees.zeros_like(params))
 
         return ScaleByQuadraticModelState(
-            key=_probes.random_key(key),
+            key=_probes.key_data(key),
             previous_step=_trees.zeros_like(params),
             learning_rate=zero(),
             momentum=zero(),
@@ -108,19 +109,20 @@ def scale_by_quadratic_model(
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         if params is None:
             raise ValueError(
-                "`update` needs the parameters here: update(grads, state, params, ...)."
+                "`update` needs the parameters here. Pass update(grads, state, params, "
+                "...)."
             )
+        _trees.check_statistics(params, state.previous_step)
         _trees.check_same_shapes(updates, state.previous_step)
+        updates, state, params = _trees.arrays((updates, state, params))
         f = _losses.loss(value_fn, extra_args)
-        next_key, key = jax.random.split(state.key)
+        next_key, key = jax.random.split(_probes.typed_key(state.key))
         dtype = state.learning_rate.dtype
         value, gradient = jax.value_and_grad(f)(params)
-        product = curvature.linearize(params, key, value_fn, extra_args)
+        product = _curvature.product_at(curvature, params, key, value_fn, extra_args)
         product = _probes.typed(product, params)
         direction, previous = (
-            jax.tree.map(
-                lambda x, p: _trees.typed_like(x.astype(p.dtype), p), x, params
-            )
+            jax.tree.map(_trees.typed_like, _trees.astype(x, params), params)
             for x in (updates, state.previous_step)
         )
         a, b, slope = _minimise(gradient, product, direction, previous, dtype)
@@ -137,11 +139,10 @@ def scale_by_quadratic_model(
         # A direction that is not finite shows in the updates and is forgotten here: no
         # step along it was accepted.
         accepted = t > 0
-        return jax.tree.map(
-            lambda x, u: x.astype(u.dtype), step, updates
-        ), ScaleByQuadraticModelState(
-            key=next_key,
-            previous_step=jax.tree.map(lambda x: jnp.where(accepted, x, 0), step),
+        kept = jax.tree.map(lambda x: jnp.where(accepted, x, 0), step)
+        return _trees.astype(step, updates), ScaleByQuadraticModelState(
+            key=jax.random.key_data(next_key),
+            previous_step=_trees.astype(kept, state.previous_step),
             learning_rate=t * a,
             momentum=t * b,
             backtracking=t,

@@ -1,27 +1,26 @@
 """Parameter pytrees: names of leaves, dtypes of statistics, checks."""
 
+import functools
+import sys
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax.tree_util import DictKey, GetAttrKey
+import numpy as np
+from jax.tree_util import GetAttrKey
 
 Path = tuple[str, ...]
 
+_BOXES = (
+    ("flax.nnx", "Variable"),
+    ("flax.nnx", "VariableState"),
+    ("flax.core.meta", "AxisMetadata"),
+)
+
 
 def path_of(keys: tuple) -> Path:
-    """A leaf's path in plain strings, the same however the tree spells it.
-
-    Flax wraps a parameter into an object whose field ``value`` is the array, in some
-    calls and not in others: the field is no part of the name.
-    """
-    wrapped = (
-        len(keys) > 1
-        and keys[-1] == GetAttrKey("value")
-        and isinstance(keys[-2], DictKey)
-    )
-    return tuple(
-        jax.tree_util.keystr((key,), simple=True)
-        for key in (keys[:-1] if wrapped else keys)
-    )
+    """A leaf's path in plain strings."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def name_of(path: Path) -> str:
@@ -29,17 +28,60 @@ def name_of(path: Path) -> str:
     return "/".join(path) or "params"
 
 
-def named_leaves(tree) -> list[tuple[Path, jax.Array]]:
-    """(path, leaf) of each array."""
-    return [
-        (path_of(keys), leaf)
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+def named_leaves(tree) -> list[tuple[Path, Any]]:
+    """(path, leaf) of each array, the same however Flax spells the tree.
+
+    Flax puts a parameter into a box whose field ``value`` is the array, in some calls
+    and not in others: the field of a box is no part of the name.
+    """
+    if "flax" not in sys.modules:
+        found = jax.tree_util.tree_leaves_with_path(tree)
+        return [(path_of(keys), leaf) for keys, leaf in found]
+    leaves: list[tuple[Path, Any]] = []
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box)
+    for keys, leaf in found:
+        path = path_of(keys)
+        if not _is_box(leaf):
+            leaves.append((path, leaf))
+            continue
+        # The field of the box is its only child; the array may be a tree in its turn.
+        for (key,), inside in jax.tree_util.tree_leaves_with_path(
+            leaf, is_leaf=lambda x, box=leaf: x is not box
+        ):
+            field = () if key == GetAttrKey("value") else path_of((key,))
+            leaves += [(path + field + p, x) for p, x in named_leaves(inside)]
+    return leaves
+
+
+def _is_box(x) -> bool:
+    kind: Any = type(x)
+    return _is_box_type(kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_box_type(kind) -> bool:
+    """Whether Flax boxes parameters in objects of this type, found without Flax."""
+    found = [
+        vars(sys.modules[module]).get(name)
+        for module, name in _BOXES
+        if module in sys.modules
     ]
+    return issubclass(kind, tuple(box for box in found if isinstance(box, type)))
+
+
+def dtype_of(leaf) -> jnp.dtype:
+    """The dtype of a leaf as a JAX array: NumPy's float64 is float32 without x64."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.dtype(type(leaf))
+    return jax.dtypes.canonicalize_dtype(dtype)
 
 
 def statistic_dtype(leaf) -> jnp.dtype:
     """float32 at least, float64 for float64."""
-    return jnp.dtype(jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)
+    return _at_least_32_bits(dtype_of(leaf))
+
+
+def _at_least_32_bits(dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def common_statistic_dtype(tree) -> jnp.dtype:
@@ -66,8 +108,8 @@ def varying_like(x, leaf):
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
-def zeros_like(tree, dtype=lambda leaf: leaf.dtype):
-    """Zeros typed like the leaves of ``tree``, which may be abstract.
+def zeros_like(tree, dtype=dtype_of):
+    """Zeros typed like the leaves of ``tree``, which may be abstract; none is weak.
 
     Of an array that a traced function closes over, ``jnp.zeros_like`` alone would lose
     the sharding.
@@ -77,9 +119,23 @@ def zeros_like(tree, dtype=lambda leaf: leaf.dtype):
     )
 
 
+def arrays(tree):
+    """``tree`` with leaves of NumPy and Python as JAX's arrays, of its dtypes.
+
+    So are arrays of float64 where x64 has been switched off since.
+    """
+
+    def array(x):
+        dtype = dtype_of(x)
+        same = isinstance(x, jax.Array) and x.dtype == dtype
+        return x if same else jnp.asarray(x, dtype)
+
+    return jax.tree.map(array, tree)
+
+
 def astype(tree, like):
     """``tree`` in the dtypes of ``like``."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+    return jax.tree.map(lambda x, y: x.astype(dtype_of(y)), tree, like)
 
 
 def again(tree):
@@ -145,40 +201,115 @@ def vdot(a, b) -> jax.Array:
     return sum(jax.tree.leaves(products), jnp.zeros((), dtype))
 
 
-def check_floating(tree) -> None:
-    """Raises a TypeError naming the first leaf that is not a real floating array."""
+def parameters(tree):
+    """What ``init`` makes a state of: real floating arrays, of JAX or abstract.
+
+    Raises a TypeError that names the first leaf that is something else.
+    """
     for path, leaf in named_leaves(tree):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None:
+        name = f"Parameter {name_of(path)!r}"
+        if not isinstance(leaf, (float, int)) and not hasattr(leaf, "dtype"):
             raise TypeError(
-                f"Parameter {name_of(path)!r} is a {type(leaf).__name__}; arrays of a "
-                "floating dtype are accepted."
+                f"{name} is a {type(leaf).__name__}. Pass an array of a floating dtype."
             )
-        if jnp.issubdtype(dtype, jnp.complexfloating):
+        if jnp.issubdtype(dtype_of(leaf), jnp.complexfloating):
             raise TypeError(
-                f"Parameter {name_of(path)!r} has dtype {dtype}; real floating dtypes "
-                "are accepted. Wrap the optimiser in "
-                "optax.contrib.split_real_and_imaginary for complex parameters."
+                f"{name} has dtype {dtype_of(leaf)}. Pass real arrays: wrap the "
+                "optimiser in optax.contrib.split_real_and_imaginary."
             )
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not jnp.issubdtype(dtype_of(leaf), jnp.floating):
             raise TypeError(
-                f"Parameter {name_of(path)!r} has dtype {dtype}; floating dtypes are "
-                "accepted. Keep other leaves from the optimiser with optax.masked."
+                f"{name} has dtype {dtype_of(leaf)}. Pass floating arrays: keep other "
+                "leaves from the optimiser with optax.masked."
             )
+
+    def abstract(x):
+        if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) and x.dtype == dtype_of(x):
+            return x
+        return jax.ShapeDtypeStruct(np.shape(x), dtype_of(x))
+
+    return jax.tree.map(abstract, tree)
+
+
+def is_floating(leaf) -> bool:
+    """Whether it is a real floating array, or a float of Python."""
+    dtype = getattr(leaf, "dtype", bool)
+    return isinstance(leaf, float) or jnp.issubdtype(dtype, jnp.floating)
+
+
+def check_vectors(tree, what: str) -> None:
+    """Raises a TypeError that names the first leaf that is no real floating array."""
+    if all(map(is_floating, jax.tree.leaves(tree))):
+        return  # Names cost more than all the rest.
+    path, leaf = next(pair for pair in named_leaves(tree) if not is_floating(pair[1]))
+    dtype = getattr(leaf, "dtype", type(leaf).__name__)
+    advice = "a real floating array instead, such as x.astype(jnp.float32)"
+    if hasattr(leaf, "dtype") and jnp.issubdtype(dtype, jnp.complexfloating):
+        advice = "the real and the imaginary part instead, each as an array"
+    raise TypeError(f"{what} {name_of(path)!r} has dtype {dtype}. Pass {advice}.")
+
+
+def unlike(tree, like) -> tuple[str, Any, Any] | None:
+    """The first leaf whose path or shape is in one tree only, by name; None if none is.
+
+    With it come both leaves, None for one that is missing.
+    """
+    structure: Any = jax.tree.structure(like)
+    if structure == jax.tree.structure(tree):
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+        if all(np.shape(x) == np.shape(y) for x, y in pairs):
+            return None  # Names cost more than all the rest.
+    found, wanted = dict(named_leaves(tree)), dict(named_leaves(like))
+    for path in [*found, *wanted]:
+        x, y = found.get(path), wanted.get(path)
+        if x is None or y is None or np.shape(x) != np.shape(y):
+            return name_of(path), x, y
+    return None
+
+
+def in_order(tree, like):
+    """``tree`` in the structure of ``like``, whose names its leaves have."""
+    structure: Any = jax.tree.structure(like)
+    if jax.tree.structure(tree) == structure:
+        return tree
+    leaves = dict(named_leaves(tree))
+    return structure.unflatten([leaves[path] for path, _ in named_leaves(like)])
 
 
 def check_same_shapes(updates, state) -> None:
-    """Raises a ValueError that names the first leaf unlike the one seen by init."""
-    new, old = dict(named_leaves(updates)), dict(named_leaves(state))
-    for path in [*new, *old]:
-        if path not in old or path not in new:
-            where = "has no state: init" if path not in old else "is missing: update"
+    """Raises an error that names the first gradient unlike what init saw."""
+    check_vectors(updates, "The gradient of")
+    if (difference := unlike(updates, state)) is None:
+        return
+    name, new, old = difference
+    if new is None or old is None:
+        where = "has no state: init" if old is None else "is missing: update"
+        raise ValueError(
+            f"The gradient of {name!r} {where} was given another tree. Pass gradients "
+            "of the structure that init saw."
+        )
+    raise ValueError(
+        f"The gradient of {name!r} has shape {np.shape(new)}; init saw {old.shape}. "
+        "Pass gradients of the shapes that init saw."
+    )
+
+
+def check_statistics(params, statistics) -> None:
+    """Raises a ValueError for a state whose statistics are not those of ``params``.
+
+    So is one that was saved under another setting of x64. Statistics are trees like the
+    parameters, of any number of elements.
+    """
+    leaves, like = jax.tree.leaves(params), jax.tree.leaves(statistics)
+    if len(leaves) != len(like):  # Parameters that are not used may be any.
+        return
+    for position, (p, x) in enumerate(zip(leaves, like, strict=True)):
+        if (dtype := statistic_dtype(p)) != _at_least_32_bits(x.dtype):
+            path, _ = named_leaves(params)[position]
             raise ValueError(
-                f"The gradient of {name_of(path)!r} {where} was given another tree. "
-                "Gradients of the structure that init saw are accepted."
-            )
-        if new[path].shape != old[path].shape:
-            raise ValueError(
-                f"The gradient of {name_of(path)!r} has shape {new[path].shape}; "
-                f"{old[path].shape}, the shape that init saw, is accepted."
+                f"Parameter {name_of(path)!r} has dtype {dtype_of(p)}, with statistics "
+                f"of {dtype}; the state has {x.dtype}, from other parameters or "
+                "another jax_enable_x64. Pass the state that init makes of these "
+                "parameters; a restored one can be cast to it: "
+                "jax.tree.map(lambda x, y: x.astype(y.dtype), state, tx.init(params))."
             )

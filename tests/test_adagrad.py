@@ -321,7 +321,7 @@ PARAMS = {"layer": {"w": jnp.ones((2, 2))}}
             TypeError,
             "'a'.*split_real_and_imaginary",
         ),
-        (lambda: bma.scale_by_bma().init({"a": 1.0}), TypeError, "'a' is a float"),
+        (lambda: bma.scale_by_bma().init({"a": "x"}), TypeError, "'a' is a str"),
         (
             lambda: bma.scale_by_bma().update(
                 {"layer": {"w": jnp.ones((2, 3))}}, bma.scale_by_bma().init(PARAMS)
