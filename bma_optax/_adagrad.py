@@ -190,6 +190,7 @@ def scale_by_bma(
             state.count,
             refresh,
             (state.v, state.inverse_root, state.failures),
+            young=True,
         )
 
         # Apply: r + E (M^-½ - I) Eᵀ r.

@@ -175,6 +175,7 @@ def scale_by_adam_bma(
             state.count,
             refresh,
             (state.v, state.inverse_root, state.failures),
+            young=True,
         )
 
         # Apply: r + E (M^-½ - I) Eᵀ r.

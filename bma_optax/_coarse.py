@@ -22,6 +22,8 @@ from bma_optax._stencil import Stencil
 
 # F has a unit diagonal: Λ, a mean of its eigenvalues, is far above this but for noise.
 _MIN_LAMBDA = 1e-3
+_MANY_CELLS = 4096  # A factor of so many rows takes seconds.
+_MANY_NUMBERS = 2**31
 
 
 Spans = tuple[tuple[int, int], ...]  # positions of consecutive blocks
@@ -156,21 +158,19 @@ def systems(blocks: Partition, reach, levels) -> tuple[System, ...]:
             )
         )
     grids: dict[Any, list[int]] = {}
-    single: dict[Any, set[int]] = {}
     for position, array in enumerate(blocks.arrays):
-        group = blocks.group_of(array)
         if array.num_blocks > 1:
-            grids.setdefault((array.shape, array.tile, group), []).append(position)
-        elif array.num_blocks:
-            single.setdefault(group, set()).add(array.start)
+            group = blocks.group_of(array)
+            kind = (array.shape, array.tile, array.stacked_axes, group)
+            grids.setdefault(kind, []).append(position)
     dense = [
         Dense(
-            tuple((i, i + 1) for i in sorted(starts)),
+            tuple((i, i + 1) for i in starts),
             1,
             len(starts),
-            (tuple(blocks.sizes[i] for i in sorted(starts)),),
+            (tuple(blocks.sizes[i] for i in starts),),
         )
-        for starts in single.values()
+        for starts in blocks.single_tiles
     ]
     return (*dense, *(_nested_system(blocks, g, reach, levels) for g in grids.values()))
 
@@ -179,26 +179,44 @@ def _nested_system(blocks, positions, reach, levels) -> Nested:
     array = blocks.arrays[positions[0]]
     elements = Stencil(len(positions), array.shape, _reach_of(array, reach))
     tiles = elements.coarse(array.tile)
-    coarsened = tuple(
-        t > 1 and g > 1 for t, g in zip(array.tile, array.grid, strict=True)
-    )
     starts = [blocks.arrays[i].start for i in positions]
     spans = tuple((start, start + array.num_blocks) for start in starts)
-    return Nested(
+    system = Nested(
         spans,
         tuple(positions),
         tuple(size for a, b in spans for size in blocks.sizes[a:b]),
         elements,
         tiles,
-        _nested.levels_below(tiles, coarsened, levels),
+        _nested.levels_below(tiles, array.tile, array.stacked_axes, levels),
     )
+    bottom, held = system.levels.bottom.num_cells, system.N_size + system.K_size
+    if bottom > _MANY_CELLS or held >= _MANY_NUMBERS:
+        raise ValueError(
+            f"{_trees.name_of(array.path)!r} of shape {array.shape} and "
+            f"{len(positions) - 1} more arrays like it: with `reach`={reach} and "
+            f"`levels`={levels!r}, {blocks.rule} needs {held:,} numbers, and a dense "
+            f"matrix of {bottom:,} rows at the last level. Entries of the curvature may "
+            "all meet along axes after a tile or of bma.stacked, and between arrays of "
+            "one shape. Pass a tile for every axis along which a reach holds, larger "
+            'tiles, or couple="array" instead.'
+        )
+    return system
 
 
 def _reach_of(array, reach) -> Shape:
-    """The reach along each axis; along an axis that is one tile all elements meet."""
-    given = (reach,) * len(array.shape) if isinstance(reach, int) else tuple(reach)
+    """The reach along each axis; along one that is no grid all elements meet."""
+    axes = [i for i in range(len(array.shape)) if i not in array.stacked_axes]
+    given = reach if isinstance(reach, tuple) else (reach,) * len(axes)
+    if len(given) != len(axes):
+        raise ValueError(
+            f"{_trees.name_of(array.path)!r} of shape {array.shape}: `reach`={reach} "
+            f"has {len(given)} numbers for tiles along {len(axes)} axes. Pass one "
+            "number for each of these, or a single one for all, instead; a reach holds "
+            "neither along axes after a tile nor along those of bma.stacked."
+        )
+    along = dict(zip(axes, given, strict=True))
     return tuple(
-        n if g == 1 or axis >= len(given) else given[axis]
+        n if g == 1 or axis not in along else along[axis]
         for axis, (n, g) in enumerate(zip(array.shape, array.grid, strict=True))
     )
 
@@ -268,8 +286,8 @@ def check_reach(reach, levels) -> None:
         isinstance(numbers, tuple) and all(isinstance(k, int) for k in numbers)
     ):
         raise TypeError(
-            f"`reach` must be an integer, a tuple of them or None, got {reach!r}; a "
-            "tuple under optax.inject_hyperparams."
+            f"`reach` is {reach!r}. Pass an integer, a tuple of them or None instead; "
+            "a tuple under optax.inject_hyperparams."
         )
     if numbers is not None and any(k < 0 for k in numbers):
         raise ValueError(f"`reach` must not be negative, got {reach}.")
@@ -282,7 +300,7 @@ def check_reach(reach, levels) -> None:
     )
     if not valid:
         raise ValueError(
-            f'`levels` must be "auto" or a tuple of shapes of tiles, got {levels!r}.'
+            f'`levels` is {levels!r}. Pass "auto" or a tuple of shapes of tiles instead.'
         )
 
 

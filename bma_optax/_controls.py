@@ -82,7 +82,7 @@ def scale_block_mean(
                 return _Array(None, _units.placeholder(zeros))
             return _Array(None, units.constant(units.split(zeros)))
 
-        arrays = _layout.layout(params, partition, "block").arrays
+        arrays = _layout.partition(params, partition, "block").arrays
         if weights == "constant":
             return ScaleBlockMeanState(None)
         found = _units.map_arrays(_Array, start, arrays, params)

@@ -8,8 +8,10 @@ from bma_optax import _coarse, _diagonal, _layout
 
 def plan(params, rule, couple, reach, levels, warn=False):
     """The partition of parameters and its coarse systems; static."""
-    make = _layout.partition if warn and reach is None else _layout.layout
-    blocks = make(params, rule, couple)
+    if warn:
+        blocks = _layout.checked(params, rule, couple, reach is not None)
+    else:
+        blocks = _layout.layout(params, rule, couple)
     return blocks, _coarse.systems(blocks, reach, levels)
 
 

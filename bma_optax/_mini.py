@@ -128,7 +128,7 @@ def scale_by_mini_bma(
 
     def init_fn(params):
         _trees.check_floating(params)
-        arrays = _layout.layout(params, partition, "block").arrays
+        arrays = _layout.partition(params, partition, "block").arrays
         start = _units.map_arrays(
             _Array, lambda units, p: _start(units, p, weights), arrays, params
         )
