@@ -22,8 +22,6 @@ from bma_optax._stencil import Stencil
 
 # F has a unit diagonal: Λ, a mean of its eigenvalues, is far above this but for noise.
 _MIN_LAMBDA = 1e-3
-_MANY_CELLS = 4096  # A factor of so many rows takes seconds.
-_MANY_NUMBERS = 2**31
 
 
 Spans = tuple[tuple[int, int], ...]  # positions of consecutive blocks
@@ -108,6 +106,11 @@ class Nested:
         """The length of K."""
         return self.tiles.num_cells + self.levels.packed_size
 
+    @property
+    def num_products(self) -> int:
+        """The products that N costs, but for the check of the reach."""
+        return self.tiles.fields * math.prod(self.tiles.colors)
+
     def invert(self, N, n2, damping, floor) -> Factor:
         """The nested levels of the damped N; eigenvalues are those of the last one."""
         shape = (self.tiles.fields, *self.tiles.grid)
@@ -181,7 +184,7 @@ def _nested_system(blocks, positions, reach, levels) -> Nested:
     tiles = elements.coarse(array.tile)
     starts = [blocks.arrays[i].start for i in positions]
     spans = tuple((start, start + array.num_blocks) for start in starts)
-    system = Nested(
+    return Nested(
         spans,
         tuple(positions),
         tuple(size for a, b in spans for size in blocks.sizes[a:b]),
@@ -189,18 +192,6 @@ def _nested_system(blocks, positions, reach, levels) -> Nested:
         tiles,
         _nested.levels_below(tiles, array.tile, array.stacked_axes, levels),
     )
-    bottom, held = system.levels.bottom.num_cells, system.N_size + system.K_size
-    if bottom > _MANY_CELLS or held >= _MANY_NUMBERS:
-        raise ValueError(
-            f"{_trees.name_of(array.path)!r} of shape {array.shape} and "
-            f"{len(positions) - 1} more arrays like it: with `reach`={reach} and "
-            f"`levels`={levels!r}, {blocks.rule} needs {held:,} numbers, and a dense "
-            f"matrix of {bottom:,} rows at the last level. Entries of the curvature may "
-            "all meet along axes after a tile or of bma.stacked, and between arrays of "
-            "one shape. Pass a tile for every axis along which a reach holds, larger "
-            'tiles, or couple="array" instead.'
-        )
-    return system
 
 
 def _reach_of(array, reach) -> Shape:
@@ -300,7 +291,7 @@ def check_reach(reach, levels) -> None:
     )
     if not valid:
         raise ValueError(
-            f'`levels` is {levels!r}. Pass "auto" or a tuple of shapes of tiles instead.'
+            f'`levels` is {levels!r}. Pass "auto" or a tuple of tiles\' shapes instead.'
         )
 
 

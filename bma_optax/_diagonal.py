@@ -83,8 +83,8 @@ def num_products(curvature, systems, blocks, params, extra_args) -> int:
     total = 0 if known else min(_rest(systems, params)[1], curvature.num_probes)
     for system in systems:
         if isinstance(system, _coarse.Nested):
-            tiles, elements = system.tiles, system.elements
-            total += tiles.fields * math.prod(tiles.colors) + 1
+            elements = system.elements
+            total += system.num_products + 1
             if not known:
                 total += 2 * elements.fields * math.prod(elements.apart)
         else:

@@ -3,16 +3,19 @@
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _coarse, _diagonal, _layout
+from bma_optax import _coarse, _diagonal, _layout, _sizes
 
 
 def plan(params, rule, couple, reach, levels, warn=False):
     """The partition of parameters and its coarse systems; static."""
+    blocks = _layout.layout(params, rule, couple)
     if warn:
-        blocks = _layout.checked(params, rule, couple, reach is not None)
-    else:
-        blocks = _layout.layout(params, rule, couple)
-    return blocks, _coarse.systems(blocks, reach, levels)
+        _layout.warn_of_guesses(blocks)
+        _sizes.check_dense(blocks, reach is not None)
+    systems = _coarse.systems(blocks, reach, levels)
+    if warn:
+        _sizes.check_nested(systems, blocks)
+    return blocks, systems
 
 
 def gather(curvature, systems, blocks, product, params, key, extra_args):

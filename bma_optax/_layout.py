@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from bma_optax import _rules, _trees, _warn
+from bma_optax import _rules, _sizes, _trees, _warn
 from bma_optax._partition import Partition, group_of
 from bma_optax._rules import Path, Rule, Shape
 from bma_optax._rules_of_rules import ByPath, Stacked
 from bma_optax._tiles import Tiles
 
 _COUPLES = ("all", "array", "layer", "block")
-_MANY_BLOCKS = 1000
 _FEW_NAMES = 5
-_INDEX_LIMIT = 2**31  # LAPACK and its peers index the entries of a matrix in 32 bits.
 
 
 def partition(
@@ -56,15 +54,15 @@ def partition(
       kernel  (784, 32)  (784, 32)  1       25,088      100,352
       small matrices: 1 of 2 × 2; float32 state 100,480 bytes of diag H and 40 of U, v and the inverse root; a solve costs O(8)
     """  # noqa: E501
-    return checked(params, rule, couple)
-
-
-def checked(
-    params: Any, rule: Rule, couple: str, has_reach: bool = False
-) -> Partition:
-    """As :func:`partition`; with a reach, tiles are in no dense matrix."""
     result = layout(params, rule, couple)
-    _check_sizes(result, has_reach)
+    _sizes.check_dense(result)
+    warn_of_guesses(result)
+    return result
+
+
+def warn_of_guesses(result: Partition) -> None:
+    """A UserWarning for arrays whose names do not tell the axis of units."""
+    rule = result.rule
     guessed = [a.path for a in result.arrays if rule._guesses(a.path, a.shape)]
     if guessed:
         _warn.warn(
@@ -72,38 +70,6 @@ def checked(
             "the name does not tell. Pass bma.per_column or bma.per_row instead, or "
             "bma.by_path with one of these for some of the arrays."
         )
-    return result
-
-
-def _check_sizes(blocks: Partition, has_reach: bool) -> None:
-    """Warns of large dense matrices; raises a ValueError for impossible ones."""
-    if has_reach:
-        buckets = [(1, len(starts)) for starts in blocks.single_tiles]
-    else:
-        buckets = list(blocks.buckets)
-    entries = sum(count * n * n for count, n in buckets)
-    largest = max((n for _, n in buckets), default=0)
-    if largest <= _MANY_BLOCKS and entries < _INDEX_LIMIT:
-        return
-    array = max(blocks.arrays, key=lambda array: array.num_blocks)
-    found = (
-        f"{_trees.name_of(array.path)!r} is cut into {array.num_blocks:,} blocks by "
-        f"{blocks.rule}, and one group has {largest:,}: "
-    )
-    advice = (
-        "Pass coarser blocks instead (bma.per_leaf, larger tiles, None for an array in "
-        'bma.by_path), or couple="layer", "array" or "block"'
-    )
-    if not has_reach and array.num_blocks > 1:
-        advice += (
-            ", or, where the curvature of a field meets near neighbours only, the "
-            "`reach` of bma.newton_bma and bma.preconditioner"
-        )
-    if entries >= _INDEX_LIMIT:
-        raise ValueError(
-            f"{found}a {largest:,} × {largest:,} matrix cannot be held. {advice}."
-        )
-    _warn.warn(f"{found}each step factors a matrix of that size. {advice}.")
 
 
 def layout(params: Any, rule: Rule, couple: str) -> Partition:
@@ -172,8 +138,8 @@ def _tile(rule: Rule, path: Path, shape: Shape) -> Shape | None:
     )
     if not valid or len(tile) != len(shape):
         raise ValueError(
-            f"{_trees.name_of(path)!r} of shape {shape}: {rule} gave the tile {tile!r}. "
-            f"Return a tuple of {len(shape)} positive integers, or None, instead."
+            f"{_trees.name_of(path)!r} of shape {shape}: {rule} gave {tile!r} for its "
+            f"tile. Return a tuple of {len(shape)} positive integers, or None, instead."
         )
     return tuple(min(int(t), n) for t, n in zip(tile, shape, strict=True))
 

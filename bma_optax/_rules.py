@@ -172,10 +172,10 @@ class _PerRow(Rule):
 
 
 # In the last part of a path. Flax: kernel, embedding, lora_a. Haiku: w, w_i,
-# embeddings. Equinox and PyTorch: weight, weight_ih, in_proj_weight.
-_LAST_AXIS = re.compile(r"kernel|lora|^w(_|$)")
+# embeddings. Equinox and PyTorch: weight, weight_ih, in_proj_weight. By hand: w1.
+_LAST_AXIS = re.compile(r"kernel|lora|^w\d*(_|$)")
 _FIRST_AXIS = re.compile(r"embedding|(^|_)weight(_|$)")
-_NO_INPUTS = re.compile(r"bias|scale|offset|^b(_|$)")
+_NO_INPUTS = re.compile(r"bias|scale|offset|^b\d*(_|$)")
 
 
 @dataclasses.dataclass(frozen=True)

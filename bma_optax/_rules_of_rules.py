@@ -21,7 +21,7 @@ class Stacked(Rule):
     def _axis(self, path, shape):
         if not -len(shape) <= self.axis < len(shape):
             raise ValueError(
-                f"{_trees.name_of(path)!r} of shape {shape} has no axis {self.axis} for "
+                f"{_trees.name_of(path)!r} of shape {shape} has no axis {self.axis}: "
                 f"{self}. Pass bma.by_path with this rule for the stacked arrays alone."
             )
         return self.axis % len(shape)
