@@ -165,7 +165,7 @@ PROBLEMS = {
     ),
     # Not convex, but every method was seen to end at the same loss to all digits.
     "factorisation": Problem(
-        factorisation_instance, factorisation_loss, bma.Hessian(), bma.per_unit
+        factorisation_instance, factorisation_loss, bma.Hessian(), bma.per_column
     ),
     "net": Problem(
         net_instance,

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import bma_optax as bma
 
-NEVER = 10**6  # A root at the first step only: what the sums cost without it.
+NEVER = 10**6  # A root at few steps only: what the sums cost without it.
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -36,6 +36,11 @@ class Method(NamedTuple):
     tx: Any
     window: int = 1  # Steps from one root to the next.
     slow: bool = False  # Left out where it takes minutes.
+
+
+def tiles_of_8(path, shape):
+    """8 x 8 of the last two axes."""
+    return (*(1 for _ in shape[:-2]), *(8 for _ in shape[-2:]))
 
 
 def with_biases(kernels: list[tuple[int, ...]]) -> Shapes:
@@ -66,8 +71,8 @@ METHODS = {
         '`per_unit`, `couple="block"`', bma.scale_by_bma(bma.per_unit, couple="block")
     ),
     "tiles": Method(
-        '`per_tile((8, 8))`, `couple="block"`',
-        bma.scale_by_bma(bma.per_tile((8, 8)), couple="block"),
+        'tiles of 8 x 8, `couple="block"`',
+        bma.scale_by_bma(bma.by_function(tiles_of_8), couple="block"),
     ),
     "adam_bma": Method("`scale_by_adam_bma()`", bma.scale_by_adam_bma()),
     "mini_bma": Method("`scale_by_mini_bma()`", bma.scale_by_mini_bma()),
@@ -107,7 +112,10 @@ def mature(tx: Any, like: Any) -> Any:
 def measure(name: str, steps: int, bar: tqdm) -> dict[str, Any]:
     """Seconds of a step of each method on one tree, and bytes."""
     shapes = TREES[name]
-    like = {f"array{i:03}": jnp.zeros(shape) for i, shape in enumerate(shapes)}
+    like = {
+        f"array{i:03}.{'kernel' if len(shape) > 1 else 'bias'}": jnp.zeros(shape)
+        for i, shape in enumerate(shapes)
+    }
     d = optax.tree.size(like)
     methods = methods_of(name)
     compiled, states, compile_seconds, memory = {}, {}, {}, {}

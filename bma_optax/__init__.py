@@ -26,15 +26,14 @@ from bma_optax._partition import Partition
 from bma_optax._preconditioner import Preconditioner, preconditioner
 from bma_optax._rules import (
     Rule,
-    by_function,
-    per_element,
+    per_column,
     per_layer,
     per_leaf,
     per_row,
-    per_tile,
     per_unit,
 )
 from bma_optax._rules_of_rules import by_path, stacked
+from bma_optax._rules_of_tiles import by_function, per_element, per_tile
 from bma_optax._steps import ScaleByQuadraticModelState, scale_by_quadratic_model
 
 __version__ = "0.1.0"
@@ -65,6 +64,7 @@ __all__ = [
     "natural_bma",
     "newton_bma",
     "partition",
+    "per_column",
     "per_element",
     "per_layer",
     "per_leaf",

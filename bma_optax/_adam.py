@@ -82,7 +82,9 @@ def scale_by_adam_bma(
         included, as in :func:`scale_by_bma`.
       min_eigenvalue: the least eigenvalue of M, >= 0; at 1 the update along block means
         can shrink but not grow. The default bounds its growth by 1.8.
-      update_interval: steps from one inverse root to the next, the first step has one.
+      update_interval: k, the steps from one inverse root to the next. Before step k
+        there is also one at steps 1, 2, 4, 8, ..., as the first gradients change M
+        most.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleByAdamBMAState`.
@@ -181,6 +183,7 @@ def scale_by_adam_bma(
             state.count,
             refresh,
             (state.v, state.inverse_root, state.failures),
+            young=True,
         )
 
         # Apply: r + E (M^-½ - I) Eᵀ r.

@@ -120,6 +120,11 @@ class Nested:
         """The length of K."""
         return self.tiles.num_cells + self.levels.packed_size
 
+    @property
+    def num_products(self) -> int:
+        """The products that N costs, but for the check of the reach."""
+        return self.tiles.fields * math.prod(self.tiles.width)
+
     @_flow.compiled
     def invert(self, N, n2, damping, floor) -> Factor:
         """The nested levels of the damped N; eigenvalues are those of the last one."""
@@ -174,21 +179,19 @@ def systems(blocks: Partition, reach, levels) -> tuple[System, ...]:
             )
         )
     grids: dict[Any, list[int]] = {}
-    single: dict[Any, set[int]] = {}
     for position, array in enumerate(blocks.arrays):
-        group = blocks.group_of(array)
         if array.num_blocks > 1:
-            grids.setdefault((array.shape, array.tile, group), []).append(position)
-        elif array.num_blocks:
-            single.setdefault(group, set()).add(array.start)
+            group = blocks.group_of(array)
+            kind = (array.shape, array.tile, array.stacked_axes, group)
+            grids.setdefault(kind, []).append(position)
     dense = [
         Dense(
-            tuple((i, i + 1) for i in sorted(starts)),
+            tuple((i, i + 1) for i in starts),
             1,
             len(starts),
-            (tuple(blocks.sizes[i] for i in sorted(starts)),),
+            (tuple(blocks.sizes[i] for i in starts),),
         )
-        for starts in single.values()
+        for starts in blocks.single_tiles
     ]
     return (*dense, *(_nested_system(blocks, g, reach, levels) for g in grids.values()))
 
@@ -197,9 +200,6 @@ def _nested_system(blocks, positions, reach, levels) -> Nested:
     array = blocks.arrays[positions[0]]
     elements = Stencil(len(positions), array.shape, _reach_of(array, reach))
     tiles = elements.coarse(array.tile)
-    coarsened = tuple(
-        t > 1 and g > 1 for t, g in zip(array.tile, array.grid, strict=True)
-    )
     starts = [blocks.arrays[i].start for i in positions]
     spans = tuple((start, start + array.num_blocks) for start in starts)
     return Nested(
@@ -208,16 +208,24 @@ def _nested_system(blocks, positions, reach, levels) -> Nested:
         tuple(size for a, b in spans for size in blocks.sizes[a:b]),
         elements,
         tiles,
-        _nested.levels_below(tiles, coarsened, levels),
+        _nested.levels_below(tiles, array.tile, array.stacked_axes, levels),
     )
 
 
 def _reach_of(array, reach) -> Shape:
-    """The reach along each axis; along an axis that is one tile all elements meet."""
-    given = (reach,) * len(array.shape) if is_integer(reach) else reach
-    given = tuple(map(int, given))
+    """The reach along each axis; along one that is no grid all elements meet."""
+    axes = [i for i in range(len(array.shape)) if i not in array.stacked_axes]
+    given = (reach,) * len(axes) if is_integer(reach) else reach
+    if len(given) != len(axes):
+        raise ValueError(
+            f"{_trees.name_of(array.path)!r} of shape {array.shape}: `reach`={reach} "
+            f"has {len(given)} numbers for tiles along {len(axes)} axes. Pass one "
+            "number for each of these, or a single one for all, instead; a reach holds "
+            "neither along axes after a tile nor along those of bma.stacked."
+        )
+    along = dict(zip(axes, map(int, given), strict=True))
     return tuple(
-        n if g == 1 or axis >= len(given) else given[axis]
+        n if g == 1 or axis not in along else along[axis]
         for axis, (n, g) in enumerate(zip(array.shape, array.grid, strict=True))
     )
 
@@ -292,7 +300,7 @@ def check_reach(reach, levels) -> None:
         isinstance(numbers, tuple) and all(map(is_integer, numbers))
     ):
         raise TypeError(
-            f"`reach` must be an integer, a tuple of them or None, got {reach!r}. Pass "
+            f"`reach` is {reach!r}. Pass an integer, a tuple of them or None instead; "
             "a tuple under optax.inject_hyperparams."
         )
     if numbers is not None and any(k < 0 for k in numbers):
@@ -307,7 +315,7 @@ def check_reach(reach, levels) -> None:
     )
     if not valid:
         raise ValueError(
-            f'`levels` must be "auto" or a tuple of shapes of tiles, got {levels!r}.'
+            f'`levels` is {levels!r}. Pass "auto" or a tuple of tiles\' shapes instead.'
         )
 
 

@@ -63,11 +63,8 @@ def diagonal(product, params, arrays, stencil, key, tolerance):
         # Where two of a color meet, the diagonal does not explain the second response.
         signed = probes.signed_test()
         expected = [d * x for d, x in zip(diagonals, signed, strict=True)]
-        seen, expected = (
-            jnp.stack([_tiles.replicated(x) for x in fields])
-            for fields in (seen, expected)
-        )
-        check = Check(_relative_error(seen, expected), tolerance)
+        error = _relative_error(*map(_stacked, (seen, expected)))
+        check = Check(error, tolerance)
         return diagonals, check, jnp.int32(2 * probes.count)
 
     return _first_that_passes(attempt, stencil, share=True)
@@ -127,7 +124,7 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
             return jnp.stack([tiles.sums(y) for y in y])
 
         Y = _flow.map(respond, probes.all_probes(), probes.side_by_side, params)
-        counts = [axis.count for axis in colors]
+        counts = [axis.number for axis in colors]
         Y = Y.reshape(stencil.fields, *counts, stencil.fields, *stencil.grid)
         S = stencil.from_colors(Y * probes.near_signs(), around)
         expected = stencil.matvec(S, probes.coarse_test())
@@ -152,7 +149,7 @@ def _first_that_passes(attempt, stencil, share):
     As on a periodic grid whose number of cells is no multiple of the number of colors.
     """
     result, colors = attempt(False), stencil.colors(share=share, around=False)
-    if all(g % c.count == 0 for g, c in zip(stencil.grid, colors, strict=True)):
+    if all(g % c.number == 0 for g, c in zip(stencil.grid, colors, strict=True)):
         return result  # The colors around the edge are the same.
     _, check, products = result
 
@@ -161,6 +158,11 @@ def _first_that_passes(attempt, stencil, share):
         return found, check, products + more
 
     return _flow.cond(check.error <= check.tolerance, lambda: result, again)
+
+
+def _stacked(fields):
+    """Arrays of one shape as one, which lies on every device."""
+    return jnp.stack([_tiles.replicated(x) for x in fields])
 
 
 _SCALE = 1.3  # No power of 2, so that it changes how numbers are rounded.
@@ -237,7 +239,7 @@ class _Probes:
 
     def all_probes(self) -> _Probe:
         """Every probe, each array with one row for each."""
-        counts = [range(axis.count) for axis in self.colors]
+        counts = [range(axis.number) for axis in self.colors]
         every = itertools.product(range(self.stencil.fields), *counts)
         field, *colors = np.array(list(every), np.int32).T
 
@@ -265,7 +267,7 @@ class _Probes:
     @property
     def count(self) -> int:
         """The number of probes."""
-        return self.stencil.fields * math.prod(axis.count for axis in self.colors)
+        return self.stencil.fields * math.prod(axis.number for axis in self.colors)
 
     @property
     def side_by_side(self) -> int:
@@ -304,14 +306,14 @@ class _Probes:
     def near_signs(self):
         """For each color and cell the sign of the cell near it that has the color."""
         dim = len(self.stencil.grid)
-        counts = [axis.count for axis in self.colors]
+        counts = [axis.number for axis in self.colors]
         whole = (1, *counts, 1, *self.stencil.grid)  # field, *color, field, *cell
         product = jnp.ones(whole, self.dtype)
         for axis, (g, colors) in enumerate(
             zip(self.stencil.grid, self.colors, strict=True)
         ):
             shape = [1] * len(whole)
-            shape[1 + axis], shape[2 + dim + axis] = colors.count, g
+            shape[1 + axis], shape[2 + dim + axis] = colors.number, g
             signs = self.axis_signs[axis][self.stencil.near(axis, colors)]
             product = product * jnp.broadcast_to(signs.reshape(shape), whole)
         return product
@@ -332,7 +334,7 @@ class _Probes:
             * _outer([self._fine(axis, v[a]) for axis, v in enumerate(self.axis_tests)])
             for a in range(self.stencil.fields)
         ]
-        return jnp.stack([_tiles.replicated(y) for y in self._product(product, x)])
+        return _stacked(self._product(product, x))
 
     def signed_test(self):
         """The signs times the test vector, an array for each field."""

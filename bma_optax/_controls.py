@@ -31,6 +31,8 @@ def scale_block_mean(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the block means of updates by a constant.
 
+    Units lie on the axis that the names of Flax, Haiku, Equinox and PyTorch tell.
+
     .. math:: x + (c - 1) \, E E^T x
 
     What methods with block means must beat: it has no statistics, and after
@@ -39,7 +41,10 @@ def scale_block_mean(
 
     Args:
       factor: c. 0 removes block means, 1 does nothing.
-      partition: the rule that cuts parameters into blocks.
+      partition: the rule that cuts parameters into blocks. ``bma.per_unit``, the
+        default, takes the last axis for ``kernel`` and ``w``, the first one for
+        ``weight`` and ``embedding``, and warns at ``init`` where a name does not tell:
+        pass ``bma.per_column`` or ``bma.per_row`` then.
       weights: "constant" for plain means. "learned": in each array that is a matrix of
         units x inputs, the component along one direction of the inputs that follows the
         largest one of the updates that pass, as in :func:`scale_by_mini_bma`. (There
@@ -84,7 +89,7 @@ def scale_block_mean(
                 return _Array(None, _units.placeholder(zeros))
             return _Array(None, units.constant(units.split(zeros)))
 
-        arrays = _layout.layout(params, partition, "block").arrays
+        arrays = _layout.partition(params, partition, "block").arrays
         if weights == "constant":
             return ScaleBlockMeanState(None)
         found = _units.map_arrays(_Array, start, arrays, params)

@@ -13,15 +13,21 @@ from bma_optax import (
     _flow,
     _layout,
     _probes,
+    _sizes,
     _trees,
 )
 
 
 def plan(params, rule, couple, reach, levels, warn=False):
     """The partition of parameters and its coarse systems; static."""
-    make = _layout.partition if warn and reach is None else _layout.layout
-    blocks = make(params, rule, couple)
-    return blocks, _coarse.systems(blocks, reach, levels)
+    blocks = _layout.layout(params, rule, couple)
+    if warn:
+        _layout.warn_of_guesses(blocks)
+        _sizes.check_dense(blocks, reach is not None)
+    systems = _coarse.systems(blocks, reach, levels)
+    if warn:
+        _sizes.check_nested(systems, blocks)
+    return blocks, systems
 
 
 class Gathered(NamedTuple):

@@ -3,8 +3,15 @@
 from bma_optax import _flow
 
 
-def every(interval, count, refresh, last):
-    """``refresh()`` at the first step and then at each so many, else ``last``."""
+def every(interval, count, refresh, last, young=False):
+    """``refresh()`` at the first step and then at each so many, else ``last``.
+
+    Where statistics are ``young``, also at steps 2, 4, 8, ... below the interval: the
+    first gradients change them most.
+    """
     if isinstance(interval, int) and interval == 1:
         return refresh()
-    return _flow.cond(count % interval == 0, refresh, lambda: last)
+    due = count % interval == 0
+    if young:
+        due |= (count & (count + 1) == 0) & (count + 1 < interval)
+    return _flow.cond(due, refresh, lambda: last)

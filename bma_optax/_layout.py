@@ -4,20 +4,18 @@ import dataclasses
 import functools
 import itertools
 import math
-import warnings
 from typing import Any
 
 import numpy as np
 
-from bma_optax import _rules, _trees
+from bma_optax import _rules, _sizes, _trees, _warn
 from bma_optax._partition import Partition, group_of
 from bma_optax._rules import Path, Rule, Shape
-from bma_optax._rules_of_rules import ByPath
+from bma_optax._rules_of_rules import ByPath, Stacked
 from bma_optax._tiles import Tiles
 
 _COUPLES = ("all", "array", "layer", "block")
-_MANY_BLOCKS = 1000
-_INDEX_LIMIT = 2**31  # LAPACK and its peers index the entries of a matrix in 32 bits.
+_FEW_NAMES = 5
 
 
 def partition(
@@ -42,7 +40,8 @@ def partition(
         tile, if a pattern of it matches nothing, or if a small matrix could not exist.
 
     Warns:
-      UserWarning: if more than a thousand blocks are in one group.
+      UserWarning: if more than a thousand blocks are in one group, or if ``per_unit``
+        has to guess the axis of units.
 
     Example:
       >>> import jax, bma_optax as bma
@@ -56,24 +55,21 @@ def partition(
       small matrices: 1 of 2 × 2; float32 state 100,480 bytes of diag H and 40 of U, v and the inverse root; a solve costs O(8)
     """  # noqa: E501
     result = layout(params, rule, couple)
-    largest = max((n for _, n in result.buckets), default=0)
-    advice = (
-        "Use coarser blocks (bma.per_leaf, larger tiles, None for an array in "
-        'bma.by_path) or couple="layer", "array" or "block".'
-    )
-    if sum(count * n * n for count, n in result.buckets) >= _INDEX_LIMIT:
-        raise ValueError(
-            f"{rule} cuts the parameters into {result.num_blocks:,} blocks, up to "
-            f"{largest:,} in one group: a {largest:,} × {largest:,} matrix cannot be "
-            f"held. {advice}"
-        )
-    if largest > _MANY_BLOCKS:
-        warnings.warn(
-            f"{rule} puts {largest:,} blocks into one group; each step factors a "
-            f"matrix of that size. {advice}",
-            stacklevel=2,
-        )
+    _sizes.check_dense(result)
+    warn_of_guesses(result)
     return result
+
+
+def warn_of_guesses(result: Partition) -> None:
+    """A UserWarning for arrays whose names do not tell the axis of units."""
+    rule = result.rule
+    guessed = [a.path for a in result.arrays if rule._guesses(a.path, a.shape)]
+    if guessed:
+        _warn.warn(
+            f"{_names(guessed)}: per_unit takes the last axis for that of units, since "
+            "the name does not tell. Pass bma.per_column or bma.per_row instead, or "
+            "bma.by_path with one of these for some of the arrays."
+        )
 
 
 def layout(params: Any, rule: Rule, couple: str) -> Partition:
@@ -109,9 +105,9 @@ def _layout(leaves, rule, couple) -> Partition:
     for array in arrays:
         if array.owner != array.path and array.num_blocks > 1:
             raise ValueError(
-                f"{rule} merges {_trees.name_of(array.path)!r} with other arrays but "
-                f"cuts it into {array.num_blocks} tiles; only whole arrays can be "
-                "merged."
+                f"{_trees.name_of(array.path)!r}: {rule} merges it with other arrays "
+                f"but cuts it into {array.num_blocks} tiles; only whole arrays can be "
+                f"merged. Return the whole shape, {array.shape}, as its tile instead."
             )
         if array.num_blocks:
             key = group_of(array, couple)
@@ -142,26 +138,37 @@ def _tile(rule: Rule, path: Path, shape: Shape) -> Shape | None:
     )
     if not valid or len(tile) != len(shape):
         raise ValueError(
-            f"{rule} gave {tile!r} for {_trees.name_of(path)!r} of shape {shape}; a "
-            f"tuple of {len(shape)} positive integers, or None, is accepted."
+            f"{_trees.name_of(path)!r} of shape {shape}: {rule} gave {tile!r} for its "
+            f"tile. Return a tuple of {len(shape)} positive integers, or None, instead."
         )
     return tuple(min(int(t), n) for t, n in zip(tile, shape, strict=True))
 
 
-def _check_patterns(rule: Rule, paths: list[Path]) -> None:
+def _check_patterns(rule: Rule | None, paths: list[Path]) -> None:
     """Raises if a pattern of ``by_path`` decides nothing.
 
     Optax calls ``init`` on a placeholder without leaves: nothing can match there.
     """
+    while isinstance(rule, Stacked):
+        rule = rule.rule
     if not isinstance(rule, ByPath) or not paths:
         return
-    used = {rule.match(path) for path in paths}
+    decided: dict[int, list[Path]] = {}
+    for path in paths:
+        decided.setdefault(rule.match(path), []).append(path)
     for i, (pattern, _) in enumerate(rule.rules):
-        if i not in used:
+        if i not in decided:
             raise ValueError(
                 f"by_path: {pattern!r} matches none of the arrays that earlier "
-                f"patterns leave; there are {', '.join(map(_trees.name_of, paths))}."
+                f"patterns leave; there are {_names(paths)}. Pass a pattern that is "
+                "found in one of these paths instead, or leave it out."
             )
-    for i, (_, inner) in enumerate((*rule.rules, ("", rule.default))):
-        if inner is not None:
-            _check_patterns(inner, [path for path in paths if rule.match(path) == i])
+    for i, theirs in decided.items():
+        _check_patterns(rule.rule_of(i), theirs)
+
+
+def _names(paths: list[Path]) -> str:
+    """The names of a few arrays, and how many more there are."""
+    names = [repr(_trees.name_of(path)) for path in paths[:_FEW_NAMES]]
+    more = len(paths) - len(names)
+    return ", ".join(names) + (f" and {more:,} more" if more else "")

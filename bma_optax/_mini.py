@@ -49,6 +49,8 @@ def scale_by_mini_bma(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales momentum by a block mean approximation with two numbers a block.
 
+    Units lie on the axis that the names of Flax, Haiku, Equinox and PyTorch tell.
+
     The blocks of an array are its units: the rows of G, its gradient as units x inputs.
     They share one unit vector q over the inputs. With decayed averages
     :math:`h_i` of :math:`\sum_j G_{ij}^2` and :math:`M_i` of :math:`(G q)_i^2`, eq. (2)
@@ -75,10 +77,12 @@ def scale_by_mini_bma(
       b1: the decay of the momentum, in [0, 1).
       b2: the decay of h and M, in [0, 1).
       eps: added to the root, >= 0.
-      partition: the rule whose blocks are the units. ``bma.per_unit``, the default, is
-        right where the last axis counts outputs (Flax and Haiku; convolutions too),
-        ``bma.per_row`` where the first one does (Equinox) and for embeddings, and
-        ``bma.stacked(rule)`` where a leading axis counts layers. Nothing is guessed:
+      partition: the rule whose blocks are the units. ``bma.per_unit``, the default,
+        knows their axis from the array's name: the last one for ``kernel`` and ``w``
+        (Flax and Haiku; convolutions too), the first one for ``weight`` (Equinox,
+        PyTorch) and ``embedding``. Where a name does not tell, ``init`` takes the last
+        axis and warns: pass ``bma.per_column`` (last axis) or ``bma.per_row`` (first
+        axis) then, and ``bma.stacked(rule)`` where a leading axis counts layers.
         ``print(bma.partition(params, rule, "block"))`` shows what is a unit, and the
         bytes of state. Adam for arrays whose rule is None in ``bma.by_path``.
       weights: "learned" for the q above, "constant" for plain means.
@@ -101,6 +105,9 @@ def scale_by_mini_bma(
         if the rule does not fit the parameters or its tiles do not divide an array; at
         ``update``, if gradients are not of the structure and shapes that ``init`` saw,
         or the state is of parameters of another dtype.
+
+    Warns:
+      UserWarning: at ``init``, if a name does not tell the axis of units.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -132,7 +139,7 @@ def scale_by_mini_bma(
 
     def init_fn(params):
         params = _trees.parameters(params)
-        arrays = _layout.layout(params, partition, "block").arrays
+        arrays = _layout.partition(params, partition, "block").arrays
         start = _units.map_arrays(
             _Array, lambda units, p: _start(units, p, weights), arrays, params
         )
@@ -215,6 +222,8 @@ def mini_bma(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam at half of its state, with a learned block mean in each array.
 
+    Units lie on the axis that the names of Flax, Haiku, Equinox and PyTorch tell.
+
     .. math:: \theta \leftarrow \theta - \eta \, \big(r + (\max(M / \Lambda, 1)^{-1/2}
         - 1) (r^T q) \, q + \lambda \theta\big), \qquad r = \Lambda^{-1/2} m
 
@@ -227,7 +236,7 @@ def mini_bma(
       weight_decay: λ, a number or a schedule; multiplied by the rate, as in adamw.
       weight_decay_mask: a tree of booleans like the parameters, or a function of them
         that gives one: where weights decay. Everywhere if None.
-      partition: the rule whose blocks are the units.
+      partition: the rule whose blocks are the units, ``bma.per_unit`` by default.
       weights: "learned" or "constant".
       b3: the decay of the direction.
       factor: None, or a number in the place of M's factor along q.

@@ -22,6 +22,7 @@ from bma_optax._stencil import Stencil
 
 MAX_DENSE = 64
 _COARSENING = 4
+_MAX_EXACT = 1000
 # Of the cycle times the matrix: its eigenvalues are at most about 1, and a part of
 # those below the lower end is left to the finest level's conjugate directions.
 _INTERVAL = (0.2, 1.1)
@@ -141,21 +142,27 @@ class Levels:
         return list(itertools.accumulate(sizes, initial=0))
 
 
-def levels_below(stencil: Stencil, coarsened: Shape, tiles) -> Levels:
+def levels_below(stencil: Stencil, first_tile: Shape, fields: Shape, tiles) -> Levels:
     """From the first level down to at most 64 blocks, or by the tiles given.
+
+    Axes that tiles of one element cut stay as they are while the dense matrix at the
+    bottom has no more than 1000 rows: with one-element tiles alone that is Newton's
+    method.
 
     Args:
       stencil: the layout of the first level.
-      coarsened: for each axis whether it may be coarsened.
+      first_tile: the tile that is a cell of the first level.
+      fields: axes that are never coarsened, as their entries are not neighbours.
       tiles: "auto", or the shapes of the tiles of each level.
     """
     levels = []
     if tiles == "auto":
+        grid = set(range(len(stencil.grid))) - set(fields)
+        long = {axis for axis in grid if first_tile[axis] > 1}
         while stencil.num_cells > MAX_DENSE:
-            tile = tuple(
-                min(max(_COARSENING, k), g) if c else 1
-                for c, k, g in zip(coarsened, stencil.reach, stencil.grid, strict=True)
-            )
+            tile = _auto_tile(stencil, long)
+            if math.prod(tile) == 1 and stencil.num_cells > _MAX_EXACT:
+                tile = _auto_tile(stencil, grid)
             if math.prod(tile) == 1:
                 break
             levels.append(_Level(stencil, tile))
@@ -166,6 +173,14 @@ def levels_below(stencil: Stencil, coarsened: Shape, tiles) -> Levels:
             levels.append(_Level(stencil, full))
             stencil = stencil.coarse(full)
     return Levels(tuple(levels), stencil)
+
+
+def _auto_tile(stencil, axes) -> Shape:
+    """Tiles of 4 or the reach along some axes."""
+    return tuple(
+        min(max(_COARSENING, k), g) if axis in axes else 1
+        for axis, (k, g) in enumerate(zip(stencil.reach, stencil.grid, strict=True))
+    )
 
 
 def _chebyshev(steps, dtype):

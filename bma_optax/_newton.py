@@ -88,15 +88,18 @@ def scale_by_newton_bma(
       curvature: what G is: ``bma.Hessian()``, ``bma.GaussNewton(...)``, ...
       reach: a declaration, on which M costs (2k + 1)^dim products whatever its size:
         entries of G further apart than this along an axis do not meet, in arrays that
-        the rule cuts into several tiles. An integer, or one for each axis (a tuple also
-        under ``optax.inject_hyperparams``, which traces integers). Along an axis of one
-        tile all elements may meet. Arrays of one shape are fields on one grid and see
-        each other; M between these and other arrays is taken for zero. Each refresh
+        the rule cuts into several tiles. An integer, or one for each axis of the tile
+        (a tuple also under ``optax.inject_hyperparams``, which traces integers). All
+        elements may meet along an axis of one tile, along the axes after a tile of
+        ``per_tile`` and along those of ``stacked``, which count fields: each field
+        takes products of its own. Arrays of one shape are fields on one grid too, and
+        see each other; M between these and other arrays is taken for zero. Each refresh
         checks it against a product with a random vector: where it is not true,
         ``update`` raises a ValueError outside ``jax.jit``, and within takes the
         diagonal alone and sets ``state.local`` to False.
       levels: with ``reach``, how M is inverted: by nested levels of tiles of 4 (or the
         reach) down to 64 blocks, or by tiles of the shapes given here; then densely.
+        Axes cut into tiles of 1 have levels beyond 1000 blocks, fields never.
       couple: which blocks see each other: "all", those of one "array", of one "layer",
         or none, every "block" alone.
       update_interval: steps from one refresh of the factor to the next; the first step

@@ -68,6 +68,15 @@ class Partition:
         return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds.tolist()))
 
     @property
+    def single_tiles(self) -> tuple[tuple[int, ...], ...]:
+        """The positions in each group of the blocks that are whole arrays."""
+        groups: dict[Path, set[int]] = {}
+        for array in self.arrays:
+            if array.num_blocks == 1:
+                groups.setdefault(self.group_of(array), set()).add(array.start)
+        return tuple(tuple(sorted(starts)) for starts in groups.values())
+
+    @property
     def matrix_shape(self) -> Shape:
         """The shape in which one array holds the small matrices of all groups.
 
@@ -178,7 +187,7 @@ class Partition:
             raise ValueError(
                 f"The state has small matrices of shape {found[0]}; {self.rule} with "
                 f"couple={self.couple!r} makes {self.num_blocks} blocks and the shape "
-                f"{expected[0]}. A state of the same partition is accepted."
+                f"{expected[0]}. Pass a state of the same partition instead."
             )
 
     def split(self, values: jax.Array) -> list[jax.Array]:

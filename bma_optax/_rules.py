@@ -1,8 +1,11 @@
-"""Partition rules: which tile of each array is a block, from path and shape alone."""
+"""Partition rules: which tile of each array is a block, from path and shape alone.
+
+Here those of whole arrays and of units; the axis of units comes from an array's name.
+"""
 
 import dataclasses
 import numbers
-from collections.abc import Callable
+import re
 from typing import Any
 
 Path = tuple[str, ...]
@@ -18,10 +21,11 @@ class Rule:
     schedules.
 
     Ready-made: ``per_leaf`` (one block an array), ``per_layer`` (the arrays of one
-    module merged into one block), ``per_unit`` (one block for each index of the last
-    axis; an array of one axis is one block), ``per_row`` (the same for the first axis:
-    embeddings, Equinox's layers), ``per_element`` (AdaGrad-Full), and :func:`per_tile`,
-    :func:`stacked`, :func:`by_path`, :func:`by_function`.
+    module merged into one block), ``per_unit`` (one block for each output unit, on the
+    axis that the names of Flax, Haiku, Equinox and PyTorch tell), ``per_column`` and
+    ``per_row`` (one block for each index of the last or the first axis),
+    ``per_element`` (AdaGrad-Full), and :func:`per_tile`, :func:`stacked`,
+    :func:`by_path`, :func:`by_function`.
 
     Example:
       >>> import bma_optax as bma
@@ -63,7 +67,9 @@ class Rule:
         return path
 
     def stacked_axes(self, path: Path, shape: Shape) -> tuple[int, ...]:
-        """The axes whose entries are arrays of their own, as in scanned layers.
+        """The axes whose entries are arrays of their own: scanned layers, fields.
+
+        A ``reach`` does not apply along them: all of their entries may meet.
 
         Args:
           path: the keys to the array, as strings.
@@ -79,6 +85,10 @@ class Rule:
           (0,)
         """
         return ()
+
+    def _guesses(self, path: Path, shape: Shape) -> bool:
+        """Whether the tile is a guess, of which the user is told."""
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,29 +135,27 @@ class _PerLayer(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class _PerUnit(Rule):
-    """One block for each index of the last axis (an output unit, a channel).
+class _PerColumn(Rule):
+    """One block for each index of the last axis, whatever the array's name.
 
-    For arrays that are (..., inputs, outputs), as those of Flax and Haiku. An array of
-    one axis is one block.
+    An array of one axis is one block.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
-      >>> params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
-      >>> bma.partition(params, bma.per_unit).names
-      ('b', 'w[:, 0]', 'w[:, 1]', 'w[:, 2]')
+      >>> bma.partition(jnp.ones((2, 3)), bma.per_column).sizes
+      (2, 2, 2)
     """
 
     def tile(self, path, shape):
         return (*shape[:-1], 1) if len(shape) > 1 else shape
 
     def __repr__(self):
-        return "per_unit"
+        return "per_column"
 
 
 @dataclasses.dataclass(frozen=True)
 class _PerRow(Rule):
-    """One block for each index of the first axis (Equinox's units, embeddings).
+    """One block for each index of the first axis, whatever the array's name.
 
     An array of one axis is one block.
 
@@ -164,112 +172,61 @@ class _PerRow(Rule):
         return "per_row"
 
 
+# In the last part of a path. Flax: kernel, embedding, lora_a. Haiku: w, w_i,
+# embeddings. Equinox and PyTorch: weight, weight_ih, in_proj_weight. By hand: w1.
+_LAST_AXIS = re.compile(r"kernel|lora|^w\d*(_|$)")
+_FIRST_AXIS = re.compile(r"embedding|(^|_)weight(_|$)")
+_NO_INPUTS = re.compile(r"bias|scale|offset|^b\d*(_|$)")
+
+
 @dataclasses.dataclass(frozen=True)
-class _PerElement(Rule):
-    """One block for each element; AdaGrad-BMA with it is AdaGrad-Full.
+class _PerUnit(Rule):
+    """One block for each output unit, on the axis that the array's name tells.
+
+    The last part of the path decides: ``kernel`` and ``w`` (Flax, Haiku) have units on
+    the last axis, ``weight`` (Equinox, PyTorch) and ``embedding`` on the first; a
+    ``bias``, a ``scale`` or an array of one axis is one block. Where another name
+    cannot tell, the last axis is taken with a UserWarning: pass ``bma.per_column``,
+    ``bma.per_row`` or :func:`by_path` then. A bare array has no name, and takes the
+    last axis.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
-      >>> bma.partition(jnp.ones(3), bma.per_element).sizes
-      (1, 1, 1)
+      >>> params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3), "weight": jnp.ones((2, 3))}
+      >>> bma.partition(params, bma.per_unit).names[:4]
+      ('b', 'w[:, 0]', 'w[:, 1]', 'w[:, 2]')
+      >>> bma.partition(params, bma.per_unit).names[4:]
+      ('weight[0, :]', 'weight[1, :]')
     """
 
     def tile(self, path, shape):
-        return (1,) * len(shape)
+        guess = per_column if self._guesses(path, shape) else per_leaf
+        return (_rule_of_name(path) or guess).tile(path, shape)
+
+    def _guesses(self, path, shape):
+        return _rule_of_name(path) is None and sum(n > 1 for n in shape) > 1
 
     def __repr__(self):
-        return "per_element"
+        return "per_unit"
 
 
-@dataclasses.dataclass(frozen=True)
-class _PerTile(Rule):
-    leading: Shape
-
-    def tile(self, path, shape):
-        leading = self.leading[: len(shape)]
-        return (*leading, *shape[len(leading) :])
-
-    def __repr__(self):
-        return f"per_tile({self.leading})"
-
-
-@dataclasses.dataclass(frozen=True)
-class _ByFunction(Rule):
-    function: Callable[[Path, Shape], Shape | None]
-
-    def tile(self, path, shape):
-        return self.function(path, shape)
-
-    def __repr__(self):
-        return f"by_function({getattr(self.function, '__name__', self.function)})"
+def _rule_of_name(path: Path) -> Rule | None:
+    """What the name of an array says of its axis of units; None where it does not."""
+    if not path:
+        return per_column
+    name = re.split(r"[./]", path[-1])[-1]
+    if _LAST_AXIS.search(name):
+        return per_column
+    if _FIRST_AXIS.search(name):
+        return per_row
+    return per_leaf if _NO_INPUTS.search(name) else None
 
 
 per_leaf: Rule = _PerLeaf()
 per_layer: Rule = _PerLayer()
 per_unit: Rule = _PerUnit()
+per_column: Rule = _PerColumn()
 per_row: Rule = _PerRow()
-per_element: Rule = _PerElement()
-
-
-def per_tile(tile: int | tuple[int, ...]) -> Rule:
-    """Blocks are tiles of the leading axes of each array.
-
-    Axes beyond ``tile`` are whole; an array with fewer axes takes the first numbers of
-    ``tile``. Where a tile does not divide an axis, the last blocks are smaller and
-    count with their true size.
-
-    Args:
-      tile: the positive length of a tile along each leading axis; an integer where
-        there is one.
-
-    Returns:
-      A :class:`Rule`.
-
-    Raises:
-      TypeError: if ``tile`` is not an integer or a tuple of them.
-      ValueError: if one is not positive.
-
-    Example:
-      >>> import jax, bma_optax as bma
-      >>> image = jax.ShapeDtypeStruct((6, 4, 3), "float32")
-      >>> blocks = bma.partition(image, bma.per_tile((4, 4)))
-      >>> blocks.names, blocks.sizes
-      (('params[0:4, :, :]', 'params[4:6, :, :]'), (48, 24))
-    """
-    lengths: Any = (tile,) if is_integer(tile) else tile
-    if not isinstance(lengths, (tuple, list)) or not all(map(is_integer, lengths)):
-        raise TypeError(
-            f"`tile` must hold positive integers, got {tile!r}. Pass one for each "
-            "leading axis, such as bma.per_tile((4, 4))."
-        )
-    if not all(t > 0 for t in lengths):
-        raise ValueError(f"`tile` must hold positive integers, got {tile}.")
-    return _PerTile(tuple(map(int, lengths)))
-
-
-def by_function(function: Callable[[Path, Shape], Shape | None]) -> Rule:
-    """A rule of your own, from the path and the shape of an array to its tile.
-
-    Args:
-      function: takes the path, a tuple of strings, and the shape; returns a tile, one
-        positive integer for each axis, or None for no blocks. It must depend on
-        nothing else.
-
-    Returns:
-      A :class:`Rule`, equal to another one if the function is the same.
-
-    Raises:
-      TypeError: if ``function`` is not callable.
-
-    Example:
-      >>> import jax, bma_optax as bma
-      >>> by_row = bma.by_function(lambda path, shape: (1,) + shape[1:])
-      >>> bma.partition(jax.ShapeDtypeStruct((2, 5), "float32"), by_row).names
-      ('params[0, :]', 'params[1, :]')
-    """
-    if not callable(function):
-        raise TypeError(f"by_function takes a function, got {function!r}.")
-    return _ByFunction(function)
 
 
 def check_rule(rule: Any, name: str = "partition") -> Rule:
@@ -277,7 +234,7 @@ def check_rule(rule: Any, name: str = "partition") -> Rule:
     if isinstance(rule, Rule):
         return rule
     advice = "a rule such as bma.per_leaf"
-    if rule is per_tile:
+    if getattr(rule, "__name__", "") == "per_tile":
         advice = "a tile with it, as bma.per_tile((4, 4)),"
     elif callable(rule) and not isinstance(rule, type):
         advice = "a function of your own as bma.by_function(function)"
@@ -293,7 +250,13 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-# Rules are values, and no functions. With this name in it, Python's own error for
-# bma.per_leaf() is a sentence about them.
-for _rule in (per_leaf, per_layer, per_unit, per_row, per_element):
-    type(_rule).__name__ = f"bma.{_rule} (a rule, written without parentheses)"
+def without_parentheses(*rules: Rule) -> None:
+    """Makes Python's own error for a call, bma.per_leaf(), a sentence about rules.
+
+    Rules are values, and no functions.
+    """
+    for rule in rules:
+        type(rule).__name__ = f"bma.{rule} (a rule, written without parentheses)"
+
+
+without_parentheses(per_leaf, per_layer, per_unit, per_column, per_row)

@@ -1,28 +1,38 @@
 """Rules made of other rules: by path, and for stacked arrays."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 
+from bma_optax import _trees
 from bma_optax._rules import Path, Rule, check_rule, is_integer, per_leaf
+
+_FEW_PATTERNS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stacked(Rule):
+class Stacked(Rule):
+    """The value behind :func:`stacked`."""
+
     rule: Rule
     axis: int
 
     def _axis(self, path, shape):
         if not -len(shape) <= self.axis < len(shape):
             raise ValueError(
-                f"{self}: {'/'.join(path) or 'params'!r} of shape {shape} has no axis "
-                f"{self.axis}. Name the stacked arrays by bma.by_path."
+                f"{_trees.name_of(path)!r} of shape {shape} has no axis {self.axis}: "
+                f"{self}. Pass bma.by_path with this rule for the stacked arrays alone."
             )
         return self.axis % len(shape)
 
+    def _entry(self, path, shape):
+        axis = self._axis(path, shape)
+        return (*shape[:axis], *shape[axis + 1 :])
+
     def tile(self, path, shape):
         axis = self._axis(path, shape)
-        tile = self.rule.tile(path, (*shape[:axis], *shape[axis + 1 :]))
+        tile = self.rule.tile(path, self._entry(path, shape))
         return None if tile is None else (*tile[:axis], 1, *tile[axis:])
 
     def owner(self, path):
@@ -30,8 +40,11 @@ class _Stacked(Rule):
 
     def stacked_axes(self, path, shape):
         axis = self._axis(path, shape)
-        inner = self.rule.stacked_axes(path, (*shape[:axis], *shape[axis + 1 :]))
+        inner = self.rule.stacked_axes(path, self._entry(path, shape))
         return tuple(sorted((axis, *(i + (i >= axis) for i in inner))))
+
+    def _guesses(self, path, shape):
+        return self.rule._guesses(path, self._entry(path, shape))
 
     def __repr__(self):
         return f"stacked({self.rule}, axis={self.axis})"
@@ -44,14 +57,29 @@ class ByPath(Rule):
     rules: tuple[tuple[str, Rule | None], ...]
     default: Rule | None
 
+    @functools.cached_property
+    def _searches(self):
+        return [re.compile(pattern).search for pattern, _ in self.rules]
+
+    @functools.cached_property
+    def _matches(self) -> dict[Path, int]:
+        """What ``match`` has found."""
+        return {}
+
     def match(self, path: Path) -> int:
         """The position of the first pattern that matches, or len(rules)."""
-        name = "/".join(path)
-        found = (i for i, (p, _) in enumerate(self.rules) if re.search(p, name))
-        return next(found, len(self.rules))
+        if path not in self._matches:
+            name = "/".join(path)
+            found = (i for i, search in enumerate(self._searches) if search(name))
+            self._matches[path] = next(found, len(self.rules))
+        return self._matches[path]
+
+    def rule_of(self, position: int) -> Rule | None:
+        """The rule at a position that ``match`` gives."""
+        return self.rules[position][1] if position < len(self.rules) else self.default
 
     def _rule(self, path):
-        return (*(rule for _, rule in self.rules), self.default)[self.match(path)]
+        return self.rule_of(self.match(path))
 
     def tile(self, path, shape):
         rule = self._rule(path)
@@ -65,8 +93,15 @@ class ByPath(Rule):
         rule = self._rule(path)
         return () if rule is None else rule.stacked_axes(path, shape)
 
+    def _guesses(self, path, shape):
+        rule = self._rule(path)
+        return rule is not None and rule._guesses(path, shape)
+
     def __repr__(self):
-        return f"by_path({dict(self.rules)}, default={self.default})"
+        few = [f"{pattern!r}: {rule}" for pattern, rule in self.rules[:_FEW_PATTERNS]]
+        more = len(self.rules) - len(few)
+        few += [f"... and {more} more"] if more else []
+        return f"by_path({{{', '.join(few)}}}, default={self.default})"
 
 
 def stacked(rule: Rule, axis: int = 0) -> Rule:
@@ -96,7 +131,7 @@ def stacked(rule: Rule, axis: int = 0) -> Rule:
     check_rule(rule, "rule")
     if not is_integer(axis):
         raise TypeError(f"`axis` must be an integer, got {axis!r}.")
-    return _Stacked(rule, int(axis))
+    return Stacked(rule, int(axis))
 
 
 def by_path(

@@ -17,13 +17,13 @@ from bma_optax._rules import Shape
 class Colors(NamedTuple):
     """The colors of the cells along one axis; static."""
 
-    count: int
+    number: int
     of_cell: np.ndarray  # shape (cells,).
     at_offset: np.ndarray  # shape (offsets, cells): of the cell at an offset from each.
 
     def rows(self) -> np.ndarray:
-        """Which cells have each color, shape (count, cells)."""
-        return self.of_cell == np.arange(self.count)[:, None]
+        """Which cells have each color, shape (number, cells)."""
+        return self.of_cell == np.arange(self.number)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Stencil:
             shape[color_axis], shape[cell_axis] = m, g
             whole = (*S.shape[:color_axis], m, *S.shape[color_axis + 1 :])
             total = jnp.zeros(whole, S.dtype)
-            for color in range(colors[axis].count):
+            for color in range(colors[axis].number):
                 mask = (colors[axis].at_offset == color).astype(S.dtype)
                 part = jax.lax.slice_in_dim(S, color, color + 1, axis=color_axis)
                 mask = jnp.broadcast_to(mask.reshape(shape), whole)
@@ -111,7 +111,7 @@ class Stencil:
         Shape (colors, cells).
         """
         cells = np.arange(self.grid[axis])
-        near = np.tile(cells, (colors.count, 1))
+        near = np.tile(cells, (colors.number, 1))
         for i in range(self.width[axis]):
             near[colors.at_offset[i], cells] = cells + self.offset(axis, i)
         return near % self.grid[axis]

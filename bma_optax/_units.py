@@ -128,9 +128,9 @@ def check_state(arrays: Any, nu: Any, rule: Any) -> None:
         expected = array.shape if units is None else units.unit_shape
         if numbers.shape != expected:
             raise ValueError(
-                f"The state has numbers of shape {numbers.shape} for the units of "
-                f"{_trees.name_of(array.path)!r}; {rule} makes {expected}. A state of "
-                "the same partition is accepted."
+                f"{_trees.name_of(array.path)!r}: the state has numbers of shape "
+                f"{numbers.shape} for its units; {rule} makes {expected}. Pass a state "
+                "of the same partition instead."
             )
 
 
@@ -159,8 +159,9 @@ def units_of(tiles: Tiles) -> Units | None:
             continue
         if n % t:
             raise ValueError(
-                f"Blocks that share weights must be of one shape; tiles of {tiles.tile}"
-                f" do not divide {_trees.name_of(tiles.path)!r} of shape {tiles.shape}."
+                f"{_trees.name_of(tiles.path)!r} of shape {tiles.shape}: blocks that "
+                f"share weights must be of one shape, and tiles of {tiles.tile} do not "
+                "divide it. Pass tiles that do instead."
             )
         for length, kind in ((n // t, units), (t, inputs)):
             if length > 1:

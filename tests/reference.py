@@ -12,13 +12,18 @@ def by_tile(path, index):
     return path, tuple(i // 2 for i in index)
 
 
+def by_rows_of_fields(path, index):
+    """Tiles of two along the first axis; the others count fields."""
+    return path, (index[0] // 2, *index[1:]) if index else ()
+
+
 # rule -> the name of the block of an element, None for plain AdaGrad
 RULES = {
     bma.per_leaf: lambda path, index: path,
     bma.per_layer: lambda path, index: path[:-1],
     bma.per_unit: lambda path, index: (path, index[-1] if len(index) > 1 else 0),
     bma.per_element: lambda path, index: (path, index),
-    bma.per_tile((2, 2)): by_tile,
+    bma.per_tile((2,)): by_rows_of_fields,
     bma.by_path({"bias": None, "b/": bma.per_tile((2, 2))}): lambda path, index: (
         None if "bias" in path else by_tile(path, index) if path[0] == "b" else path
     ),
@@ -55,7 +60,9 @@ class DenseAdaGradBMA:
             self.U[i, j] = old * self.U[i, j] + new * u[i] * u[j]
 
     def root_of_this_step(self, *args):
-        if self.steps % self.interval == 0:
+        step = self.steps + 1
+        young = step < self.interval and step in {2**i for i in range(30)}
+        if self.steps % self.interval == 0 or young:
             self.root = self.inverse_root(*args)
         self.steps += 1
         return self.root

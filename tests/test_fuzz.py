@@ -41,9 +41,9 @@ def trees(draw, dtypes=DTYPES):
 RULES = st.sampled_from(
     [
         bma.per_leaf,
-        bma.per_unit,
+        bma.per_column,
         bma.per_row,
-        bma.per_tile((2, 2)),
+        bma.by_path({"first": bma.per_tile((2, 2))}, default=bma.per_element),
         bma.per_element,
         bma.by_path({"first": None}),
         bma.by_path({"first": bma.per_element}),
@@ -61,12 +61,10 @@ def methods(rule, couple):
         "adam": bma.scale_by_adam_bma(partition=rule, couple=couple),
         "mini": bma.scale_by_mini_bma(
             # Its units must be of one shape.
-            partition=bma.per_unit
-            if isinstance(rule, type(bma.per_tile((2,))))
-            else rule
+            partition=bma.per_column if "per_tile" in repr(rule) else rule
         ),
         "shrink": bma.scale_block_mean(0.3, rule),
-        "shrink learned": bma.scale_block_mean(0.3, weights="learned"),
+        "shrink learned": bma.scale_block_mean(0.3, bma.per_column, weights="learned"),
     }
 
 

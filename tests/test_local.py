@@ -40,6 +40,17 @@ def channels(u):
     return grad_squared(u, (0, 1)) + 0.1 * jnp.sum(mixed**2)
 
 
+def coupled(*axes):
+    """Neighbours along these axes, and all fields, which the other axes count."""
+
+    def f(u):
+        others = tuple(i for i in range(u.ndim) if i not in axes)
+        mixed = u + 0.5 * jnp.sum(u, others, keepdims=True)
+        return smooth(5, axes)(u) + 0.1 * jnp.sum(mixed**2)
+
+    return f
+
+
 def two_fields(p):
     strain = jnp.diff(p["u"], axis=0)[:, :-1] + jnp.diff(p["v"], axis=1)[:-1]
     return (
@@ -58,7 +69,7 @@ def fourth_order(u):
     return jnp.sum(jnp.diff(u, n=2) ** 2) + 1e-2 * jnp.sum(u**2)
 
 
-# name -> loss, parameters, tile, reach
+# name -> loss, parameters, tile, reach, and the axes of bma.stacked
 CASES = {
     "1 dimension": (smooth(0, (0,)), np.zeros(40), (4,), 1),
     "2 dimensions": (smooth(1, (0, 1)), np.zeros((16, 20)), (4, 4), 1),
@@ -81,7 +92,13 @@ CASES = {
     ),
     "reach 2": (fourth_order, np.zeros(50), (4,), 2),
     "reach beyond a tile": (fourth_order, np.zeros(50), (1,), (2,)),
-    "channels in one block": (channels, np.zeros((9, 8, 3)), (4, 4), 1),
+    "channels in one block": (channels, np.zeros((9, 8, 3)), (4, 4, 3), 1),
+    "channels": (channels, np.zeros((9, 8, 3)), (4, 4), (1, 1)),
+    "fields first": (coupled(1, 2), np.zeros((2, 13, 8)), (4, 4), (1, 1), 0),
+    "fields first and last": (coupled(1), np.zeros((2, 30, 3)), (4,), 1, 0),
+    "fields from the end": (coupled(0, 1), np.zeros((9, 8, 2, 2)), (4, 4), 1, -2, -1),
+    "fields on a line": (coupled(0), np.zeros((22, 2, 2)), (4,), (1,)),
+    "fields in a volume": (coupled(0, 1, 2), np.zeros((4, 6, 4, 2)), (2, 2, 2), 1),
     "a block each channel": (channels, np.zeros((9, 8, 3)), (4, 4, 1), (1, 1, 2)),
     "two fields": (
         two_fields,
@@ -97,6 +114,15 @@ CASES = {
     ),
 }
 every_case = pytest.mark.parametrize("name", CASES)
+
+
+def case(name, most=None):
+    """Loss, parameters, rule and reach, with tiles no longer than ``most``."""
+    f, params, tile, reach, *stacked = CASES[name]
+    rule = bma.per_tile(tuple(t if most is None or t == 1 else most for t in tile))
+    for axis in stacked:
+        rule = bma.stacked(rule, axis)
+    return f, jax.tree.map(jnp.asarray, params), rule, reach
 
 
 def as_matrix(make, like):
@@ -127,9 +153,7 @@ def inverse(f, like, *args, **kwargs):
 @every_case
 def test_colors_give_what_a_product_a_block_gives(name):
     """Up to 64 blocks the coarse matrix is dense: C must be the same to rounding."""
-    f, params, tile, reach = CASES[name]
-    params = jax.tree.map(jnp.asarray, params)
-    rule = bma.per_tile(tile)
+    f, params, rule, reach = case(name)
     d = sum(x.size for x in jax.tree.leaves(params))
     got = inverse(f, params, rule, reach=reach)
     expected = inverse(f, params, rule, num_probes=d)
@@ -146,11 +170,9 @@ def test_colors_give_what_a_product_a_block_gives(name):
     ],
 )
 def test_nested_operator_is_symmetric_and_positive_definite(name, levels):
-    f, params, tile, reach = CASES[name]
-    params = jax.tree.map(jnp.asarray, params)
-    tile = tuple(1 if t == 1 else 2 for t in tile)  # more blocks, more levels
-    shapes = "auto" if levels == "auto" else ((2,) * len(tile), (2, 3, 2)[: len(tile)])
-    rule = bma.per_tile(tile)
+    f, params, rule, reach = case(name, most=2)  # more blocks, more levels
+    dim = len(CASES[name][2])
+    shapes = "auto" if levels == "auto" else ((2,) * dim, (2, 3, 2)[:dim])
     matrix = inverse(f, params, rule, reach=reach, levels=shapes)
     scale = np.abs(matrix).max()
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * scale)
@@ -175,16 +197,12 @@ def laplacian(n):
     return f
 
 
-def condition(f, like, steps=30, **kwargs):
+def condition(f, like, steps=30, rule=bma.per_tile((4, 4)), **kwargs):  # noqa: B008
     """κ of C G from the coefficients of conjugate gradients (Lanczos)."""
     r = np.random.default_rng(1).standard_normal(like.shape)
     linear = product(f, like)
     G = jax.jit(linear)
-    made = jax.jit(
-        lambda: bma.preconditioner(
-            linear, like, bma.per_tile((4, 4)), reach=1, **kwargs
-        )
-    )()
+    made = jax.jit(lambda: bma.preconditioner(linear, like, rule, reach=1, **kwargs))()
     C = jax.jit(lambda x: made(x))
     z = np.asarray(C(jnp.asarray(r)))
     p, rz, a, b = z, np.vdot(r, z), [], []
@@ -208,6 +226,10 @@ def test_condition_number_does_not_grow():
     for n in (16, 32, 64):
         found[n] = condition(laplacian(n), jnp.zeros((n, n)))
     assert all(kappa < 32 for kappa in found.values()), found
+
+
+def test_many_one_element_tiles_have_levels():
+    assert condition(laplacian(36), jnp.zeros((36, 36)), 12, bma.per_element) < 4
 
 
 def test_multiplicative_cycle():
@@ -250,6 +272,56 @@ def test_a_field_is_solved_in_twenty_steps(rate):
     assert numbers["local"] and numbers["coarse_ratio"] < 0.01
     refreshes = 1 if rate else 2
     assert numbers["products"] == refreshes * (9 + 2 + 2 * 4)
+
+
+@functools.cache
+def flow(n=32):
+    """Two fields that meet in each pixel: the loss, and its least value."""
+    a, b, c = np.random.default_rng(0).standard_normal((3, n, n))
+
+    def f(p):
+        data = 1e-2 * jnp.sum((a * p["u"] + b * p["v"] + c) ** 2)
+        return data + sum(grad_squared(x, (0, 1)) for x in p.values())
+
+    zero = {"u": jnp.zeros((n, n)), "v": jnp.zeros((n, n))}
+    g = jax.grad(f)(zero)
+    x, _ = jax.scipy.sparse.linalg.cg(product(f, zero), g, tol=1e-10, maxiter=3000)
+    return f, float(f(jax.tree.map(jnp.negative, x)))
+
+
+LAYOUTS = {
+    "a dictionary": (lambda p: p, {"u": (32, 32), "v": (32, 32)}, bma.per_tile((4, 4))),
+    "the last axis": (
+        lambda p: {"u": p[..., 0], "v": p[..., 1]},
+        (32, 32, 2),
+        bma.per_tile((4, 4)),
+    ),
+    "the first axis": (
+        lambda p: {"u": p[0], "v": p[1]},
+        (2, 32, 32),
+        bma.stacked(bma.per_tile((4, 4))),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_flow_in_any_layout(layout):
+    fields, shapes, rule = LAYOUTS[layout]
+    f, least = flow()
+    start = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    tx = bma.newton_bma(partition=rule, reach=1)
+
+    def loss(p):
+        return f(fields(p))
+
+    def step(carry, _):
+        p, state = carry
+        updates, state = tx.update(jax.grad(loss)(p), state, p, value_fn=loss)
+        p = optax.apply_updates(p, updates)
+        return (p, state), loss(p)
+
+    run = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=20)[1])
+    assert abs(run(start)[-1] - least) < 1e-6
 
 
 def test_products_do_not_depend_on_the_size():
@@ -428,6 +500,55 @@ def test_lineax_and_conjugate_gradients_take_nested_levels():
 def test_errors(kwargs, error, match):
     with pytest.raises(error, match=match):
         bma.newton_bma(partition=bma.per_tile((4,)), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule", "megabytes"),
+    [
+        ((10**5,), bma.per_tile((1,)), 5),
+        ((300, 300), bma.per_element, 9),
+        ((8, 100_000), bma.per_column, 5),
+        ((64, 64, 2), bma.per_tile((4, 4)), 0.1),
+    ],
+    ids=str,
+)
+def test_what_a_reach_holds(shape, rule, megabytes):
+    like = jax.ShapeDtypeStruct(shape, "float32")
+    state = jax.eval_shape(bma.scale_by_newton_bma(rule, reach=1).init, like)
+    assert 4 * (state.K.size + state.N.size) < megabytes * 1e6
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule", "reach", "message"),
+    [
+        ((64, 64, 2), bma.per_tile((4, 4)), (1, 1, 1), "3 numbers .* along 2 axes"),
+        ((64, 64), bma.per_tile((4, 4)), (1,), "1 numbers .* along 2 axes"),
+        ((2, 64), bma.stacked(bma.per_tile((4,))), (1, 1), "2 numbers .* 1 axes"),
+        ((4, 5, 5000), bma.per_tile((4, 4)), 1, "matrix of 5,000 rows.*larger tiles"),
+        ((256, 256, 256), bma.per_tile((4, 4)), 1, "held.*a tile for each axis"),
+        ((10**5,), bma.per_tile((1,)), 10**5, "held"),
+    ],
+)
+def test_what_does_not_fit_a_reach(shape, rule, reach, message):
+    like = {"u": jax.ShapeDtypeStruct(shape, "float32")}
+    tx = bma.scale_by_newton_bma(rule, reach=reach)
+    with pytest.raises(ValueError, match=f"^'u' of shape .*{message}"):
+        jax.eval_shape(tx.init, like)
+
+
+def test_many_products_of_fields_are_said():
+    like = jax.ShapeDtypeStruct((16, 16, 200), "float32")
+    tx = bma.scale_by_newton_bma(bma.per_tile((4, 4)), reach=1)
+    with pytest.warns(UserWarning, match="each refresh costs 1,800 products") as caught:
+        jax.eval_shape(tx.init, like)
+    assert caught[0].filename == __file__
+
+
+def test_whole_arrays_beside_a_reach_are_counted():
+    many = dict.fromkeys(map(str, range(1001)), jax.ShapeDtypeStruct((), "float32"))
+    tx = bma.scale_by_newton_bma(bma.per_element, reach=1)
+    with pytest.warns(UserWarning, match="one group has 1,001"):
+        jax.eval_shape(tx.init, many)
 
 
 def mixed(p):

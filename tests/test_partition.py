@@ -1,7 +1,7 @@
 """Partitions: what is a block, and the sums over blocks and back."""
 
 import itertools
-import warnings
+import time
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,17 @@ def brute_force_labels(shape, tile):
             (1, 1, 1, 5, 5, 5),
         ),
         (
-            bma.per_tile((2, 2)),
+            bma.per_tile((3,)),
+            (
+                "dense/bias",
+                *(f"dense/kernel[0:3, {i}]" for i in range(3)),
+                *(f"dense/kernel[3:5, {i}]" for i in range(3)),
+                "scale",
+            ),
+            (3, 3, 3, 3, 2, 2, 2, 1),
+        ),
+        (
+            bma.by_path({"kernel": bma.per_tile((2, 2))}, default=bma.per_tile((2,))),
             (
                 *("dense/bias[0:2]", "dense/bias[2:3]"),
                 *("dense/kernel[0:2, 0:2]", "dense/kernel[0:2, 2:3]"),
@@ -67,7 +77,7 @@ def brute_force_labels(shape, tile):
             (2, 1, 4, 2, 4, 2, 2, 1, 1),
         ),
         (
-            bma.by_path({"bias|scale": None, "kernel": bma.per_tile((5,))}),
+            bma.by_path({"bias|scale": None, "kernel": bma.per_tile((5, 3))}),
             ("dense/kernel",),
             (15,),
         ),
@@ -137,9 +147,7 @@ def test_expand_to_many_arrays(arrays):
         f"{'bac'[i % 3]}{i:03}": jnp.zeros((i % 4, 3) if i % 2 else 2)
         for i in range(arrays)
     }
-    rule = bma.by_path(
-        {"^a.*1$": None, "^b": bma.per_tile((1, 2))}, default=bma.per_leaf
-    )
+    rule = bma.by_path({"^a.*1$": None, "^b": bma.per_tile((1,))}, default=bma.per_leaf)
     blocks = bma.partition(tree, rule, couple="array")
     values = jnp.arange(blocks.num_blocks, dtype=float)
     values = values.at[jnp.array([0, 5, -1])].set(jnp.array([jnp.inf, jnp.nan, -1e38]))
@@ -191,6 +199,7 @@ def test_rules_are_values_and_not_callable():
         *(bma.per_leaf, bma.per_layer, bma.per_unit, bma.per_element),
         *(bma.per_tile((2, 2)), bma.per_tile((2, 3))),
         *(bma.per_row, bma.stacked(bma.per_row), bma.stacked(bma.per_row, -1)),
+        bma.per_column,
         bma.by_path({"a": None}),
         bma.by_function(len),
     ]
@@ -236,18 +245,113 @@ def test_table_shows_every_array_and_its_bytes():
         assert text in table
 
 
-def test_many_blocks_warn_and_too_many_raise():
-    big = jax.ShapeDtypeStruct((1001,), jnp.float32)
-    with pytest.warns(UserWarning, match="per_element puts 1,001 blocks"):
-        bma.partition(big, bma.per_element)
-    with pytest.warns(UserWarning, match="1,001"):
-        bma.scale_by_bma(bma.per_element).init(jnp.zeros(1001))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        bma.partition(jax.ShapeDtypeStruct((1000,), jnp.float32), bma.per_element)
+LONG = jnp.zeros(1001)
+MANY = bma.scale_by_bma(bma.per_element)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bma.partition(LONG, bma.per_element),
+        lambda: MANY.init(LONG),
+        lambda: optax.chain(optax.clip(1.0), MANY).init(LONG),
+        lambda: jax.jit(optax.chain(optax.clip(1.0), MANY).init)(LONG),
+        lambda: bma.newton_bma(partition=bma.per_tile((1,))).init(LONG),
+    ],
+    ids=["partition", "init", "chain", "jitted", "newton_bma"],
+)
+def test_many_blocks_warn_at_the_users_line(make):
+    with pytest.warns(UserWarning, match="1,001 blocks by.*`reach`") as caught:
+        make()
+    assert [warning.filename for warning in caught] == [__file__]
+    assert caught[0].lineno == make.__code__.co_firstlineno
+
+
+def test_a_thousand_blocks_are_no_news_and_too_many_raise():
+    bma.partition(jax.ShapeDtypeStruct((1000,), jnp.float32), bma.per_element)
     huge = jax.ShapeDtypeStruct((50_000,), jnp.float32)
-    with pytest.raises(ValueError, match="per_element.*50,000 blocks"):
-        bma.partition(huge, bma.per_element)
+    with pytest.raises(ValueError, match="^'a' is cut into 50,000 .*reach"):
+        bma.partition({"a": huge, "b": LONG}, bma.per_element)
+
+
+# The names that libraries give -> the tile of a unit, for the shapes that they have.
+UNITS = {
+    ("Dense_0", "kernel"): ((5, 3), (5, 1)),
+    ("Conv_0", "kernel"): ((3, 3, 5, 2), (3, 3, 5, 1)),
+    ("attention", "query", "bias"): ((2, 4), (2, 4)),
+    ("LayerNorm_0", "scale"): ((5, 3), (5, 3)),
+    ("Embed_0", "embedding"): ((9, 4), (1, 4)),
+    ("layer", "lora_a"): ((5, 2), (5, 1)),
+    ("linear", "w"): ((5, 3), (5, 1)),
+    ("gru", "w_h"): ((5, 15), (5, 1)),
+    ("w1",): ((5, 3), (5, 1)),
+    ("embed", "embeddings"): ((9, 4), (1, 4)),
+    ("batch_norm", "offset"): ((1, 1, 1, 4), (1, 1, 1, 4)),
+    ("layers", "0", "weight"): ((3, 5), (1, 5)),
+    ("conv", "weight"): ((3, 5, 2, 2), (1, 5, 2, 2)),
+    ("conv", "bias"): ((3, 1, 1), (3, 1, 1)),
+    ("cell", "weight_hh"): ((12, 4), (1, 4)),
+    ("attention", "in_proj_weight"): ((12, 4), (1, 4)),
+    ("fc.weight",): ((3, 5), (1, 5)),
+    ("norm", "g"): ((3, 1), (3, 1)),
+    (): ((5, 3), (5, 1)),
+}
+
+
+@pytest.mark.parametrize("path", UNITS, ids=str)
+def test_units_by_name(path):
+    shape, tile = UNITS[path]
+    tree = jax.ShapeDtypeStruct(shape, jnp.float32)
+    stacked = jax.ShapeDtypeStruct((*shape, 7), jnp.float32)
+    for key in reversed(path):
+        tree, stacked = {key: tree}, {key: stacked}
+    assert bma.partition(tree, bma.per_unit).arrays[0].tile == tile
+    over_layers = bma.partition(stacked, bma.stacked(bma.per_unit, axis=-1))
+    assert over_layers.arrays[0].tile == (*tile, 1)
+    assert f"  {tile}  " in repr(bma.partition(tree, bma.per_unit))
+
+
+UNNAMED = {"theta": jnp.ones((4, 3, 2)), "w": jnp.ones((4, 3)), "v": jnp.ones(2)}
+IN_STACK = bma.by_path({"v|w": None}, default=bma.stacked(bma.per_unit, axis=1))
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        lambda: bma.partition(UNNAMED, bma.per_unit),
+        lambda: bma.partition(UNNAMED, IN_STACK),
+        lambda: bma.mini_bma(0.1).init(UNNAMED),
+        lambda: bma.scale_block_mean(0.0).init(UNNAMED),
+        lambda: bma.scale_by_newton_bma(bma.per_unit, reach=1).init(UNNAMED),
+    ],
+    ids=["partition", "stacked", "mini_bma", "scale_block_mean", "newton_bma"],
+)
+def test_a_name_that_cannot_tell_is_said(init):
+    with pytest.warns(UserWarning, match="^'theta': .*per_column.*per_row") as seen:
+        init()
+    assert [warning.filename for warning in seen] == [__file__]
+
+
+def test_the_name_is_not_said_again_at_update():
+    tx = bma.scale_by_mini_bma()
+    with pytest.warns(UserWarning, match="theta"):
+        state = tx.init(UNNAMED)
+    updates, _ = tx.update(UNNAMED, state)  # A warning is an error here.
+    column = bma.scale_by_mini_bma(partition=bma.per_column)
+    expected, _ = column.update(UNNAMED, column.init(UNNAMED))
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+def test_many_patterns_on_many_arrays():
+    """Seconds where each path is matched once; many minutes where it is not."""
+    shape = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    params = {f"a{i:04}": {"w": shape} for i in range(5000)}
+    rule = bma.by_path({f"a{i:04}/": bma.per_unit for i in range(0, 5000, 25)})
+    start = time.process_time()
+    blocks = bma.partition(params, rule, couple="array")
+    assert time.process_time() - start < 10
+    assert blocks.num_blocks == 200 * 3 + 4800
+    assert len(repr(rule)) < 400
 
 
 @pytest.mark.parametrize(
@@ -274,7 +378,7 @@ def test_many_blocks_warn_and_too_many_raise():
         (
             lambda: bma.partition(PARAMS, bma.by_function(lambda p, s: (1,))),
             ValueError,
-            r"\(1,\) for 'dense/kernel' of shape \(5, 3\)",
+            r"^'dense/kernel' of shape \(5, 3\): .*\(1,\).* 2 positive integers",
         ),
         (
             lambda: bma.partition(PARAMS, bma.by_function(lambda p, s: "tile")),
@@ -287,6 +391,30 @@ def test_many_blocks_warn_and_too_many_raise():
             ),
             ValueError,
             "'bias' matches none",
+        ),
+        (
+            lambda: bma.partition(
+                PARAMS, bma.by_path({"kernel": bma.stacked(bma.by_path({"x": None}))})
+            ),
+            ValueError,
+            "'x' matches none",
+        ),
+        (
+            lambda: bma.partition(
+                dict.fromkeys(map(str, range(10_000)), LONG), bma.by_path({"x": None})
+            ),
+            ValueError,
+            "'0', '1', '10', '100', '1000' and 9,995 more",
+        ),
+        *(
+            (
+                lambda shape=shape: bma.partition(
+                    {"u": jnp.ones(shape)}, bma.per_tile((4, 4))
+                ),
+                ValueError,
+                r"^'u': .*shape \(.*bma.stacked\(bma.per_tile.*bma.by_path",
+            )
+            for shape in [(2, 8, 8), (8, 3), (8,), (1, 8)]
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""C for conjugate gradients: unlike units, null directions, holes, what is not finite."""
+"""C for conjugate gradients: unlike units, null directions, holes."""
 
 import functools
 

@@ -67,6 +67,15 @@ CASES = {
     "a rule that gives nonsense": lambda: bma.partition(
         PARAMS, bma.by_function(lambda path, shape: (2.5,) * len(shape))
     ),
+    "a tile that does not fit an array": lambda: bma.partition(
+        jnp.ones((2, 16, 16)), bma.per_tile((4, 4))
+    ),
+    "a reach of another length than the tile": lambda: bma.newton_bma(
+        partition=bma.per_tile((4, 4)), reach=(1,)
+    ).init(jnp.ones((16, 16))),
+    "units whose axis the name does not tell": lambda: bma.mini_bma(1.0).init(
+        {"theta": jnp.ones((4, 3))}
+    ),
     "a pattern that matches nothing": lambda: bma.scale_by_bma(
         bma.by_path({"bias": None})
     ).init(PARAMS),
@@ -75,6 +84,10 @@ CASES = {
     ),
     "more than a thousand blocks in one group": lambda: bma.partition(
         jax.ShapeDtypeStruct((1001,), "float32"), bma.per_element
+    ),
+    "more fields than fit, with a reach": lambda: jax.eval_shape(
+        bma.scale_by_newton_bma(bma.per_tile((4, 4)), reach=1).init,
+        jax.ShapeDtypeStruct((4, 5, 5000), "float32"),
     ),
     "units of two shapes, in mini-BMA": lambda: bma.scale_by_mini_bma(
         partition=bma.per_tile((3,))
