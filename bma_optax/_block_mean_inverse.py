@@ -79,7 +79,9 @@ def invert(systems, blocks, N, diagonal, damping, min_eigenvalue, local) -> Inve
         smallest = jnp.min(jnp.stack([f.smallest for f in factors]))
         Lambdas = jnp.concatenate([f.Lambda for f in factors])
         # A sort of all would cost as much as the rest.
-        ratio = smallest / jnp.median(Lambdas[:: 1 + len(Lambdas) // 1000])
+        median = jnp.median(Lambdas[:: 1 + len(Lambdas) // 1000])
+        # Where every direction is null there is nothing to correct.
+        ratio = jnp.where(jnp.isinf(smallest), 1, smallest / median)
         count = jnp.sum(jnp.stack([f.floored for f in factors]), dtype=jnp.int32)
     scale = blocks.expand(1 / Lambda, z2, default=1 / (1 + damping))
     inverse_diagonal = jax.tree.map(jnp.divide, scale, z2)
