@@ -112,6 +112,9 @@ CASES = {
     "blocks of another partition, in diagnostics": lambda: bma.diagnostics(
         bma.scale_by_bma(bma.per_unit).init(PARAMS), bma.partition(PARAMS)
     ),
+    "a state of another library, in diagnostics": lambda: bma.diagnostics(
+        optax.adam(1.0).init(PARAMS)
+    ),
 }
 
 
