@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 
-from bma_optax import _checks, _losses
+from bma_optax import _checks, _derivatives, _losses
+from bma_optax._derivatives import Product
 from bma_optax._rules import is_integer
-
-Product = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Curvature:
         """
         if self.diagonal_fn is None:
             return None
-        return _losses.bind(self.diagonal_fn, extra_args)(params)
+        return _losses.bind(self.diagonal_fn, extra_args, "diagonal_fn")(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +118,11 @@ class Hessian(Curvature):
         """v -> Hessian times v, see :meth:`Curvature.linearize`."""
         del key
         f = _losses.loss(value_fn, extra_args)
-        with _losses.explained():
-            product = jax.linearize(jax.grad(f), params)[1]
-
-        def explained(v):  # Traced, the derivative is taken here.
-            with _losses.explained():
-                return product(v)
-
-        return explained
+        instead = (
+            "bma.GaussNewton, which takes first derivatives of the model alone, or "
+            f"{_derivatives.OPERATOR}"
+        )
+        return _derivatives.hessian(f, params, "value_fn", instead)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,14 +157,15 @@ class GaussNewton(Curvature):
     def linearize(self, params, key, value_fn, extra_args):
         """v -> Jᵀ H J v, see :meth:`Curvature.linearize`."""
         del key, value_fn
-        model = _losses.bind(self.model_fn, extra_args)
-        outputs, jacobian = jax.linearize(
-            lambda p: _losses.floating(model(p), "model_fn"), params
+        model = _losses.bind(self.model_fn, extra_args, "model_fn")
+        loss = _losses.bind(self.loss_fn, extra_args, "loss_fn")
+        outputs, jacobian, transpose = _derivatives.jacobian(
+            lambda p: _losses.floating(model(p), "model_fn"), params, "model_fn"
         )
-        transpose = jax.linear_transpose(jacobian, params)
-        loss = _losses.scalar(_losses.bind(self.loss_fn, extra_args), "loss_fn")
-        outer = jax.linearize(jax.grad(loss), outputs)[1]
-        return lambda v: transpose(outer(jacobian(v)))[0]
+        outer = _derivatives.hessian(
+            _losses.scalar(loss, "loss_fn"), outputs, "loss_fn"
+        )
+        return lambda v: transpose(outer(jacobian(v)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +196,9 @@ class EmpiricalFisher(Curvature):
     def linearize(self, params, key, value_fn, extra_args):
         """v -> Jᵀ J v / n, see :meth:`Curvature.linearize`."""
         del key, value_fn
-        return _gram(_losses.bind(self.losses_fn, extra_args), params)
+        return _gram(
+            _losses.bind(self.losses_fn, extra_args, "losses_fn"), params, "losses_fn"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,11 +240,12 @@ class Fisher(Curvature):
     def linearize(self, params, key, value_fn, extra_args):
         """v -> Σ s_i s_iᵀ v / n, see :meth:`Curvature.linearize`."""
         del value_fn
-        model = _losses.bind(self.model_fn, extra_args)
+        model = _losses.bind(self.model_fn, extra_args, "model_fn")
         outputs = jax.lax.stop_gradient(model(params))
-        labels = _losses.bind(self.sample_fn, extra_args)(key, outputs)
-        losses = _losses.bind(self.losses_fn, extra_args)
-        return _gram(lambda p: losses(model(p), labels), params)
+        labels = _losses.bind(self.sample_fn, extra_args, "sample_fn")(key, outputs)
+        losses = _losses.bind(self.losses_fn, extra_args, "losses_fn")
+        name = "losses_fn(model_fn(params), labels)"
+        return _gram(lambda p: losses(model(p), labels), params, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +273,7 @@ class Operator(Curvature):
     def linearize(self, params, key, value_fn, extra_args):
         """The product at ``params``, see :meth:`Curvature.linearize`."""
         del key, value_fn
-        product = _losses.bind(self.product_fn, extra_args)(params)
+        product = _losses.bind(self.product_fn, extra_args, "product_fn")(params)
         return _losses.product(product, params, "product_fn")
 
 
@@ -294,10 +294,9 @@ def product_at(
     return _losses.product(product, params, f"{type(curvature).__name__}.linearize")
 
 
-def _gram(losses, params) -> Product:
+def _gram(losses, params, name) -> Product:
     """v -> Jᵀ J v / n for the Jacobian of n losses."""
-    values, jacobian = jax.linearize(
-        lambda p: _losses.vector(losses(p), "losses_fn"), params
+    values, jacobian, transpose = _derivatives.jacobian(
+        lambda p: _losses.vector(losses(p), "losses_fn"), params, name
     )
-    transpose = jax.linear_transpose(jacobian, params)
-    return lambda v: transpose(jacobian(v) / len(values))[0]
+    return lambda v: transpose(jacobian(v) / len(values))

@@ -60,9 +60,11 @@ def diagnostics(
       on top, and Adam's correction of the start is not in it.
 
     Args:
-      state: the state of any optimiser, such as a chain.
+      state: the state of any optimiser, such as a chain or ``nnx.Optimizer``'s
+        ``opt_state``.
       blocks: :func:`bma_optax.partition` of the parameters by the rule and the
-        ``couple`` of the transformation ("block" for mini-BMA).
+        ``couple`` of the transformation ("block" for mini-BMA); for Flax's nnx, of
+        ``nnx.state(model, nnx.Param)``. States that they do not fit give the rest.
       grads: a tree like the parameters: what the transformation is given.
       estimator: that of the transformation.
       reach: that of the transformation.
@@ -74,8 +76,8 @@ def diagnostics(
       kind, under ``optax.partition`` say, names have the path of the state before them.
 
     Raises:
-      ValueError: if ``blocks`` or ``grads`` do not fit a state, or ``grads`` come
-        without ``blocks``.
+      ValueError: if there is no state of this library, if ``blocks`` and ``grads`` fit
+        none, or if ``grads`` come without ``blocks``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, bma_optax as bma
@@ -105,15 +107,29 @@ def diagnostics(
         )
         if type(leaf) in _looks.KINDS
     ]
+    if not found:
+        raise ValueError(
+            "There is no state of a BMA transformation in this one. Pass what its "
+            "`init` or `update` returns, or an optimiser's state that holds that."
+        )
     kinds = [type(leaf) for _, leaf in found]
+    options = _looks.Options(estimator, reach, levels)
+    misfits, looks = [], 0
     result: dict[str, jax.Array] = {}
-    for path, leaf in found:
-        fields, look = _looks.KINDS[type(leaf)]
-        numbers = {name: getattr(leaf, field) for name, field in fields.items()}
+    for path, boxed in found:
+        fields, look = _looks.KINDS[type(boxed)]
+        state = _looks.plain(boxed)
+        numbers = {name: getattr(state, field) for name, field in fields.items()}
         if blocks is not None and look is not None:
-            _looks.check_fit(blocks, grads, leaf)
-            options = _looks.Options(estimator, reach, levels)
-            numbers |= look(leaf, blocks, grads, options)
-        prefix = f"{path}/" if kinds.count(type(leaf)) > 1 else ""
+            misfit = _looks.misfit(blocks, grads, boxed, options)
+            if misfit:
+                misfits.append(misfit)
+            else:
+                looks += 1
+                leaves = None if grads is None else jax.tree.leaves(grads)
+                numbers |= look(state, blocks, leaves, options)
+        prefix = f"{path}/" if kinds.count(type(boxed)) > 1 else ""
         result |= {prefix + name: number for name, number in numbers.items()}
+    if misfits and not looks:
+        raise ValueError(misfits[0])
     return result

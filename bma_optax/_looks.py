@@ -32,20 +32,57 @@ class Options(NamedTuple):
     levels: Any
 
 
-def check_fit(blocks, grads, state) -> None:
-    """Raises a ValueError if these are not what the state is of."""
-    tree = state[1] if isinstance(state, ScaleByMiniBMAState) else _diagonal(state)
-    shapes = [leaf.shape for leaf in jax.tree.leaves(tree)]
-    packed = getattr(state, "U", None)
-    fits = [array.shape for array in blocks.arrays] == shapes
-    if not fits or (packed is not None and packed.shape != blocks.matrix_shape):
-        raise ValueError(
-            f"`blocks` do not fit a {type(state).__name__}: bma.partition(params, "
-            "rule, couple) with the rule and the `couple` of the transformation is "
-            "accepted, and its parameters."
+def plain(state):
+    """The state with bare arrays, and with its trees as lists of their leaves.
+
+    Flax's ``nnx.Optimizer`` boxes each array of a state, and each of the gradients in
+    another kind of box.
+    """
+    fields = type(state).__annotations__
+    return type(state)(
+        *(
+            jax.tree.leaves(x)[0] if fields[name] is jax.Array else jax.tree.leaves(x)
+            for name, x in zip(state._fields, state, strict=True)
         )
-    if grads is not None:
-        _trees.check_same_shapes(grads, tree)
+    )
+
+
+def misfit(blocks, grads, state, options) -> str:
+    """What to pass instead, where these are not what the state is of; else empty."""
+    kind = type(state).__name__
+    tree = state[1] if isinstance(state, ScaleByMiniBMAState) else _diagonal(state)
+    shapes = {path: leaf.shape for path, leaf in _trees.named_leaves(tree)}
+    fits = {array.path: array.shape for array in blocks.arrays} == shapes
+    packed = getattr(state, "U", None)
+    if packed is not None:
+        fits = fits and jax.tree.leaves(packed)[0].shape == blocks.matrix_shape
+    if not fits:
+        return (
+            f"`blocks` do not fit a {kind}. Pass bma.partition(params, rule, couple) "
+            f"with the rule and the `couple` of the transformation, and {_SEEN}."
+        )
+    if isinstance(state, ScaleByNewtonBMAState):
+        systems = _coarse.systems(blocks, options.reach, options.levels)
+        known = plain(state)
+        if _block_mean_inverse.shapes(systems) != (known.N.shape, known.K.shape):
+            return (
+                f"`reach` and `levels` do not fit a {kind}. Pass those of the "
+                "transformation, and the rule and the `couple` of it in `blocks`."
+            )
+    given = {} if grads is None else dict(_trees.named_leaves(grads))
+    for path in {**given, **shapes} if grads is not None else ():
+        if path not in shapes or getattr(given.get(path), "shape", ()) != shapes[path]:
+            return (
+                f"{_trees.name_of(path)!r}: `grads` do not fit a {kind}. Pass the "
+                f"gradients of {_SEEN}."
+            )
+    return ""
+
+
+_SEEN = (
+    "the parameters that it sees; under optax.masked or optax.partition these have "
+    "optax.MaskedNode in the place of others"
+)
 
 
 def _diagonal(state):
@@ -106,11 +143,6 @@ def _of_mini(state, blocks, grads, options):
 
 def _of_newton(state, blocks, grads, options):
     systems = _coarse.systems(blocks, options.reach, options.levels)
-    if _block_mean_inverse.shapes(systems) != (state.N.shape, state.K.shape):
-        raise ValueError(
-            "`reach` and `levels` do not fit a ScaleByNewtonBMAState: those of the "
-            "transformation are accepted."
-        )
     numbers = {}
     if all(isinstance(system, _coarse.Dense) for system in systems):
         z2 = _block_mean_inverse.diagonal_of(

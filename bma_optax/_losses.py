@@ -1,11 +1,11 @@
 """Functions of the user: what they are given, and what to say where they fail."""
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
 from bma_optax import _trees
 
@@ -22,7 +22,7 @@ def loss(value_fn: Any, extra_args: dict[str, Any]) -> Callable[[Any], jax.Array
             f"`value_fn` must be the loss as a function, got {_described(value_fn)}. "
             "Pass the function itself, not its value."
         )
-    return scalar(bind(value_fn, extra_args), "value_fn")
+    return scalar(bind(value_fn, extra_args, "value_fn"), "value_fn")
 
 
 def scalar(fn: Callable[..., Any], name: str) -> Callable[..., jax.Array]:
@@ -117,7 +117,9 @@ def _described(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-def bind(fn: Callable[..., Any], extra_args: dict[str, Any]) -> Callable[..., Any]:
+def bind(
+    fn: Callable[..., Any], extra_args: dict[str, Any], name: str
+) -> Callable[..., Any]:
     """``fn`` with those of the extra arguments that its signature names."""
     try:
         parameters = inspect.signature(fn).parameters.values()
@@ -128,19 +130,41 @@ def bind(fn: Callable[..., Any], extra_args: dict[str, Any]) -> Callable[..., An
     else:
         names = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY]
         named = {k: v for k, v in extra_args.items() if k in names}
-    return lambda *args: fn(*args, **named)
+
+    def bound(*args):
+        try:
+            return fn(*args, **named)
+        except Exception as error:
+            masked = _masked(args[0])
+            if not masked:
+                raise
+            raise ValueError(_MASKED.format(masked[0], name)) from error
+
+    return bound
 
 
-@contextlib.contextmanager
-def explained():
-    """JAX's error about a ``custom_vjp``, in the words of this library."""
-    try:
-        yield
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(
-            "`value_fn` has no second derivatives: a part of it is a custom_vjp, which "
-            "knows no forward mode. Pass bma.GaussNewton, or a bma.Operator with the "
-            "product in its own words, as `curvature`."
-        ) from error
+_MASKED = """\
+{0!r} is an optax.MaskedNode, left by optax.masked or optax.partition, and `{1}` failed
+on a tree with it. Pass a `{1}` that takes such arrays from a keyword of `update`,
+update(..., whole=params), where `fn` is the present one:
+
+    def filled(p, whole):
+        is_masked = lambda x: isinstance(x, optax.MaskedNode)
+        pick = lambda x, y: y if is_masked(x) else x
+        return fn(jax.tree.map(pick, p, whole, is_leaf=is_masked))
+
+Or freeze arrays by gradients of 0 instead, before the optimiser:
+optax.chain(optax.masked(optax.set_to_zero(), frozen), optimiser)."""
+
+
+def _masked(tree: Any) -> list[str]:
+    """The names of what Optax's wrappers have taken out of a tree."""
+
+    def is_masked(x):
+        return isinstance(x, optax.MaskedNode)
+
+    return [
+        _trees.name_of(_trees.path_of(keys))
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
+        if is_masked(leaf)
+    ]

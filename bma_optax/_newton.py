@@ -295,7 +295,10 @@ def scale_by_newton_bma(
             state.K,
             _trees.stored(updates, state.inverse_diagonal),
         )
-        return _trees.astype(result, updates), state._replace(
+        # An array without a gradient is frozen, or at rest: P C P is positive definite
+        # on the others, where P C g were no descent direction.
+        result = _trees.zero_like(_trees.astype(result, updates), updates)
+        return result, state._replace(
             count=optax.safe_increment(state.count),
             previous_params=_trees.astype(params, state.previous_params)
             if adaptive_damping

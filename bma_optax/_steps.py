@@ -121,9 +121,10 @@ def scale_by_quadratic_model(
         value, gradient = jax.value_and_grad(f)(params)
         product = _curvature.product_at(curvature, params, key, value_fn, extra_args)
         product = _probes.typed(product, params)
+        previous = _trees.zero_like(state.previous_step, updates)
         direction, previous = (
             jax.tree.map(_trees.typed_like, _trees.astype(x, params), params)
-            for x in (updates, state.previous_step)
+            for x in (updates, previous)
         )
         a, b, slope = _minimise(gradient, product, direction, previous, dtype)
         step = _combine(a, direction, b, previous)

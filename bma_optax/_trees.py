@@ -178,6 +178,13 @@ def _sqrt_jvp(primals, tangents):
     return root, jnp.where(x > 0, tangent / (2 * jnp.where(x > 0, root, 1)), 0)
 
 
+def zero_like(tree, like):
+    """``tree``, with 0 in the arrays that are 0 as a whole in ``like``."""
+    return jax.tree.map(
+        lambda x, y: jnp.where(jnp.sum(jnp.abs(y)) == 0, 0, x), tree, like
+    )
+
+
 def size(tree) -> int:
     """The number of elements."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
 from methods import every_method
 from reference import RULES, DenseAdaGradBMA, DenseAdamBMA, DenseMiniBMA
 from test_adagrad import flat, labels_and_groups, random_tree
@@ -165,9 +167,74 @@ def options_of(method):
     return rule, couple, chosen
 
 
+MINE = (
+    bma.ScaleByBMAState,
+    bma.ScaleByAdamBMAState,
+    bma.ScaleByMiniBMAState,
+    bma.ScaleByNewtonBMAState,
+    bma.ScaleByQuadraticModelState,
+)
+
+
+def is_mine(x):
+    return isinstance(x, MINE)
+
+
+def wrappers(method, params):
+    """States of the method in whatever may be around it, for whole parameters."""
+    tx, whole = method.build(), params | {"c": jnp.ones(3)}
+    keep = {"a": True, "b": True, "c": False}
+    labels = {"a": "mine", "b": "mine", "c": "other"}
+    injected = optax.inject_hyperparams(method.factory)(**method.kwargs)
+    around = {
+        "chain": (
+            optax.chain(optax.clip(1.0), optax.chain(tx), optax.ema(0.9)),
+            params,
+        ),
+        "masked": (optax.masked(tx, keep), whole),
+        "partition": (
+            optax.partition({"mine": tx, "other": optax.sgd(0.1)}, labels),
+            whole,
+        ),
+        "MultiSteps": (optax.MultiSteps(tx, 2), params),
+        "apply_if_finite": (optax.apply_if_finite(tx, 3), params),
+        "conditionally_mask": (
+            optax.conditionally_mask(tx, lambda step, **extra: step < 3),
+            params,
+        ),
+        "inject_hyperparams": (injected, params),
+        "named_chain": (optax.named_chain(("x", tx), ("y", optax.sgd(0.1))), params),
+    }
+    with jax.numpy_dtype_promotion("standard"):  # inject_hyperparams needs it.
+        states = {name: tx.init(params) for name, (tx, params) in around.items()}
+    states["TrainState"] = TrainState.create(apply_fn=None, params=params, tx=tx)
+    return states
+
+
+def boxed(method, params, grads, state):
+    """The state, the parameters and the gradients as Flax's nnx has them."""
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.a, self.b = nnx.Param(params["a"]), nnx.Param(params["b"])
+
+    model = Net()
+    optimizer = nnx.Optimizer(model, method.build(), wrt=nnx.Param)
+    there = nnx.state(model, nnx.Param)
+    return (
+        jax.tree.unflatten(
+            jax.tree.structure(optimizer.opt_state), jax.tree.leaves(state)
+        ),
+        there,
+        jax.tree.unflatten(jax.tree.structure(there), jax.tree.leaves(grads)),
+    )
+
+
 @every_method
 def test_every_transformation(method):
-    params = {"a": jnp.ones((6, 4)), "b": jnp.full(4, 2.0, jnp.bfloat16)}
+    """Also in all wrappers, which hold the state that the plain one is in."""
+    arrays = {"a": jnp.ones((6, 4)), "b": jnp.full(4, 2.0, jnp.bfloat16)}
+    params = arrays | {"c": optax.MaskedNode()}
 
     def loss(p):
         a, b = p["a"], p["b"].astype("float32")
@@ -181,25 +248,49 @@ def test_every_transformation(method):
     @jax.jit
     def run(grads, params):
         _, state = tx.update(grads, tx.init(params), params, **extra)
-        return bma.diagnostics(state, blocks, grads, **chosen)
+        return state, bma.diagnostics(state, blocks, grads, **chosen)
 
-    numbers = run(grads, params)
+    state, numbers = run(grads, params)
     assert numbers["count"] == 1
     assert numbers["effective_rates"].shape == (blocks.num_blocks,)
     assert all(np.all(np.isfinite(x)) for x in numbers.values())
 
+    def same(found):
+        assert set(found) == set(numbers)
+        for name, x in numbers.items():
+            np.testing.assert_allclose(found[name], x, rtol=1e-3, atol=1e-6)
 
-def test_names_of_several_states():
-    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    mine = [x for x in jax.tree.leaves(state, is_leaf=is_mine) if is_mine(x)]
+    for around in wrappers(method, arrays).values():
+        there = iter(mine)
+        wrapped = jax.tree.map(
+            lambda x, there=there: next(there) if is_mine(x) else x,
+            around,
+            is_leaf=is_mine,
+        )
+        same(bma.diagnostics(wrapped, blocks, grads, **chosen))
+    state, there, grads = boxed(method, arrays, grads, state)
+    same(bma.diagnostics(state, bma.partition(there, rule, couple), grads, **chosen))
+
+
+def test_several_states():
+    """Names have the path before them, and blocks go to the state that they fit."""
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
     tx = optax.partition(
         {"x": bma.scale_by_newton_bma(), "y": bma.scale_by_newton_bma()},
         {"a": "x", "b": "y"},
     )
-    numbers = bma.diagnostics(tx.init(params))
+    seen = {"a": params["a"], "b": optax.MaskedNode()}
+    numbers = bma.diagnostics(tx.init(params), bma.partition(seen), seen)
     assert sum(name.endswith("damping") for name in numbers) == 2
+    (rates,) = [name for name in numbers if name.endswith("effective_rates")]
+    assert "/x/" in rates
+    with pytest.raises(ValueError, match=r"MaskedNode in the place of others\.$"):
+        bma.diagnostics(tx.init(params), bma.partition(params))
     adagrad = bma.adagrad_bma(0.1).init(params)
     assert bma.diagnostics(adagrad)["failures"] == 0
-    assert bma.diagnostics(optax.adam(0.1).init(params)) == {}
+    with pytest.raises(ValueError, match="no state of a BMA transformation"):
+        bma.diagnostics(optax.adam(0.1).init(params))
 
 
 def test_errors():

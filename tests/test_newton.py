@@ -93,16 +93,19 @@ def dense_inverse(G, rule, *, damping=0.0, couple="all"):
 
 
 def operator_of(tx, G):
-    """C of one step, column by column."""
+    """C of one step, column by column; an array whose gradient is 0 stays."""
     params = tree_of(np.zeros(D))
 
     @jax.jit
     def columns():
         update = functools.partial(tx.update, value_fn=quadratic(G))
         _, state = update(params, tx.init(params), params)
-        return jax.vmap(
-            lambda e: ravel_pytree(update(tree_of_jax(e), state, params)[0])[0]
-        )(jnp.eye(D))
+
+        def apply(vector):
+            return ravel_pytree(update(tree_of_jax(vector), state, params)[0])[0]
+
+        images = jax.vmap(apply)(1 + jnp.eye(D + 1, D))
+        return images[:D] - images[D:]
 
     return np.asarray(columns()).T
 
