@@ -26,13 +26,15 @@ def diagnostics(
 
     - ``count``: steps taken. ``refreshes`` and ``failures``: factors made, and not
       finite.
-    - ``coarse_ratio``, min eig(M) / median(Λ): will Newton-BMA pay? Where it is much
-      below 1 (0.01, say) the slow directions are nearly constant on blocks and the
-      coarse correction speeds them up by about its inverse. Near or above 1 it cannot
-      help: finer or other blocks may, or else a diagonal method. Below 0 the curvature
-      is indefinite.
-    - ``floored``: eigenvalues of M that were negative or below the floor, so that
-      absolute values or the floor stood in their place.
+    - ``coarse_ratio``, min eig(M) / median(Λ) over the eigenvalues that rounding tells
+      from 0: a bound on what blocks can gain. They divide the number of steps by about
+      1/√coarse_ratio at most. Near or above 1 they cannot help: finer or other blocks
+      may, or else a diagonal method. Far below 1 they may, as for fields on grids; but
+      not where slow directions vary inside blocks too (networks, fields that share a
+      block), which M does not show. Below 0 the curvature is indefinite.
+    - ``floored``: eigenvalues of M that were negative, below the floor or no larger
+      than rounding, so that absolute values, the floor or, along directions that are
+      null, those of the diagonal stood in their place.
     - ``local``: whether the curvature reached no further than declared.
     - ``products``: products with the curvature so far, each about two gradients for
       the Hessian. ``step_products`` are those of the step rule.

@@ -93,10 +93,14 @@ def scale_by_newton_bma(
         elements may meet along an axis of one tile, along the axes after a tile of
         ``per_tile`` and along those of ``stacked``, which count fields: each field
         takes products of its own. Arrays of one shape are fields on one grid too, and
-        see each other; M between these and other arrays is taken for zero. Each refresh
-        checks it against a product with a random vector: where it is not true,
-        ``update`` raises a ValueError outside ``jax.jit``, and within takes the
-        diagonal alone and sets ``state.local`` to False.
+        see each other; M between these and other arrays is taken for zero. Periodic
+        grids may be of any size; where 2k + 1 does not divide their number of tiles, M
+        takes a few products more. Each refresh checks the declaration by products with
+        a random vector, to what the arithmetic of the loss resolves. Where it is not
+        true, ``update`` raises a ValueError outside ``jax.jit``; within it warns once,
+        at run time, takes the diagonal alone, by random signs, and sets
+        ``state.local`` to False. ``jax.export`` cannot write such a warning: trace
+        under ``warnings.simplefilter("ignore")`` for it.
       levels: with ``reach``, how M is inverted: by nested levels of tiles of 4 (or the
         reach) down to 64 blocks, or by tiles of the shapes given here; then densely.
         Axes cut into tiles of 1 have levels beyond 1000 blocks, fields never.

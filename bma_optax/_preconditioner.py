@@ -165,10 +165,17 @@ def preconditioner(
       key: a seed or a random key for them.
 
     Returns:
-      A :class:`Preconditioner`.
+      A :class:`Preconditioner`. Along directions that A maps to 0, up to rounding, it
+      has no more than its diagonal part, so that singular systems can be solved.
+      Its field ``local`` tells whether A is as local as declared: under ``jax.jit``,
+      where nothing can be raised, C is the inverse of the diagonal if not.
 
     Raises:
-      TypeError, ValueError: as :func:`scale_by_newton_bma`.
+      TypeError, ValueError: as :func:`scale_by_newton_bma`; a ValueError if numbers are
+        not finite.
+
+    Warns:
+      UserWarning: of the same, under ``jax.jit``, at run time.
 
     Example:
       >>> import jax, jax.numpy as jnp, bma_optax as bma
