@@ -98,12 +98,12 @@ def per_tile(tile: int | tuple[int, ...]) -> Rule:
       (('params[0:4, :, 0]', 'params[0:4, :, 1]'), (16, 16, 8, 8))
     """
     lengths: Any = (tile,) if is_integer(tile) else tile
-    if not isinstance(lengths, (tuple, list)) or not all(map(is_integer, lengths)):
+    if not isinstance(lengths, (tuple, list)):
         raise TypeError(
-            f"`tile` must hold positive integers, got {tile!r}. Pass one for each "
+            f"`tile` must be a tuple of integers, got {tile!r}. Pass one for each "
             "leading axis, such as bma.per_tile((4, 4))."
         )
-    if not all(t > 0 for t in lengths):
+    if not all(is_integer(t) and t > 0 for t in lengths):
         raise ValueError(f"`tile` must hold positive integers, got {tile}.")
     return _PerTile(tuple(map(int, lengths)))
 

@@ -7,6 +7,7 @@ training loops.
 
 import functools
 import inspect
+import itertools
 
 import chex
 import equinox as eqx
@@ -85,19 +86,7 @@ def random_like(tree, seed):
 
 
 def abstract(tree):
-    return jax.tree.map(lambda x: (x.shape, x.dtype, x.aval.weak_type), raw(tree))
-
-
-def raw(tree):
-    """Random keys as the numbers behind them, which can be compared."""
-    return jax.tree.map(
-        lambda x: (
-            jax.random.key_data(x)
-            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-            else x
-        ),
-        tree,
-    )
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.aval.weak_type), tree)
 
 
 def jitted(update, f=bowl):
@@ -157,8 +146,8 @@ def test_map_params_reaches_only_what_is_like_params(method):
     changed = [
         path[-1]
         for (path, a), b in zip(
-            jax.tree_util.tree_leaves_with_path(raw(state)),
-            jax.tree.leaves(raw(doubled)),
+            jax.tree_util.tree_leaves_with_path(state),
+            jax.tree.leaves(doubled),
             strict=True,
         )
         if not np.array_equal(a, b)
@@ -177,9 +166,7 @@ def test_inject_hyperparams(method):
         updates, state = update(g, state, PARAMS)
         same, injected_state = injected_update(g, injected_state, PARAMS)
         chex.assert_trees_all_close(updates, same, rtol=1e-5, atol=1e-7)
-    chex.assert_trees_all_close(
-        raw(injected_state.inner_state), raw(state), rtol=1e-5, atol=1e-5
-    )
+    chex.assert_trees_all_close(injected_state.inner_state, state, rtol=1e-5, atol=1e-5)
 
 
 @every_method
@@ -262,7 +249,7 @@ def test_init_on_abstract_params(method):
     shapes = jax.eval_shape(lambda: PARAMS)
     state = jax.eval_shape(tx.init, shapes)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(PARAMS))
-    chex.assert_trees_all_equal(raw(tx.init(shapes)), raw(tx.init(PARAMS)))
+    chex.assert_trees_all_equal(tx.init(shapes), tx.init(PARAMS))
 
 
 @every_method
@@ -280,6 +267,106 @@ def test_learning_rate_takes_a_schedule(method):
     for _ in range(3):
         one, two = make_step(tx, f)(*one), make_step(scheduled, f)(*two)
     np.testing.assert_allclose(one[0], two[0], rtol=1e-6)
+
+
+# Dtypes -------------------------------------------------------------------------------
+
+
+def traced(tx, grads, state, params):
+    """What ``update`` gives, in shapes and dtypes: without compiling."""
+    return jax.eval_shape(jitted(tx.update), grads, state, params)
+
+
+def typed(tree):
+    """Shapes, dtypes and weak types, also of arrays of NumPy and of abstract ones."""
+    return jax.tree.map(lambda x: (x.shape, x.dtype, getattr(x, "weak_type", 0)), tree)
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+@every_method
+@pytest.mark.usefixtures("x64")
+def test_dtypes_are_those_that_init_saw(method):
+    """Gradients of another dtype give updates of theirs, and leave the state's."""
+    tx = method.build()
+    names = "float64", "float32", "bfloat16", "float16"
+    for mine, theirs in itertools.permutations(names, 2):
+        params, grads = cast(PARAMS, mine), cast(PARAMS, theirs)
+        state = jax.eval_shape(tx.init, params)
+        updates, new = traced(tx, grads, state, params)
+        assert typed(new) == typed(state)
+        assert typed(updates) == typed(grads)
+
+
+@every_method
+def test_weak_types_and_numbers_of_python_and_numpy(method):
+    tx = method.build()
+    expected = tx.init(PARAMS | {"s": jnp.ones(())})
+    for scalar in (1.0, np.ones(()), np.float64(1.0), jnp.asarray(1.0)):
+        params = jax.tree.map(np.float64, PARAMS) | {"s": scalar}
+        state = tx.init(params)
+        assert typed(state) == typed(expected)
+        # Without arguments: arrays of NumPy stay what they are.
+        updates, new = jax.eval_shape(
+            lambda p=params, s=state: tx.update(p, s, p, **with_loss(bowl))
+        )
+        assert typed(new) == typed(expected)
+        assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
+
+
+@every_method
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_gradients_that_are_not_real_floats_are_refused(method, dtype):
+    tx = method.build()
+    grads = PARAMS | {"c": {"w": PARAMS["c"]["w"].astype(dtype)}}
+    with pytest.raises(TypeError, match=f"'c/w' has dtype {dtype}. Pass"):
+        traced(tx, grads, tx.init(PARAMS), PARAMS)
+
+
+@every_method
+@pytest.mark.parametrize("saved", ["float32", "float64"])
+def test_a_state_of_another_x64_is_refused(method, saved):
+    tx = method.build()
+    with jax.enable_x64(True):
+        other = {"float32": "float64", "float64": "float32"}[saved]
+        state = jax.eval_shape(tx.init, cast(PARAMS, saved))
+        params = cast(PARAMS, other)
+        with pytest.raises(ValueError, match=f"'a/b'.*{other}.*has {saved}.* Pass"):
+            traced(tx, params, state, params)
+        # Where there are no parameters to compare with, the state decides.
+        if method.kwargs["learning_rate"] is not None:
+            updates, new = jax.eval_shape(tx.update, params, state)
+            assert typed(new) == typed(state) and typed(updates) == typed(params)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_hyperparameters_of_16_bits_are_refused(method, dtype):
+    params = cast(PARAMS, dtype)
+    kwargs = method.kwargs | {"learning_rate": method.kwargs["learning_rate"] or 0.1}
+    with pytest.raises(TypeError, match="`hyperparam_dtype=jnp.float32`"):
+        optax.inject_hyperparams(method.factory)(**kwargs).init(params)
+    tx = optax.inject_hyperparams(method.factory, hyperparam_dtype=jnp.float32)(
+        **kwargs
+    )
+    state = jax.eval_shape(tx.init, params)
+    with optax_promotes():
+        updates, new = traced(tx, params, state, params)
+    assert typed(updates) == typed(params)
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+
+
+@every_method
+def test_parameters_are_not_needed_where_nothing_uses_them(method):
+    if method.kwargs["learning_rate"] is None:
+        pytest.skip("curvature is taken at the parameters")
+    tx = method.build()
+    state = tx.init(PARAMS)
+    chex.assert_trees_all_equal(
+        tx.update(PARAMS, state), tx.update(PARAMS, state, PARAMS)
+    )
 
 
 # Wrappers and transformations ---------------------------------------------------------

@@ -773,7 +773,7 @@ def test_diagnostics():
         (lambda: bma.newton_bma(adaptive_damping=True), ValueError, "above 0"),
         (lambda: bma.Hessian(num_probes=1), ValueError, "`num_probes`"),
         (lambda: bma.newton_bma().init(jnp.ones(2, int)), TypeError, "floating"),
-        (lambda: bma.preconditioner(lambda v: v, 1.0), TypeError, "arrays"),
+        (lambda: bma.preconditioner(lambda v: v, "x"), TypeError, "array"),
     ],
 )
 def test_errors(make, error, match):

@@ -1,13 +1,20 @@
 """Partitions: what is a block, and the sums over blocks and back."""
 
 import itertools
+import pickle
 import time
+import warnings
+from typing import NamedTuple
 
+import equinox as eqx
+import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -207,25 +214,81 @@ def test_rules_are_values_and_not_callable():
     assert len(set(rules)) == len(rules)
     assert bma.per_tile((2, 2)) == bma.per_tile([2, 2])
     assert bma.by_path({"a": None}) == bma.by_path({"a": None})
+    assert bma.per_tile(4) == bma.per_tile((np.int64(4),)) == bma.per_tile((4,))
+    assert bma.stacked(bma.per_row, np.int64(0)) == bma.stacked(bma.per_row)
+    assert pickle.loads(pickle.dumps(rules[:5])) == rules[:5]
+    with pytest.raises(TypeError, match="bma.per_leaf .*without parentheses"):
+        bma.per_leaf()
     assert [str(rule) for rule in rules[:5]] == [
         *("per_leaf", "per_layer", "per_unit", "per_element", "per_tile((2, 2))")
     ]
 
 
-def test_both_spellings_of_a_flax_path_agree():
-    class Box:
-        def __init__(self, value):
-            self.value = value
+class Attention(NamedTuple):
+    query: jax.Array
+    value: jax.Array
 
-    jax.tree_util.register_pytree_with_keys(
-        Box,
-        lambda box: (((jax.tree_util.GetAttrKey("value"), box.value),), None),
-        lambda _, children: Box(*children),
+
+@flax.struct.dataclass
+class Struct:
+    query: jax.Array
+    value: jax.Array
+
+
+class Equinox(eqx.Module):
+    query: jax.Array
+    value: jax.Array
+
+
+@pytest.mark.parametrize("kind", [Attention, Struct, Equinox, dict])
+def test_a_field_called_value_keeps_its_name(kind):
+    params = {"attention": kind(query=jnp.ones((4, 3)), value=jnp.ones((4, 3)))}
+    blocks = bma.partition(params)
+    assert blocks.names == ("attention/query", "attention/value")
+    assert bma.partition(params, bma.per_layer).names == ("attention",)
+    assert bma.partition(params, couple="layer").groups == ((0, 1),)
+    rule = bma.by_path({"attention/value": None})
+    assert bma.partition(params, rule).names == ("attention/query",)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.value = nnx.Linear(4, 3, rngs=rngs)
+        self.both = nnx.Param({"value": jnp.ones(2), "scale": jnp.ones(3)})
+
+
+def test_a_box_of_flax_is_no_part_of_a_name():
+    seen = []
+
+    def see(tree):
+        seen.append(tree)
+        return tree
+
+    model = Net(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(
+        model,
+        optax.GradientTransformation(
+            lambda params: (see(params), ())[1], lambda g, s, p: (see(g), s)
+        ),
+        wrt=nnx.Param,
     )
-    plain = {"layer": {"kernel": jnp.ones(3), "bias": jnp.ones(2)}}
-    boxed = jax.tree.map(Box, plain)
-    for rule in (bma.per_layer, bma.by_path({"kernel$": None})):
-        assert bma.partition(plain, rule) == bma.partition(boxed, rule)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    names = "both/scale", "both/value", "value/bias", "value/kernel"
+    for tree in (*seen, model):
+        assert sorted(bma.partition(tree).names) == sorted(names)
+        assert sorted(bma.partition(tree, bma.per_layer).names) == ["both", "value"]
+    assert jax.tree.structure(seen[0]) != jax.tree.structure(seen[1])
+
+    plain = {"layer": {"kernel": jnp.ones(3), "value": jnp.ones(2)}}
+    for box in (
+        nnx.Param,
+        lambda x: nn.Partitioned(x, names=("x",)),
+        lambda x: nn.LogicallyPartitioned(x, names=("x",)),
+        lambda x: nnx.Param(nn.Partitioned(x, names=("x",))),
+    ):
+        boxed = jax.tree.map(box, plain)
+        for rule in (bma.per_layer, bma.by_path({"kernel$": None})):
+            assert bma.partition(plain, rule) == bma.partition(boxed, rule)
 
 
 def test_empty_and_placeholder_trees():
@@ -362,6 +425,9 @@ def test_many_patterns_on_many_arrays():
         (lambda: bma.partition(PARAMS, couple="none"), ValueError, "couple"),
         (lambda: bma.per_tile((0,)), ValueError, "positive"),
         (lambda: bma.per_tile((1.5,)), ValueError, "positive"),
+        (lambda: bma.per_tile((True, 2)), ValueError, "positive"),
+        (lambda: bma.per_tile("4"), TypeError, r"bma.per_tile\(\(4, 4\)\)"),
+        (lambda: bma.stacked(bma.per_unit, axis=True), TypeError, "`axis`"),
         (lambda: bma.by_path({"(": None}), ValueError, "pattern"),
         (lambda: bma.by_path({"a": 3}), TypeError, "rule"),
         (lambda: bma.by_function(3), TypeError, "function"),

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,15 +53,8 @@ def steps(tx, params, state, count):
 
 
 def raw(tree):
-    """Random keys as the numbers behind them; all of it in NumPy."""
-    return jax.tree.map(
-        lambda x: np.asarray(
-            jax.random.key_data(x)
-            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-            else x
-        ),
-        tree,
-    )
+    """All of it in NumPy."""
+    return jax.tree.map(np.asarray, tree)
 
 
 def by_name():
@@ -125,6 +120,34 @@ def test_another_process_goes_on_bit_for_bit(tmp_path):
     for name in expected:
         for x, y in zip(expected[name], found[name], strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+@every_method
+def test_saved_in_other_ways(method, tmp_path):
+    """As bytes, in files of arrays, and averaged: there is nothing but arrays."""
+    tx = method.build()
+    pair = PARAMS, tx.init(PARAMS)
+    state = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), pair)[1]
+    leaves, treedef = jax.tree.flatten(state)
+    np.savez(tmp_path / "state.npz", *leaves)
+    eqx.tree_serialise_leaves(tmp_path / "state.eqx", state)
+    content = flax.serialization.to_bytes(state)
+    with np.load(tmp_path / "state.npz") as file:
+        from_numpy = treedef.unflatten(file.values())
+    for restored in (
+        from_numpy,
+        eqx.tree_deserialise_leaves(tmp_path / "state.eqx", pair[1]),
+        flax.serialization.from_bytes(pair[1], content),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, state, restored)
+    with jax.numpy_dtype_promotion("standard"):
+        assert np.isfinite(optax.tree.norm(state))
+        jax.tree.map(lambda a, b: (a + b) / 2, state, state)
+    # Arrays of NumPy go on as those of JAX do.
+    step = make_step(tx)
+    assert jax.eval_shape(lambda: step(PARAMS, from_numpy)) == jax.eval_shape(
+        step, PARAMS, state
+    )
 
 
 @pytest.mark.parametrize("name", ["adagrad_bma", "mini_bma", "newton_bma"])
@@ -295,26 +318,10 @@ def test_an_exported_step_runs_in_another_process(tmp_path):
     for name, tx in some().items():
         pair = PARAMS, tx.init(PARAMS)
         leaves, treedef = jax.tree.flatten(pair)
-        if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves):
-            keys = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
-        else:
-            keys = [False] * len(leaves)
 
-        def flat(*given, treedef=treedef, keys=keys, tx=tx):
-            given = [
-                jax.random.wrap_key_data(x) if key else x
-                for x, key in zip(given, keys, strict=True)
-            ]
-            found = make_step(tx)(*jax.tree.unflatten(treedef, given))
-            return [
-                jax.random.key_data(x) if key else x
-                for x, key in zip(jax.tree.leaves(found), keys, strict=True)
-            ]
+        def flat(*given, treedef=treedef, tx=tx):
+            return jax.tree.leaves(make_step(tx)(*jax.tree.unflatten(treedef, given)))
 
-        leaves = [
-            jax.random.key_data(x) if key else x
-            for x, key in zip(leaves, keys, strict=True)
-        ]
         path = tmp_path / f"{name.replace(' ', '_')}.exported"
         path.write_bytes(export.export(jax.jit(flat))(*leaves).serialize())
         np.savez(path.with_suffix(".npz"), *leaves)

@@ -12,7 +12,7 @@ import pytest
 import bma_optax as bma
 
 PAGE = Path(__file__).parent.parent / "docs" / "troubles.md"
-ROWS = dict(re.findall(r"^\| ([^|]*) \| `+([^|]*?)`+ \|$", PAGE.read_text(), re.M))
+ROWS = dict(re.findall(r"^\| ([^|]*?) \| `+([^|]*?) ?`+ \|$", PAGE.read_text(), re.M))
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
 
 
@@ -51,6 +51,12 @@ def far():
     tx.update(jax.grad(nonlocal_loss)(u), tx.init(u), u, value_fn=nonlocal_loss)
 
 
+def under_x64():
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype("float64"), PARAMS)
+        update(bma.scale_by_bma(), wide, wide)
+
+
 CASES = {
     "an integer leaf": lambda: bma.scale_by_bma().init({"n": jnp.arange(3)}),
     "a complex leaf": lambda: bma.mini_bma(1.0).init(jnp.ones(2, "complex64")),
@@ -63,6 +69,16 @@ CASES = {
     "a gradient of another shape": lambda: update(
         bma.scale_by_mini_bma(), PARAMS | {"b": jnp.ones(4)}
     ),
+    "gradients of integers": lambda: update(
+        bma.scale_by_bma(), PARAMS | {"w": jnp.ones((4, 3), int)}
+    ),
+    "a state saved under another `jax_enable_x64`": under_x64,
+    "a decay of 16 bits, by `inject_hyperparams`": lambda: optax.inject_hyperparams(
+        bma.scale_by_adam_bma
+    )().init(jnp.ones(3, "bfloat16")),
+    "a rule in the place of the rate": lambda: bma.adam_bma(bma.per_unit),
+    "a rule that is called": lambda: bma.per_leaf(),
+    "no random key": lambda: bma.newton_bma(key=None),
     "an unknown form": lambda: bma.scale_by_bma(form="right"),
     "a negative number": lambda: bma.scale_by_newton_bma(min_eigenvalue=-1),
     "a number that is NaN": lambda: bma.scale_by_bma(eps=np.nan),
@@ -102,6 +118,15 @@ CASES = {
     "a loss that needs what `optax.masked` took away": lambda: update(
         optax.masked(bma.newton_bma(), {"w": True, "b": False}), PARAMS, value_fn=whole
     ),
+    "a loss that returns more than a number": lambda: update(
+        bma.newton_bma(), PARAMS, value_fn=lambda p: (once(p), "aux")
+    ),
+    "a product of another shape": lambda: bma.preconditioner(
+        lambda v: v | {"b": jnp.ones(4)}, PARAMS
+    ),
+    "several vectors, to a preconditioner": lambda: bma.preconditioner(
+        lambda v: v, jnp.ones(3)
+    )(jnp.ones((2, 3))),
     "no loss, where there is curvature": lambda: update(
         bma.scale_by_newton_bma(), PARAMS
     ),
