@@ -3,7 +3,6 @@
 import itertools
 import pickle
 import time
-import warnings
 from typing import NamedTuple
 
 import equinox as eqx
