@@ -156,8 +156,8 @@ def levels_below(stencil: Stencil, first_tile: Shape, fields: Shape, tiles) -> L
       tiles: "auto", or the shapes of the tiles of each level.
     """
     levels = []
+    grid = [axis for axis in range(len(stencil.grid)) if axis not in fields]
     if tiles == "auto":
-        grid = set(range(len(stencil.grid))) - set(fields)
         long = {axis for axis in grid if first_tile[axis] > 1}
         while stencil.num_cells > MAX_DENSE:
             tile = _auto_tile(stencil, long)
@@ -169,7 +169,8 @@ def levels_below(stencil: Stencil, first_tile: Shape, fields: Shape, tiles) -> L
             stencil = stencil.coarse(tile)
     else:
         for tile in tiles:
-            full = (*tile, *[1] * (len(stencil.grid) - len(tile)))[: len(stencil.grid)]
+            along = dict(zip(grid, tile, strict=False))
+            full = tuple(along.get(axis, 1) for axis in range(len(stencil.grid)))
             levels.append(_Level(stencil, full))
             stencil = stencil.coarse(full)
     return Levels(tuple(levels), stencil)

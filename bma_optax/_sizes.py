@@ -22,9 +22,10 @@ def check_dense(blocks: Partition, has_reach: bool = False) -> None:
     if largest <= _MANY_BLOCKS and entries < _INDEX_LIMIT:
         return
     array = max(blocks.arrays, key=lambda array: array.num_blocks)
+    others = " and other arrays have" if len(blocks.arrays) > 1 else " has"
     found = (
-        f"{_trees.name_of(array.path)!r} is cut into {array.num_blocks:,} blocks by "
-        f"{blocks.rule}, and one group has {largest:,}: "
+        f"{_trees.name_of(array.path)!r}{others} up to {largest:,} blocks in one group "
+        f"by {blocks.rule}: "
     )
     advice = (
         "Pass coarser blocks instead (bma.per_leaf, larger tiles, None for an array in "

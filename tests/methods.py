@@ -30,10 +30,10 @@ ANY_LOSS = bma.GaussNewton(lambda p: p, lambda y, loss_of: loss_of(y))
 METHODS = [
     row("adagrad_bma", bma.adagrad_bma, learning_rate=1.0),
     row(
-        "adagrad_bma per_unit symmetric",
+        "adagrad_bma per_column symmetric",
         bma.adagrad_bma,
         learning_rate=1.0,
-        partition=bma.per_unit,
+        partition=bma.per_column,
         form="symmetric",
         update_interval=2,
     ),
@@ -53,14 +53,20 @@ METHODS = [
         estimator="projection",
         update_interval=2,
     ),
-    row("mini_bma", bma.mini_bma, trees=4, learning_rate=0.01),
+    row(
+        "mini_bma",
+        bma.mini_bma,
+        trees=4,
+        learning_rate=0.01,
+        partition=bma.per_column,  # The arrays of many tests have no name to go by.
+    ),
     row("newton_bma", bma.newton_bma, trees=2, learning_rate=None),
     row(
-        "newton_bma per_unit by layer adaptive",
+        "newton_bma per_column by layer adaptive",
         bma.newton_bma,
         trees=3,
         learning_rate=None,
-        partition=bma.per_unit,
+        partition=bma.per_column,
         couple="layer",
         update_interval=2,
         damping=0.1,

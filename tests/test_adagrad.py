@@ -154,7 +154,7 @@ def test_an_element_without_gradients_does_not_move(form, initial):
     """Rows of an embedding that no example has used."""
     rng = np.random.default_rng(4)
     params = {"embed": jnp.zeros((6, 4)), "w": jnp.zeros((3, 2))}
-    tx = bma.scale_by_bma(bma.per_unit, form=form, initial_accumulator_value=initial)
+    tx = bma.scale_by_bma(bma.per_column, form=form, initial_accumulator_value=initial)
     state = tx.init(params)
     for _ in range(5):
         g = {
@@ -199,7 +199,7 @@ def test_finite_gradients_give_finite_updates(magnitude):
     rng = np.random.default_rng(6)
     params = {"a": jnp.zeros((50, 4)), "b": jnp.zeros(3)}
     for eps in (0.0, 1e-7):
-        tx = bma.scale_by_bma(bma.per_unit, eps=eps)
+        tx = bma.scale_by_bma(bma.per_column, eps=eps)
         state = tx.init(params)
         for _ in range(3):
             g = jax.tree.map(

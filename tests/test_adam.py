@@ -152,10 +152,10 @@ def test_one_element_blocks_whiten_by_the_whole_matrix():
 def test_block_means_can_only_shrink_at_floor_one():
     rng = np.random.default_rng(4)
     params = {"a": jnp.zeros((5, 3)), "b": jnp.zeros((3, 2))}
-    kwargs = {"partition": bma.per_unit, "estimator": "projection"}
+    kwargs = {"partition": bma.per_column, "estimator": "projection"}
     tx = bma.scale_by_adam_bma(**kwargs, min_eigenvalue=1.0)
     adam = bma.scale_by_adam_bma(partition=bma.by_path({"": None}))
-    blocks = bma.partition(params, bma.per_unit)
+    blocks = bma.partition(params, bma.per_column)
     state, adam_state = tx.init(params), adam.init(params)
     root_sizes = jnp.sqrt(jnp.asarray(blocks.sizes, jnp.float32))
     update = jax.jit(tx.update)
@@ -189,7 +189,7 @@ def test_a_gradient_that_is_not_finite_hurts_only_itself(bad):
 @pytest.mark.parametrize("magnitude", [1e-25, 1e-12, 1e15, 1e25, 1e38])
 def test_finite_gradients_give_finite_updates(magnitude):
     rng = np.random.default_rng(5)
-    params = {"a": jnp.zeros((9, 4)), "b": jnp.zeros(3)}
+    params = {"w": jnp.zeros((9, 4)), "b": jnp.zeros(3)}
     for tx in (
         bma.scale_by_adam_bma(partition=bma.per_unit, estimator="projection"),
         bma.scale_by_mini_bma(),

@@ -196,12 +196,12 @@ def test_statistics_are_sharded_as_their_array(rule, shape, spec, nu):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_dtypes(dtype):
     with jax.enable_x64(dtype == "float64"):
-        params = {"a": jnp.ones((4, 3), dtype), "b": jnp.ones(2, dtype)}
+        params = {"w": jnp.ones((4, 3), dtype), "b": jnp.ones(2, dtype)}
         tx = bma.scale_by_mini_bma(mu_dtype=None if dtype != "float16" else "float32")
         update, state = jax.jit(tx.update), tx.init(params)
         updates, new = update(params, state)
-        assert updates["a"].dtype == updates["b"].dtype == dtype
-        assert new.mu["a"].dtype == ("float32" if dtype == "float16" else dtype)
+        assert updates["w"].dtype == updates["b"].dtype == dtype
+        assert new.mu["w"].dtype == ("float32" if dtype == "float16" else dtype)
         statistic = "float64" if dtype == "float64" else "float32"
         for tree in (new.nu, new.mean_nu, new.direction):
             assert all(x.dtype == statistic for x in jax.tree.leaves(tree))
