@@ -155,10 +155,10 @@ def by_path(
     Example:
       >>> import jax, bma_optax as bma
       >>> params = {"embed": jax.ShapeDtypeStruct((9, 2), "float32"),
-      ...           "dense": jax.ShapeDtypeStruct((2, 3), "float32")}
-      >>> rule = bma.by_path({"embed": None, "dense": bma.per_unit})
+      ...           "kernel": jax.ShapeDtypeStruct((2, 3), "float32")}
+      >>> rule = bma.by_path({"embed": None, "kernel": bma.per_unit})
       >>> bma.partition(params, rule).names
-      ('dense[:, 0]', 'dense[:, 1]', 'dense[:, 2]')
+      ('kernel[:, 0]', 'kernel[:, 1]', 'kernel[:, 2]')
     """
     for pattern in rules:
         try:
