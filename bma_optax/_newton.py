@@ -283,7 +283,9 @@ def scale_by_newton_bma(
             failed = state._replace(failures=optax.safe_increment(state.failures))
             finite = _trees.all_finite((inverse, N, diagonal))
             chosen = jax.tree.map(
-                lambda x, y: jnp.where(finite, x, y), refreshed, failed
+                lambda x, y: x if x is y else jnp.where(finite, x, y),
+                refreshed,
+                failed,
             )
             return chosen._replace(
                 products=state.products + products + int(adaptive_damping)

@@ -89,6 +89,11 @@ def abstract(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype, x.aval.weak_type), tree)
 
 
+def types(tree):
+    """Each leaf's dtype, shape and sharding along explicit axes."""
+    return jax.tree.map(lambda x: str(jax.typeof(x)), tree)
+
+
 def jitted(update, f=bowl):
     return jax.jit(functools.partial(update, **with_loss(f)))
 
@@ -116,6 +121,23 @@ def test_extra_args_and_no_second_compile(method):
     for _ in range(3):
         params, state = step(params, state)
     assert len(traces) == 1
+
+
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, _, **__: compiled.append(name) if "backend_compile" in name else None
+)
+
+
+@every_method
+def test_without_jit_nothing_is_compiled_twice(method):
+    """Neither at a refresh, the eleventh step, nor for losses that are new each time."""
+    tx = method.build()
+    state = tx.init(PARAMS)
+    for step in range(11):
+        compiled.clear()
+        _, state = tx.update(PARAMS, state, PARAMS, **with_loss(lambda p: bowl(p)))
+        assert step < 2 or not compiled
 
 
 @every_method
@@ -204,11 +226,15 @@ def test_state_is_stable_under_cond(method, dtype):
 
 
 @every_method
-@pytest.mark.parametrize("under_mesh", [True, False])
-def test_sharding_is_stable(method, under_mesh):
+@pytest.mark.parametrize("how", ["jit", "jit outside the mesh", "no jit, two axes"])
+def test_sharding_is_stable(method, how):
     """Explicit axes; a sharded array's state is sharded as it is."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
-    sharded = jax.NamedSharding(mesh, jax.P(None, "x", None))
+    under_mesh, jit = "outside" not in how, "no jit" not in how
+    shape, names = ((8,), ("x",)) if jit else ((2, 4), ("y", "x"))
+    mesh = jax.make_mesh(
+        shape, names, axis_types=(jax.sharding.AxisType.Explicit,) * len(names)
+    )
+    sharded = jax.NamedSharding(mesh, jax.P(None if jit else "y", "x", None))
     other = jax.NamedSharding(mesh, jax.P(None, "x"))
     local = {
         "a": jnp.arange(64.0, dtype=jnp.float16).reshape(2, 8, 4) / 64,
@@ -219,7 +245,12 @@ def test_sharding_is_stable(method, under_mesh):
     def run(params):
         tx = method.build()
         state = tx.init(params)
-        updates, new = jitted(tx.update)(params, state, params)
+        update = functools.partial(tx.update, **with_loss(bowl))
+        updates, new = (jax.jit(update) if jit else update)(params, state, params)
+        if under_mesh:  # Traced or not, the types are the same.
+            traced = jax.eval_shape(tx.init, params)
+            traced = traced, jax.eval_shape(update, params, state, params)
+            assert types(traced) == types((state, (updates, new)))
         for (path, old), leaf in zip(
             jax.tree_util.tree_leaves_with_path(state),
             jax.tree.leaves(new),
@@ -229,7 +260,7 @@ def test_sharding_is_stable(method, under_mesh):
             # and so does a random key.
             if under_mesh or str(path[-1]) not in (".count", ".key"):
                 assert jax.typeof(leaf) == jax.typeof(old), path
-        assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+        assert types(updates) == types(params)
         return updates
 
     if under_mesh:
@@ -241,6 +272,31 @@ def test_sharding_is_stable(method, under_mesh):
     expected, _ = jitted(tx.update)(local, tx.init(local), local)
     np.testing.assert_allclose(updates["a"], expected["a"], rtol=1e-2)
     np.testing.assert_allclose(updates["b"], expected["b"], rtol=1e-4, atol=1e-7)
+
+
+@every_method
+def test_each_device_of_a_shard_map_solves_its_own(method):
+    """The state's types are stable there too, or the scan would not have it."""
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    everyone = jax.tree.map(lambda x: jnp.stack([x, 2 * x - 0.5]), PARAMS)
+    tx = method.build()
+
+    def train(params):
+        step = make_step(tx, bowl)
+        params = jax.tree.map(lambda x: x[0], params)
+        (params, _), _ = jax.lax.scan(
+            lambda c, _: (step(*c), None), (params, tx.init(params)), length=2
+        )
+        return jax.tree.map(lambda x: x[None], params)
+
+    placed = jax.device_put(everyone, jax.NamedSharding(mesh, jax.P("x")))
+    with jax.set_mesh(mesh):
+        together = jax.jit(jax.shard_map(train, out_specs=jax.P("x")))(placed)
+    alone = jax.jit(train)
+    for i in range(2):
+        one = alone(jax.tree.map(lambda x, i=i: x[i : i + 1], everyone))
+        same = jax.tree.map(lambda x, i=i: np.asarray(x)[i : i + 1], together)
+        chex.assert_trees_all_close(same, one, rtol=1e-5, atol=1e-6)
 
 
 @every_method
