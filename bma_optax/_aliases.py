@@ -47,7 +47,9 @@ def newton_bma(
 
     Returns:
       A chain of :func:`scale_by_newton_bma` and the step rule. ``update`` takes
-      ``value_fn``, the loss, and its other arguments.
+      ``value_fn``, the loss, and its other arguments. To freeze arrays set their
+      gradients to 0 before it, ``optax.chain(optax.masked(optax.set_to_zero(),
+      frozen), newton_bma())``; masked after it, a part of a step may raise the loss.
 
     Raises:
       TypeError, ValueError: as :func:`scale_by_newton_bma`.
