@@ -302,6 +302,46 @@ def test_frozen_arrays_stay_and_the_others_minimise(solver):
     np.testing.assert_allclose(flat(found), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_masks_after_the_optimiser(dtype):
+    """Found at the second step; what is no mask any more, or never was, is let go."""
+
+    def f(p):
+        a, b = p["a"].astype("float64"), p["b"].astype("float64")
+        return jnp.sum(a**2 + b**2) / 2 + 0.9 * jnp.sum(a * b) - jnp.sum(a)
+
+    start = {"a": jnp.zeros(2, dtype), "b": jnp.asarray([1.0, 0.0], dtype)}
+
+    @jax.jit
+    def train(masks):
+        def step(carry, mask):
+            params, state = carry
+            updates, state = solver.update(
+                jax.grad(f)(params), state, params, value_fn=f
+            )
+            updates = jax.tree.map(
+                lambda on, u: jnp.where(on, u, 0),
+                dict(zip("ab", mask, strict=True)),
+                updates,
+            )
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (start, solver.init(start)), masks)[0][0]
+
+    solver = bma.newton_bma(partition=bma.per_element)
+    always, never = jnp.ones(30, bool), jnp.zeros(30, bool)
+    odd = jnp.arange(30) % 2 == 1
+    late = jnp.arange(30) > 9
+    tolerance = max(1e-6, 4 * float(jnp.finfo(dtype).eps))
+    masked = train(jnp.stack([always, never], 1))
+    np.testing.assert_array_equal(masked["b"], start["b"])
+    np.testing.assert_allclose(masked["a"], [0.1, 1.0], atol=tolerance)
+    for a, b in [(always, always), (always, late), (odd, ~odd)]:
+        found = train(jnp.stack([a, b], 1))
+        np.testing.assert_allclose(found["a"], 1 / 0.19, rtol=10 * tolerance)
+        np.testing.assert_allclose(found["b"], -0.9 / 0.19, rtol=10 * tolerance)
+
+
 def test_dead_parameters_and_no_curvature_at_all():
     """A zero row of G, and G = 0: finite steps, none for a zero gradient."""
     params = jnp.ones(4)
