@@ -5,7 +5,16 @@ from typing import Any
 import jax
 import optax
 
-from bma_optax import _checks, _curvature, _natural, _newton, _rates, _rules, _steps
+from bma_optax import (
+    _checks,
+    _curvature,
+    _masks,
+    _natural,
+    _newton,
+    _rates,
+    _rules,
+    _steps,
+)
 from bma_optax._curvature import Curvature
 
 
@@ -47,7 +56,10 @@ def newton_bma(
 
     Returns:
       A chain of :func:`scale_by_newton_bma` and the step rule. ``update`` takes
-      ``value_fn``, the loss, and its other arguments.
+      ``value_fn``, the loss, and its other arguments. To freeze arrays set their
+      gradients to 0 before it, ``optax.chain(optax.masked(optax.set_to_zero(),
+      frozen), newton_bma())``; a mask after it is found when the first step is taken,
+      which may raise the loss.
 
     Raises:
       TypeError, ValueError: as :func:`scale_by_newton_bma`.
@@ -181,9 +193,9 @@ def _descend(
     """``direction`` followed by the quadratic model's step rule, or by a rate."""
     if learning_rate is None:
         rule = _steps.scale_by_quadratic_model(curvature, max_norm=max_norm, key=key)
-        return optax.chain(direction, optax.scale(-1.0), rule)
+        return _masks.heed(optax.chain(direction, optax.scale(-1.0), rule))
     parts: list[Any] = [direction, _rates.scale(learning_rate)]
     if max_norm is not None:
         _checks.positive(max_norm=max_norm)
         parts.append(_rates.clip(max_norm))
-    return optax.chain(*parts)
+    return _masks.heed(optax.chain(*parts))

@@ -129,6 +129,10 @@ def scale_by_newton_bma(
       ``optax.masked`` or ``optax.partition`` these functions get the tree that the
       wrapper leaves, as those of Optax's line searches do.
 
+      An array whose whole gradient is 0 gets no update: it is frozen, by
+      ``optax.chain(optax.masked(optax.set_to_zero(), frozen), tx)``, or waits until it
+      has one, as layers below one that starts at 0 do for a step.
+
     Raises:
       TypeError: if ``partition`` is no rule or ``curvature`` no curvature; at ``init``,
         if a leaf is no real floating array.

@@ -210,6 +210,9 @@ def test_an_error_of_the_function_itself_is_left_alone():
     def vector(params):
         return params
 
-    for f, kind, words in [(loss, ValueError, "mine"), (vector, TypeError, "scalar")]:
+    for f, kind, words in [
+        (loss, ValueError, "mine"),
+        (vector, TypeError, "one floating number"),
+    ]:
         with pytest.raises(kind, match=words):
             bma.Hessian().linearize(jnp.asarray(PARAMS), jax.random.key(0), f, {})

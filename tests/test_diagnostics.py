@@ -183,8 +183,8 @@ def is_mine(x):
 def wrappers(method, params):
     """States of the method in whatever may be around it, for whole parameters."""
     tx, whole = method.build(), params | {"c": jnp.ones(3)}
-    keep = {"a": True, "b": True, "c": False}
-    labels = {"a": "mine", "b": "mine", "c": "other"}
+    keep = {"kernel": True, "bias": True, "c": False}
+    labels = {"kernel": "mine", "bias": "mine", "c": "other"}
     injected = optax.inject_hyperparams(method.factory)(**method.kwargs)
     around = {
         "chain": (
@@ -216,7 +216,8 @@ def boxed(method, params, grads, state):
 
     class Net(nnx.Module):
         def __init__(self):
-            self.a, self.b = nnx.Param(params["a"]), nnx.Param(params["b"])
+            for name, array in params.items():
+                setattr(self, name, nnx.Param(array))
 
     model = Net()
     optimizer = nnx.Optimizer(model, method.build(), wrt=nnx.Param)
@@ -233,11 +234,11 @@ def boxed(method, params, grads, state):
 @every_method
 def test_every_transformation(method):
     """Also in all wrappers, which hold the state that the plain one is in."""
-    arrays = {"a": jnp.ones((6, 4)), "b": jnp.full(4, 2.0, jnp.bfloat16)}
+    arrays = {"kernel": jnp.ones((6, 4)), "bias": jnp.full(4, 2.0, jnp.bfloat16)}
     params = arrays | {"c": optax.MaskedNode()}
 
     def loss(p):
-        a, b = p["a"], p["b"].astype("float32")
+        a, b = p["kernel"], p["bias"].astype("float32")
         return jnp.sum(jnp.tanh(a) ** 2) + jnp.sum(b**2) + jnp.sum(a[0] - b) ** 2
 
     grads = jax.grad(loss)(params)
@@ -294,15 +295,15 @@ def test_several_states():
 
 
 def test_errors():
-    params = {"a": jnp.ones((3, 2))}
+    params = {"kernel": jnp.ones((3, 2))}
     state = bma.scale_by_bma(bma.per_unit).init(params)
     newton = bma.scale_by_newton_bma(bma.per_unit).init(params)
     fitting = bma.partition(params, bma.per_unit)
     for kwargs, match in [
         ({"grads": params}, "need `blocks`"),
         ({"blocks": bma.partition(params)}, "do not fit a ScaleByBMAState"),
-        ({"blocks": bma.partition({"a": jnp.ones(2)})}, "do not fit a ScaleByBMA"),
-        ({"blocks": fitting, "grads": {"a": jnp.ones(3)}}, "'a'"),
+        ({"blocks": bma.partition({"kernel": jnp.ones(2)})}, "do not fit a ScaleByBMA"),
+        ({"blocks": fitting, "grads": {"kernel": jnp.ones(3)}}, "^'kernel'"),
         ({"blocks": fitting, "estimator": "x"}, "`estimator` must be one of"),
     ]:
         with pytest.raises(ValueError, match=match):

@@ -428,11 +428,17 @@ def test_parameters_are_not_needed_where_nothing_uses_them(method):
 # Wrappers and transformations ---------------------------------------------------------
 
 
+FROZEN = {"a": {"w": False, "b": True}, "c": {"w": False}}
+
+
 def wrappers(tx):
     labels = {"a": {"w": "mine", "b": "mine"}, "c": {"w": "theirs"}}
     mask = {"a": {"w": True, "b": False}, "c": {"w": True}}
+    freeze = optax.masked(optax.set_to_zero(), FROZEN)
     return {
-        "chain": optax.chain(optax.clip_by_global_norm(1.0), tx, optax.ema(0.9)),
+        "chain": optax.chain(
+            freeze, optax.clip_by_global_norm(1.0), tx, optax.ema(0.9)
+        ),
         "masked": optax.masked(tx, mask),
         "partition": optax.partition({"mine": tx, "theirs": optax.sgd(0.1)}, labels),
         "multi_steps": optax.MultiSteps(tx, 2),
@@ -452,6 +458,9 @@ def test_wrapped(method, name):
         assert abstract(updates) == abstract(PARAMS)
         assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
         assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates))
+        if name == "chain":
+            frozen = jax.tree.map(lambda x: bool(jnp.all(x == 0)), updates)
+            assert frozen == FROZEN
         state = new
 
 

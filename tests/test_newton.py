@@ -251,6 +251,97 @@ def test_newton_solves_a_quadratic_in_one_step():
     np.testing.assert_allclose(solution, np.linalg.solve(G, b), rtol=1e-7)
 
 
+def fields(params):
+    """A local quadratic of three fields on one grid, strongly coupled, and a scalar."""
+    u, v, w, shift = (params[name] for name in ("u", "v", "w", "shift"))
+    smooth = sum(jnp.sum(jnp.diff(x) ** 2) + jnp.sum(x**2) / 10 for x in (u, v, w))
+    return smooth + jnp.sum((u - v) ** 2 + (v + w - 1) ** 2) + jnp.sum((u + shift) ** 2)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        bma.newton_bma(),
+        bma.newton_bma(1.0, bma.per_element, damping=0.5),
+        bma.newton_bma(partition=bma.per_tile((4,)), reach=1, update_interval=1000),
+        bma.natural_bma(
+            bma.GaussNewton(lambda p: p, fields), partition=bma.per_unit, damping=0.0
+        ),
+    ],
+    ids=["newton", "with a rate", "with a reach", "natural"],
+)
+def test_frozen_arrays_stay_and_the_others_minimise(solver):
+    rng = np.random.default_rng(9)
+    params = {name: jnp.asarray(rng.standard_normal(16)) for name in "uvw"}
+    params["shift"] = jnp.asarray(0.3)
+    frozen = {"u": False, "v": True, "w": False, "shift": True}
+    tx = optax.chain(optax.masked(optax.set_to_zero(), frozen), solver)
+
+    @jax.jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(
+                jax.grad(fields)(params), state, params, value_fn=fields
+            )
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=60)[0][0]
+
+    found = train(params)
+    vector, tree = ravel_pytree(params)
+    free = flat(
+        {name: np.full(x.shape, not frozen[name]) for name, x in params.items()}
+    )
+    free = free.astype(bool)
+    G = np.asarray(jax.hessian(lambda x: fields(tree(x)))(vector))
+    g = np.asarray(jax.grad(lambda x: fields(tree(x)))(vector))
+    expected = np.asarray(vector).copy()
+    expected[free] -= np.linalg.solve(G[np.ix_(free, free)], g[free])
+    np.testing.assert_array_equal(flat(found)[~free], expected[~free])
+    np.testing.assert_allclose(flat(found), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_masks_after_the_optimiser(dtype):
+    """Found at the second step; what is no mask any more, or never was, is let go."""
+
+    def f(p):
+        a, b = p["a"].astype("float64"), p["b"].astype("float64")
+        return jnp.sum(a**2 + b**2) / 2 + 0.9 * jnp.sum(a * b) - jnp.sum(a)
+
+    start = {"a": jnp.zeros(2, dtype), "b": jnp.asarray([1.0, 0.0], dtype)}
+
+    @jax.jit
+    def train(masks):
+        def step(carry, mask):
+            params, state = carry
+            updates, state = solver.update(
+                jax.grad(f)(params), state, params, value_fn=f
+            )
+            updates = jax.tree.map(
+                lambda on, u: jnp.where(on, u, 0),
+                dict(zip("ab", mask, strict=True)),
+                updates,
+            )
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (start, solver.init(start)), masks)[0][0]
+
+    solver = bma.newton_bma(partition=bma.per_element)
+    always, never = jnp.ones(30, bool), jnp.zeros(30, bool)
+    odd = jnp.arange(30) % 2 == 1
+    late = jnp.arange(30) > 9
+    tolerance = max(1e-6, 4 * float(jnp.finfo(dtype).eps))
+    masked = train(jnp.stack([always, never], 1))
+    np.testing.assert_array_equal(masked["b"], start["b"])
+    np.testing.assert_allclose(masked["a"], [0.1, 1.0], atol=tolerance)
+    for a, b in [(always, always), (always, late), (odd, ~odd)]:
+        found = train(jnp.stack([a, b], 1))
+        np.testing.assert_allclose(found["a"], 1 / 0.19, rtol=10 * tolerance)
+        np.testing.assert_allclose(found["b"], -0.9 / 0.19, rtol=10 * tolerance)
+
+
 def test_dead_parameters_and_no_curvature_at_all():
     """A zero row of G, and G = 0: finite steps, none for a zero gradient."""
     params = jnp.ones(4)

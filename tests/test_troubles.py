@@ -154,3 +154,20 @@ def test_says_so(case):
     catching = pytest.warns if kind is UserWarning else pytest.raises
     with catching(kind, match=re.escape(message)):
         CASES[case]()
+
+
+def test_recipes_for_freezing_arrays():
+    """Both reach the least loss over the others."""
+
+    def loss(p):
+        return jnp.mean((p["w"] + p["b"] - jnp.arange(12.0).reshape(4, 3)) ** 2)
+
+    names = {"jax": jax, "optax": optax, "bma": bma, "loss": loss}
+    recipes = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(recipes) == 2
+    for recipe in recipes:
+        names["params"] = PARAMS | {"b": jnp.ones((1, 3))}
+        exec(recipe, names)
+        np.testing.assert_array_equal(names["params"]["b"], 1)
+        least = jnp.arange(12.0).reshape(4, 3) - 1
+        np.testing.assert_allclose(names["params"]["w"], least, atol=1e-4)
