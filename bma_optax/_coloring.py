@@ -166,7 +166,7 @@ def _stacked(fields):
 
 
 _SCALE = 1.3  # No power of 2, so that it changes how numbers are rounded.
-_MOST = 0.3  # A false reach is off by more, however little the arithmetic resolves.
+_MOST = 0.1  # A false reach is off by more, however little the arithmetic resolves.
 
 
 def _relative_error(x, y):

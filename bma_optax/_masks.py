@@ -36,10 +36,10 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
 
     def update_fn(updates, state, params=None, **extra_args):
         inner, last = state[:-1], state[-1]
-        if params is None or _trees.unlike(updates, params) is not None:
-            return tx.update(
-                updates, inner, params, **extra_args
-            )  # Says what is wrong.
+        known = params is not None and _trees.unlike(updates, params) is None
+        if not known or len(jax.tree.leaves(updates)) < 2:  # The former is an error.
+            result, inner = tx.update(updates, inner, params, **extra_args)
+            return result, (*inner, last)
         params = _trees.arrays(params)
         checksums = _vector(_checksum, params, jnp.uint32)
         moved = last.moved | (last.started & (checksums != last.checksums))

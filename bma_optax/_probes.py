@@ -99,24 +99,41 @@ def by_signs(product, params, active, key, num_probes):
         )
 
     def add(sums, key):
-        first, second = sums
+        first, second, scale = sums
         y = sample(key)
+        # In units of the first sample, or the squares would overflow or vanish.
+        scale = jax.tree.map(
+            lambda s, y: jnp.where(s == 0, jax.lax.stop_gradient(_largest(y)), s),
+            scale,
+            y,
+        )
         first = jax.tree.map(jnp.add, first, y)
-        second = jax.tree.map(lambda s, y: s + jnp.square(y), second, y)
-        return (first, second), None
+        second = jax.tree.map(
+            lambda s, y, c: s + jnp.square(y / jnp.where(c == 0, 1, c)),
+            second,
+            y,
+            scale,
+        )
+        return (first, second, scale), None
 
     keys = jax.random.split(key, num_probes)
-    (first, second), _ = _flow.scan(add, (zeros, zeros), keys, operands=params)
+    start = zeros, zeros, jax.tree.map(_largest, zeros)
+    (first, second, scale), _ = _flow.scan(add, start, keys, operands=params)
 
-    def combine(first, second):
+    def combine(first, second, scale):
         mean = first / num_probes
-        variance = (second / num_probes - jnp.square(mean)) / (num_probes - 1)
+        square = jnp.square(mean / jnp.where(scale == 0, 1, scale))
+        variance = (second / num_probes - square) / (num_probes - 1)
         error = jnp.where(
             variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0
         )
-        return jnp.maximum(jnp.abs(mean), error)
+        return jnp.maximum(jnp.abs(mean), scale * error)
 
-    return jax.tree.map(combine, first, second)
+    return jax.tree.map(combine, first, second, scale)
+
+
+def _largest(x):
+    return jnp.max(jnp.abs(x), initial=0)
 
 
 def _tangent(tree, params):

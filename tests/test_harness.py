@@ -131,7 +131,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @every_method
 def test_without_jit_nothing_is_compiled_twice(method):
-    """Neither at a refresh, the eleventh step, nor for losses that are new each time."""
+    """Neither at a refresh, the eleventh step, nor for losses that are new ones."""
     tx = method.build()
     state = tx.init(PARAMS)
     for step in range(11):
