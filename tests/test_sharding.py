@@ -10,6 +10,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType
 
@@ -73,6 +74,67 @@ def test_an_update_sums_once_along_each_axis_of_the_mesh(name, layout, kind):
     wanted, _ = tx.update(gradients(1), expected)
     for key in SHAPES:
         np.testing.assert_allclose(updates[key], wanted[key], rtol=1e-4, atol=1e-6)
+
+
+def springs(fields):
+    """Neighbours hold each other, along every axis, and fields their like."""
+    total = 0.0
+    for u in fields.values():
+        for axis in range(u.ndim):
+            first = jax.lax.broadcasted_iota(jnp.int32, u.shape, axis) == 0
+            total += jnp.sum(jnp.where(first, 0, u - jnp.roll(u, 1, axis)) ** 2)
+    a, b = fields.values()
+    return total + jnp.sum(jnp.cosh(a - 0.5)) + jnp.sum((a - b) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile", "mesh", "specs", "jit"),
+    [
+        ((8,), (3,), (2, 4), [(("x", "y"),), ()], False),
+        ((4, 8), (2, 3), (8,), [(None, "x"), ()], True),
+        ((4, 4, 4), (1, 2, 3), (2, 4), [("x", None, "y"), (None, "y", "x")], True),
+    ],
+    ids=["1-D without jit", "2-D", "3-D"],
+)
+def test_newton_with_a_reach_on_explicit_axes(shape, tile, mesh, specs, jit):
+    """Tiles and levels that do not fit the shards, fields that are sharded unlike."""
+    axes = ("x", "y")[: len(mesh)]
+    mesh = jax.make_mesh(mesh, axes, axis_types=(AxisType.Explicit,) * len(axes))
+    rng = np.random.default_rng(0)
+    local = {name: jnp.asarray(rng.standard_normal(shape), "float32") for name in "ab"}
+    shardings = {
+        name: jax.NamedSharding(mesh, jax.P(*spec))
+        for name, spec in zip("ab", specs, strict=True)
+    }
+    levels = ((2,) * len(shape),)
+    tx = bma.newton_bma(
+        partition=bma.per_tile(tile), reach=1, levels=levels, update_interval=1
+    )
+
+    def run(params, loss, jit, grads):
+        def update(grads, state, params):
+            traces.append(1)
+            return tx.update(grads, state, params, value_fn=loss)
+
+        traces, state, steps = [], tx.init(params), []
+        for _ in range(2):
+            updates, new = (jax.jit(update) if jit else update)(grads, state, params)
+            assert jax.tree.map(jax.typeof, (updates, new)) == jax.tree.map(
+                jax.typeof, (params, state)
+            )
+            state, params = new, optax.apply_updates(params, updates)
+            steps.append(updates)
+        assert len(traces) == (1 if jit else 2)
+        return jax.device_get(steps)
+
+    grads = jax.grad(springs)(local)
+    expected = run(local, springs, True, grads)
+    with jax.set_mesh(mesh):
+        params, grads = jax.device_put((local, grads), (shardings, shardings))
+        loss = jax.sharding.auto_axes(springs, out_sharding=jax.P())
+        found = run(params, loss, jit, grads)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
 PROCESS = """
