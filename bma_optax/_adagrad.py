@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _interval, _layout, _rates, _rules, _small_matrix, _trees
+from bma_optax import (
+    _checks,
+    _interval,
+    _layout,
+    _rates,
+    _rules,
+    _small_matrix,
+    _trees,
+    _xla,
+)
 
 _FORMS = ("left", "symmetric")
 
@@ -182,7 +191,7 @@ def scale_by_bma(
         # The small matrix and its root.
         def refresh():
             v = _small_matrix.damped(
-                blocks, blocks.block_sums(jax.tree.map(_trees.sqrt, h)), eps
+                blocks, blocks.block_sums(jax.tree.map(_xla.sqrt, h)), eps
             )
             root, failures = _small_matrix.inverse_root(
                 blocks, U, v, state.inverse_root, min_eigenvalue, estimator
@@ -212,7 +221,7 @@ def scale_by_bma(
         )
         if form == "symmetric":
             result = jax.tree.map(
-                lambda x, h: x * _scale(h, eps, power), result, _trees.again(h)
+                lambda x, h: x * _scale(h, eps, power), result, _xla.again(h)
             )
         return _trees.astype(result, updates), ScaleByBMAState(
             count=optax.safe_increment(state.count),

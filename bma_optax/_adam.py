@@ -16,6 +16,7 @@ from bma_optax import (
     _rules,
     _small_matrix,
     _trees,
+    _xla,
 )
 
 
@@ -168,7 +169,7 @@ def scale_by_adam_bma(
 
         # The small matrix and its root; U and v² both lack the correction of the start.
         def refresh():
-            v = blocks.block_sums(jax.tree.map(_trees.sqrt, nu))
+            v = blocks.block_sums(jax.tree.map(_xla.sqrt, nu))
             start = _moments.bias_correction(count, b2, v.dtype)
             v = _small_matrix.damped(blocks, v, start * jnp.asarray(eps_root, v.dtype))
             sizes = jnp.asarray(blocks.sizes, v.dtype)

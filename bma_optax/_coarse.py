@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _coloring, _flow, _nested, _probes, _spectral, _trees
+from bma_optax import _flow, _names, _nested, _spectral
 from bma_optax._expansions import diagonal_matrix
 from bma_optax._nested import Levels
 from bma_optax._partition import Partition
@@ -218,7 +218,7 @@ def _reach_of(array, reach) -> Shape:
     given = (reach,) * len(axes) if is_integer(reach) else reach
     if len(given) != len(axes):
         raise ValueError(
-            f"{_trees.name_of(array.path)!r} of shape {array.shape}: `reach`={reach} "
+            f"{_names.name_of(array.path)!r} of shape {array.shape}: `reach`={reach} "
             f"has {len(given)} numbers for tiles along {len(axes)} axes. Pass one "
             "number for each of these, or a single one for all, instead; a reach holds "
             "neither along axes after a tile nor along those of bma.stacked."
@@ -228,42 +228,6 @@ def _reach_of(array, reach) -> Shape:
         n if g == 1 or axis not in along else along[axis]
         for axis, (n, g) in enumerate(zip(array.shape, array.grid, strict=True))
     )
-
-
-def gather(systems, product, blocks, params, key):
-    """N of all systems one after the other, the checks of their reach, the products.
-
-    Returns:
-      ``(N, checks, products)``: ``checks`` by the position of the system.
-    """
-    dtype = _trees.common_statistic_dtype(params)
-    parts, checks, products = [jnp.zeros(0, dtype)], {}, jnp.int32(0)
-    dense = [system for system in systems if isinstance(system, Dense)]
-    if dense:
-        positions = [np.arange(a, b) for system in dense for a, b in system.spans]
-        full = _probes.block_products(
-            product, blocks, params, np.concatenate(positions)
-        )
-        products = products + sum(map(len, positions))
-        row = 0
-        for system in dense:
-            c, n = system.count, system.n
-            square = full[row : row + c * n, row : row + c * n].reshape(c, n, c, n)
-            parts.append(jnp.einsum("gigj->gij", square).reshape(-1))
-            row += c * n
-    for number, system in enumerate(systems):
-        if isinstance(system, Nested):
-            S, checks[number], spent = _coloring.block_sums(
-                product,
-                params,
-                system.arrays,
-                blocks.arrays[system.arrays[0]],
-                system.tiles,
-                jax.random.fold_in(key, number),
-            )
-            parts.append(S.reshape(-1).astype(dtype))
-            products = products + spent
-    return jnp.concatenate(parts), checks, products
 
 
 def take(system: System, values):
@@ -293,8 +257,13 @@ def split(systems, packed, size):
     return [flat[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def check_reach(reach, levels) -> None:
+def check_reach(reach, levels, couple) -> None:
     """Raises a TypeError or ValueError for a reach or levels of another form."""
+    if reach is not None and couple == "block":
+        raise ValueError(
+            '`couple`="block" leaves every block alone, and a `reach` is about blocks '
+            'that see each other. Pass couple="array" instead, or reach=None.'
+        )
     numbers = (reach,) if is_integer(reach) else reach
     if numbers is not None and not (
         isinstance(numbers, tuple) and all(map(is_integer, numbers))

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bma_optax import (
     _alarm,
@@ -49,7 +50,7 @@ def gather(
     """
     key_N, key_diagonal = jax.random.split(key)
     product = _probes.typed(product, params)
-    N, checks, products = _coarse.gather(systems, product, blocks, params, key_N)
+    N, checks, products = _sums(systems, product, blocks, params, key_N)
     diagonal, checks, more = _diagonal.diagonal(
         curvature,
         systems,
@@ -78,6 +79,42 @@ def gather(
 
         diagonal, products = _flow.cond(local, lambda: (diagonal, products), fall_back)
     return Gathered(N, jax.tree.map(jnp.abs, diagonal), local, products)
+
+
+def _sums(systems, product, blocks, params, key):
+    """N of all systems one after the other, the checks of their reach, the products.
+
+    Returns:
+      ``(N, checks, products)``: ``checks`` by the position of the system.
+    """
+    dtype = _trees.common_statistic_dtype(params)
+    parts, checks, products = [jnp.zeros(0, dtype)], {}, jnp.int32(0)
+    dense = [system for system in systems if isinstance(system, _coarse.Dense)]
+    if dense:
+        positions = [np.arange(a, b) for system in dense for a, b in system.spans]
+        full = _probes.block_products(
+            product, blocks, params, np.concatenate(positions)
+        )
+        products = products + sum(map(len, positions))
+        row = 0
+        for system in dense:
+            c, n = system.count, system.n
+            square = full[row : row + c * n, row : row + c * n].reshape(c, n, c, n)
+            parts.append(jnp.einsum("gigj->gij", square).reshape(-1))
+            row += c * n
+    for number, system in enumerate(systems):
+        if isinstance(system, _coarse.Nested):
+            S, checks[number], spent = _coloring.block_sums(
+                product,
+                params,
+                system.arrays,
+                blocks.arrays[system.arrays[0]],
+                system.tiles,
+                jax.random.fold_in(key, number),
+            )
+            parts.append(S.reshape(-1).astype(dtype))
+            products = products + spent
+    return jnp.concatenate(parts), checks, products
 
 
 def _message(error, tolerance) -> str:

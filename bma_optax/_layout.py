@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bma_optax import _rules, _sizes, _trees, _warn
+from bma_optax import _names, _rules, _sizes, _warn
 from bma_optax._partition import Partition, group_of
 from bma_optax._rules import Path, Rule, Shape
 from bma_optax._rules_of_rules import ByPath, Stacked
@@ -66,7 +66,7 @@ def warn_of_guesses(result: Partition) -> None:
     guessed = [a.path for a in result.arrays if rule._guesses(a.path, a.shape)]
     if guessed:
         _warn.warn(
-            f"{_names(guessed)}: per_unit takes the last axis for that of units, since "
+            f"{_listed(guessed)}: per_unit takes the last axis for that of units, since "
             "the name does not tell. Pass bma.per_column or bma.per_row instead, or "
             "bma.by_path with one of these for some of the arrays."
         )
@@ -77,7 +77,7 @@ def layout(params: Any, rule: Rule, couple: str) -> Partition:
     _rules.check_rule(rule)
     check_couple(couple)
     leaves = tuple(
-        (path, tuple(np.shape(leaf))) for path, leaf in _trees.named_leaves(params)
+        (path, tuple(np.shape(leaf))) for path, leaf in _names.named_leaves(params)
     )
     return _layout(leaves, rule, couple)
 
@@ -105,7 +105,7 @@ def _layout(leaves, rule, couple) -> Partition:
     for array in arrays:
         if array.owner != array.path and array.num_blocks > 1:
             raise ValueError(
-                f"{_trees.name_of(array.path)!r}: {rule} merges it with other arrays "
+                f"{_names.name_of(array.path)!r}: {rule} merges it with other arrays "
                 f"but cuts it into {array.num_blocks} tiles; only whole arrays can be "
                 f"merged. Return the whole shape, {array.shape}, as its tile instead."
             )
@@ -138,7 +138,7 @@ def _tile(rule: Rule, path: Path, shape: Shape) -> Shape | None:
     )
     if not valid or len(tile) != len(shape):
         raise ValueError(
-            f"{_trees.name_of(path)!r} of shape {shape}: {rule} gave {tile!r} for its "
+            f"{_names.name_of(path)!r} of shape {shape}: {rule} gave {tile!r} for its "
             f"tile. Return a tuple of {len(shape)} positive integers, or None, instead."
         )
     return tuple(min(int(t), n) for t, n in zip(tile, shape, strict=True))
@@ -160,15 +160,15 @@ def _check_patterns(rule: Rule | None, paths: list[Path]) -> None:
         if i not in decided:
             raise ValueError(
                 f"by_path: {pattern!r} matches none of the arrays that earlier "
-                f"patterns leave; there are {_names(paths)}. Pass a pattern that is "
+                f"patterns leave; there are {_listed(paths)}. Pass a pattern that is "
                 "found in one of these paths instead, or leave it out."
             )
     for i, theirs in decided.items():
         _check_patterns(rule.rule_of(i), theirs)
 
 
-def _names(paths: list[Path]) -> str:
+def _listed(paths: list[Path]) -> str:
     """The names of a few arrays, and how many more there are."""
-    names = [repr(_trees.name_of(path)) for path in paths[:_FEW_NAMES]]
+    names = [repr(_names.name_of(path)) for path in paths[:_FEW_NAMES]]
     more = len(paths) - len(names)
     return ", ".join(names) + (f" and {more:,} more" if more else "")

@@ -11,6 +11,7 @@ from bma_optax import (
     _coarse,
     _mini,
     _moments,
+    _names,
     _small_matrix,
     _trees,
     _units,
@@ -51,7 +52,7 @@ def misfit(blocks, grads, state, options) -> str:
     """What to pass instead, where these are not what the state is of; else empty."""
     kind = type(state).__name__
     tree = state[1] if isinstance(state, ScaleByMiniBMAState) else _diagonal(state)
-    shapes = {path: leaf.shape for path, leaf in _trees.named_leaves(tree)}
+    shapes = {path: leaf.shape for path, leaf in _names.named_leaves(tree)}
     fits = {array.path: array.shape for array in blocks.arrays} == shapes
     packed = getattr(state, "U", None)
     if packed is not None:
@@ -69,11 +70,11 @@ def misfit(blocks, grads, state, options) -> str:
                 f"`reach` and `levels` do not fit a {kind}. Pass those of the "
                 "transformation, and the rule and the `couple` of it in `blocks`."
             )
-    given = {} if grads is None else dict(_trees.named_leaves(grads))
+    given = {} if grads is None else dict(_names.named_leaves(grads))
     for path in {**given, **shapes} if grads is not None else ():
         if path not in shapes or getattr(given.get(path), "shape", ()) != shapes[path]:
             return (
-                f"{_trees.name_of(path)!r}: `grads` do not fit a {kind}. Pass the "
+                f"{_names.name_of(path)!r}: `grads` do not fit a {kind}. Pass the "
                 f"gradients of {_SEEN}."
             )
     return ""

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from bma_optax import _trees
+from bma_optax import _names, _trees
 
 
 def loss(value_fn: Any, extra_args: dict[str, Any]) -> Callable[[Any], jax.Array]:
@@ -164,7 +164,7 @@ def _masked(tree: Any) -> list[str]:
         return isinstance(x, optax.MaskedNode)
 
     return [
-        _trees.name_of(_trees.path_of(keys))
+        _names.name_of(_names.path_of(keys))
         for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
         if is_masked(leaf)
     ]

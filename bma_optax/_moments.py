@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _trees
+from bma_optax import _trees, _xla
 
 
 def start_momentum(params, mu_dtype):
@@ -28,7 +28,7 @@ def bias_correction(count, b, dtype):
 
 def over_root(x, nu, eps, eps_root=0.0):
     """x / (√(nu + eps_root) + eps), and 0 where nu is: there has been no gradient."""
-    root = _trees.sqrt(nu + jnp.asarray(eps_root, nu.dtype))
+    root = _xla.sqrt(nu + jnp.asarray(eps_root, nu.dtype))
     root = root + jnp.asarray(eps, nu.dtype)
     alive = nu > 0
     return jnp.where(alive, x, 0) / jnp.where(alive, root, 1)

@@ -19,6 +19,7 @@ from bma_optax import (
     _probes,
     _rules,
     _trees,
+    _xla,
 )
 from bma_optax._curvature import Curvature
 
@@ -170,7 +171,7 @@ def scale_by_newton_bma(
     _checks.at_least_one(update_interval=update_interval)
     _checks.random_key(key)
     update_interval = _checks.plain(update_interval)
-    _coarse.check_reach(reach, levels)
+    _coarse.check_reach(reach, levels, couple)
     if adaptive_damping and _checks.is_zero(damping):
         raise ValueError("`adaptive_damping` needs a `damping` above 0 to start from.")
 
@@ -303,7 +304,7 @@ def scale_by_newton_bma(
             blocks,
             state.inverse_diagonal,
             state.K,
-            _trees.stored(updates, state.inverse_diagonal),
+            _xla.stored(updates, state.inverse_diagonal),
         )
         # An array without a gradient is frozen, or at rest: P C P is positive definite
         # on the others, where P C g were no descent direction.

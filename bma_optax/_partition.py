@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _table, _trees
+from bma_optax import _table, _trees, _xla
 from bma_optax._rules import Path, Rule, Shape
 from bma_optax._tiles import Tiles
 
@@ -173,7 +173,7 @@ class Partition:
         vectors = [values[batch[0] : ends[batch[-1]]] for batch in batches]
         if len(vectors) > 1:
             finite = [jnp.where(jnp.isfinite(x), x, 0) for x in vectors]
-            vectors = _trees.stored(vectors, finite)
+            vectors = _xla.stored(vectors, finite)
         return {
             start: vector[start - batch[0] : ends[start] - batch[0]]
             for batch, vector in zip(batches, vectors, strict=True)

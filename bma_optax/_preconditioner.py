@@ -193,7 +193,7 @@ def preconditioner(
         raise ValueError(f"`cycle` must be one of {_CYCLES}, got {cycle!r}.")
     _checks.functions(product_fn=product_fn)
     _checks.random_key(key)
-    _coarse.check_reach(reach, levels)
+    _coarse.check_reach(reach, levels, couple)
     like = _trees.parameters(like)
     if diagonal is not None:
         diagonal = _losses.like_params(diagonal, like, "diagonal")

@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Mapping
 
-from bma_optax import _trees
+from bma_optax import _names
 from bma_optax._rules import Path, Rule, check_rule, is_integer, per_leaf
 
 _FEW_PATTERNS = 8
@@ -21,7 +21,7 @@ class Stacked(Rule):
     def _axis(self, path, shape):
         if not -len(shape) <= self.axis < len(shape):
             raise ValueError(
-                f"{_trees.name_of(path)!r} of shape {shape} has no axis {self.axis}: "
+                f"{_names.name_of(path)!r} of shape {shape} has no axis {self.axis}: "
                 f"{self}. Pass bma.by_path with this rule for the stacked arrays alone."
             )
         return self.axis % len(shape)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from bma_optax import _trees
+from bma_optax import _names
 from bma_optax._rules import Path, Rule, Shape, is_integer, without_parentheses
 
 
@@ -38,7 +38,7 @@ class _PerTile(Rule):
         )
         if not fits:
             raise ValueError(
-                f"{_trees.name_of(path)!r}: {self} does not fit axes of {shape}: its "
+                f"{_names.name_of(path)!r}: {self} does not fit axes of {shape}: its "
                 "tiles lie along the leading axes, and fields along those after them. "
                 "Pass a shorter tile, bma.stacked(bma.per_tile(...)) where fields come "
                 "first, or bma.by_path with another rule for this array."

@@ -1,6 +1,6 @@
 """What a partition would hold and cost, refused or warned of before it is allocated."""
 
-from bma_optax import _coarse, _trees, _warn
+from bma_optax import _coarse, _names, _warn
 from bma_optax._partition import Partition
 
 _MANY_BLOCKS = 1000
@@ -24,7 +24,7 @@ def check_dense(blocks: Partition, has_reach: bool = False) -> None:
     array = max(blocks.arrays, key=lambda array: array.num_blocks)
     others = " and other arrays have" if len(blocks.arrays) > 1 else " has"
     found = (
-        f"{_trees.name_of(array.path)!r}{others} up to {largest:,} blocks in one group "
+        f"{_names.name_of(array.path)!r}{others} up to {largest:,} blocks in one group "
         f"by {blocks.rule}: "
     )
     advice = (
@@ -49,7 +49,7 @@ def check_nested(systems: tuple[_coarse.System, ...], blocks: Partition) -> None
         if not isinstance(system, _coarse.Nested):
             continue
         array, stencil = blocks.arrays[system.arrays[0]], system.tiles
-        name, more = _trees.name_of(array.path), len(system.arrays) - 1
+        name, more = _names.name_of(array.path), len(system.arrays) - 1
         products = system.num_products
         bottom = system.levels.bottom.num_cells
         held = system.N_size + system.K_size

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from bma_optax import _trees
+from bma_optax import _xla
 from bma_optax._block_mean_matrix import BlockMeanMatrix
 from bma_optax._expansions import root_outer
 
@@ -46,7 +46,7 @@ def damped(blocks, v, eps):
     """
     sizes = jnp.asarray(blocks.sizes, v.dtype)
     shift = jnp.square(sizes) * jnp.asarray(eps, v.dtype)
-    return _trees.sqrt(jnp.square(v) + shift)
+    return _xla.sqrt(jnp.square(v) + shift)
 
 
 def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):

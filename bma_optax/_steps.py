@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _curvature, _flow, _losses, _probes, _spectral, _trees
+from bma_optax import (
+    _checks,
+    _curvature,
+    _flow,
+    _losses,
+    _probes,
+    _spectral,
+    _trees,
+    _xla,
+)
 from bma_optax._curvature import Curvature
 
 _TRIALS = 12  # Each shrinks the step to between a tenth and a half.
@@ -156,7 +165,7 @@ def scale_by_quadratic_model(
 def _minimise(gradient, product, direction, previous, dtype):
     """The minimiser (a, b) of the model over the two directions, and its slope."""
     gradient, curved, curved_previous = (
-        _trees.stored_for_sums(x, previous)
+        _xla.stored_for_sums(x, previous)
         for x in (gradient, product(direction), product(previous))
     )
     vdot = _trees.vdot

@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from bma_optax import _trees, _units
+from bma_optax import _names, _units
 
 if TYPE_CHECKING:
     from bma_optax._partition import Partition
@@ -22,7 +22,7 @@ def table(blocks: "Partition") -> str:
         numbers += number
         rows.append(
             (
-                _trees.name_of(array.path),
+                _names.name_of(array.path),
                 str(array.shape),
                 "none" if array.tile is None else str(array.tile),
                 f"{array.num_blocks:,}",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _trees
+from bma_optax import _names
 from bma_optax._rules import Path, Shape
 
 _MAX_SLICES = 16
@@ -54,7 +54,7 @@ class Tiles:
         """A readable name for each block, in the order of the grid."""
         if self.tile is None:
             return []
-        name = _trees.name_of(self.owner)
+        name = _names.name_of(self.owner)
         if self.tile == self.shape:
             return [name]
         axes = [

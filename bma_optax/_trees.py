@@ -1,72 +1,12 @@
-"""Parameter pytrees: names of leaves, dtypes of statistics, checks."""
+"""Parameter pytrees: dtypes of statistics, types on meshes, checks."""
 
-import functools
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import GetAttrKey
 
-Path = tuple[str, ...]
-
-_BOXES = (
-    ("flax.nnx", "Variable"),
-    ("flax.nnx", "VariableState"),
-    ("flax.core.meta", "AxisMetadata"),
-)
-
-
-def path_of(keys: tuple) -> Path:
-    """A leaf's path in plain strings."""
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-
-
-def name_of(path: Path) -> str:
-    """A path as people read it."""
-    return "/".join(path) or "params"
-
-
-def named_leaves(tree) -> list[tuple[Path, Any]]:
-    """(path, leaf) of each array, the same however Flax spells the tree.
-
-    Flax puts a parameter into a box whose field ``value`` is the array, in some calls
-    and not in others: the field of a box is no part of the name.
-    """
-    if "flax" not in sys.modules:
-        found = jax.tree_util.tree_leaves_with_path(tree)
-        return [(path_of(keys), leaf) for keys, leaf in found]
-    leaves: list[tuple[Path, Any]] = []
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box)
-    for keys, leaf in found:
-        path = path_of(keys)
-        if not _is_box(leaf):
-            leaves.append((path, leaf))
-            continue
-        # The field of the box is its only child; the array may be a tree in its turn.
-        for (key,), inside in jax.tree_util.tree_leaves_with_path(
-            leaf, is_leaf=lambda x, box=leaf: x is not box
-        ):
-            field = () if key == GetAttrKey("value") else path_of((key,))
-            leaves += [(path + field + p, x) for p, x in named_leaves(inside)]
-    return leaves
-
-
-def _is_box(x) -> bool:
-    kind: Any = type(x)
-    return _is_box_type(kind)
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_box_type(kind) -> bool:
-    """Whether Flax boxes parameters in objects of this type, found without Flax."""
-    found = [
-        vars(sys.modules[module]).get(name)
-        for module, name in _BOXES
-        if module in sys.modules
-    ]
-    return issubclass(kind, tuple(box for box in found if isinstance(box, type)))
+from bma_optax._names import name_of, named_leaves
 
 
 def dtype_of(leaf) -> jnp.dtype:
@@ -136,46 +76,6 @@ def arrays(tree):
 def astype(tree, like):
     """``tree`` in the dtypes of ``like``."""
     return jax.tree.map(lambda x, y: x.astype(dtype_of(y)), tree, like)
-
-
-def again(tree):
-    """The same values under another name, for what is to be computed once more.
-
-    XLA would store what two passes over an array share; without a share, each pass
-    computes it on its way.
-    """
-    return jax.lax.optimization_barrier(tree)
-
-
-def stored(tree, finite):
-    """The same values, computed once for all that take them up.
-
-    XLA on CPU would compute what is cheap again for each use, and for each element of a
-    block. It does not with a division, here by a 1 that it cannot know: ``finite`` is
-    any tree of this structure.
-    """
-    return jax.tree.map(lambda x, y: x / (0 * y + 1).astype(x.dtype), tree, finite)
-
-
-def stored_for_sums(tree, finite):
-    """As :func:`stored`, where all uses are sums, which take in divisions as well."""
-    return jax.tree.map(lambda x, y: jnp.where(y == y, x, 0), tree, finite)
-
-
-@jax.custom_jvp
-def sqrt(x):
-    """The root of x >= 0; its derivative is 0 at 0, where others were infinite.
-
-    A bare root, without a comparison: XLA on CPU makes it a part of the sum over it.
-    """
-    return jnp.sqrt(x)
-
-
-@sqrt.defjvp
-def _sqrt_jvp(primals, tangents):
-    (x,), (tangent,) = primals, tangents
-    root = sqrt(x)
-    return root, jnp.where(x > 0, tangent / (2 * jnp.where(x > 0, root, 1)), 0)
 
 
 def zero_like(tree, like):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _moments, _trees
+from bma_optax import _moments, _names, _trees
 from bma_optax._rules import Shape
 from bma_optax._tiles import Tiles, replicated
 
@@ -128,7 +128,7 @@ def check_state(arrays: Any, nu: Any, rule: Any) -> None:
         expected = array.shape if units is None else units.unit_shape
         if numbers.shape != expected:
             raise ValueError(
-                f"{_trees.name_of(array.path)!r}: the state has numbers of shape "
+                f"{_names.name_of(array.path)!r}: the state has numbers of shape "
                 f"{numbers.shape} for its units; {rule} makes {expected}. Pass a state "
                 "of the same partition instead."
             )
@@ -159,7 +159,7 @@ def units_of(tiles: Tiles) -> Units | None:
             continue
         if n % t:
             raise ValueError(
-                f"{_trees.name_of(tiles.path)!r} of shape {tiles.shape}: blocks that "
+                f"{_names.name_of(tiles.path)!r} of shape {tiles.shape}: blocks that "
                 f"share weights must be of one shape, and tiles of {tiles.tile} do not "
                 "divide it. Pass tiles that do instead."
             )

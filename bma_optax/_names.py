@@ -1,0 +1,67 @@
+"""Names of the arrays of a parameter pytree, the same however a library boxes them."""
+
+import functools
+import sys
+from typing import Any
+
+import jax
+from jax.tree_util import GetAttrKey
+
+Path = tuple[str, ...]
+
+_BOXES = (
+    ("flax.nnx", "Variable"),
+    ("flax.nnx", "VariableState"),
+    ("flax.core.meta", "AxisMetadata"),
+)
+
+
+def path_of(keys: tuple) -> Path:
+    """A leaf's path in plain strings."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+def name_of(path: Path) -> str:
+    """A path as people read it."""
+    return "/".join(path) or "params"
+
+
+def named_leaves(tree) -> list[tuple[Path, Any]]:
+    """(path, leaf) of each array, the same however Flax spells the tree.
+
+    Flax puts a parameter into a box whose field ``value`` is the array, in some calls
+    and not in others: the field of a box is no part of the name.
+    """
+    if "flax" not in sys.modules:
+        found = jax.tree_util.tree_leaves_with_path(tree)
+        return [(path_of(keys), leaf) for keys, leaf in found]
+    leaves: list[tuple[Path, Any]] = []
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box)
+    for keys, leaf in found:
+        path = path_of(keys)
+        if not _is_box(leaf):
+            leaves.append((path, leaf))
+            continue
+        # The field of the box is its only child; the array may be a tree in its turn.
+        for (key,), inside in jax.tree_util.tree_leaves_with_path(
+            leaf, is_leaf=lambda x, box=leaf: x is not box
+        ):
+            field = () if key == GetAttrKey("value") else path_of((key,))
+            leaves += [(path + field + p, x) for p, x in named_leaves(inside)]
+    return leaves
+
+
+def _is_box(x) -> bool:
+    kind: Any = type(x)
+    return _is_box_type(kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_box_type(kind) -> bool:
+    """Whether Flax boxes parameters in objects of this type, found without Flax."""
+    found = [
+        vars(sys.modules[module]).get(name)
+        for module, name in _BOXES
+        if module in sys.modules
+    ]
+    return issubclass(kind, tuple(box for box in found if isinstance(box, type)))
