@@ -66,8 +66,8 @@ def warn_of_guesses(result: Partition) -> None:
     guessed = [a.path for a in result.arrays if rule._guesses(a.path, a.shape)]
     if guessed:
         _warn.warn(
-            f"{_listed(guessed)}: per_unit takes the last axis for that of units, since "
-            "the name does not tell. Pass bma.per_column or bma.per_row instead, or "
+            f"{_listed(guessed)}: per_unit takes the last axis for that of units, as "
+            "no name tells. Pass bma.per_column or bma.per_row instead, or "
             "bma.by_path with one of these for some of the arrays."
         )
 
