@@ -20,6 +20,8 @@ import pytest
 from flax import nnx
 from methods import every_method
 
+import bma_optax as bma
+
 
 def parabola(dtype=jnp.float32):
     start = jnp.array([-1.0, 10.0, 1.0], dtype)
@@ -138,6 +140,30 @@ def test_without_jit_nothing_is_compiled_twice(method):
         compiled.clear()
         _, state = tx.update(PARAMS, state, PARAMS, **with_loss(lambda p: bowl(p)))
         assert step < 2 or not compiled
+
+
+def test_without_jit_labels_and_preconditioners_compile_once():
+    def draws():
+        losses = optax.softmax_cross_entropy_with_integer_labels
+        fisher = bma.Fisher(lambda w: X @ w, jax.random.categorical, losses)
+        tx = bma.scale_by_natural_bma(fisher, update_interval=1)
+        return tx.update(w, tx.init(w), w)
+
+    def inverts(cycle):
+        C = bma.preconditioner(
+            lambda v: 3 * v - jnp.roll(v, 1) - jnp.roll(v, -1),
+            jnp.ones(12),
+            bma.per_tile((2,)),
+            reach=1,
+            cycle=cycle,
+        )
+        return C(jnp.ones(12))
+
+    w = jnp.ones((4, 3))
+    for again in (False, True):
+        compiled.clear()
+        draws(), inverts("additive"), inverts("multiplicative")
+        assert not again or not compiled
 
 
 @every_method
