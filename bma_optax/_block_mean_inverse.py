@@ -50,22 +50,26 @@ def identity(systems, blocks, params) -> Inverse:
     return Inverse(ones, zeros + 1, K, zero + 1, zero.astype("int32"))
 
 
-def invert(systems, blocks, N, diagonal, damping, min_eigenvalue, local) -> Inverse:
+def invert(
+    systems, blocks, N, diagonal, rounding, damping, min_eigenvalue, local
+) -> Inverse:
     """The inverse of the block mean of G + damping · Z², positive definite.
 
-    Absolute eigenvalues of M + damping I, at least ``min_eigenvalue``, ``damping`` and
-    what the dtype resolves, stand in the place of its eigenvalues. Where G is not
-    ``local`` as declared it is the inverse of the diagonal alone.
+    Absolute eigenvalues of M + damping I, at least ``min_eigenvalue`` and ``damping``,
+    stand in the place of its eigenvalues; along directions in which they are no larger
+    than ``rounding``, one number a system, there is the diagonal alone. So there is
+    everywhere where G is not ``local`` as declared.
     """
-    z2 = _positive(blocks, diagonal)
+    z2 = positive(blocks, diagonal)
     n2 = blocks.block_sums(z2)
     damping = jnp.asarray(damping).astype(n2.dtype)
     floor = jnp.maximum(jnp.asarray(min_eigenvalue).astype(n2.dtype), damping)
     factors = [
-        system.invert(part, _coarse.take(system, n2), damping, floor)
-        for system, part in zip(
+        system.invert(part, _coarse.take(system, n2), damping, floor, this)
+        for system, part, this in zip(
             systems,
             _coarse.split(systems, N, lambda system: system.N_size),
+            rounding,
             strict=True,
         )
     ]
@@ -114,7 +118,7 @@ def correct(systems, K, sums):
     return _coarse.assemble(systems, parts, sums)
 
 
-def _positive(blocks, diagonal):
+def positive(blocks, diagonal):
     """z²: |diag G|, and for an element without curvature that of its neighbours.
 
     That is the mean over its block, else the largest number of its array, else 1. No

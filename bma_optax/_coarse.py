@@ -54,7 +54,7 @@ class Dense:
     K_size = N_size
 
     @_flow.compiled
-    def invert(self, N, n2, damping, floor) -> Factor:
+    def invert(self, N, n2, damping, floor, rounding) -> Factor:
         """K by the absolute eigenvalues of the damped M."""
         shape = (self.count, self.n, self.n)
         n2 = n2.reshape(shape[:2])
@@ -66,26 +66,16 @@ class Dense:
         inverse_Lambda = 1 / jnp.maximum(Lambda + damping, floor)
         eye = jnp.broadcast_to(jnp.eye(self.n, dtype=M.dtype), shape)
         relative = _spectral.resolution(self.n, M.dtype)
-        null = self._null(M.dtype)
         inverse = _spectral.matrix_power(
-            M + damping * eye, -1, floor, relative, absolute=True, null=null
+            M + damping * eye, -1, floor, relative, absolute=True, null=rounding
         )
         eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
         return Factor(
             ((inverse - diagonal_matrix(inverse_Lambda)) / outer).reshape(-1),
             inverse_Lambda.reshape(-1),
             Lambda.reshape(-1),
-            *_look(eigenvalues, damping, floor, null),
+            *_look(eigenvalues, damping, floor, rounding),
         )
-
-    def _null(self, dtype) -> float:
-        """What rounding makes of an eigenvalue 0 of M.
-
-        F has a unit diagonal, and each entry of M is a mean over products of all
-        elements: their rounding adds up as a random walk does. The tests check it.
-        """
-        size = max(map(sum, self.sizes), default=1)
-        return _spectral.resolution(size, dtype)
 
     @_flow.compiled
     def correct(self, K, r):
@@ -126,7 +116,7 @@ class Nested:
         return self.tiles.fields * math.prod(self.tiles.width)
 
     @_flow.compiled
-    def invert(self, N, n2, damping, floor) -> Factor:
+    def invert(self, N, n2, damping, floor, rounding) -> Factor:
         """The nested levels of the damped N; eigenvalues are those of the last one."""
         shape = (self.tiles.fields, *self.tiles.grid)
         n2 = n2.reshape(shape)
@@ -136,14 +126,14 @@ class Nested:
         damped = self.tiles.add_diagonal(S, damping * n2)
         # A block without any curvature has no part in the metric of coarser levels.
         metric = jnp.where(self.tiles.diagonal(S) == 0, 0, n2)
-        packed, eigenvalues = self.levels.pack(damped, metric, floor)
+        packed, eigenvalues = self.levels.pack(damped, metric, floor, rounding)
         damped_Lambda = jnp.maximum(Lambda + damping, floor)
         smoother = damped_Lambda * n2
         return Factor(
             jnp.concatenate([smoother.reshape(-1), packed]),
             (1 / damped_Lambda).reshape(-1),
             Lambda.reshape(-1),
-            *_look(eigenvalues - damping, damping, floor, self.levels.null(n2.dtype)),
+            *_look(eigenvalues - damping, damping, floor, rounding),
         )
 
     @_flow.compiled

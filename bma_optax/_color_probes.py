@@ -153,9 +153,12 @@ class ColorProbes:
         )
 
     def respond_to_test(self, product, scale):
-        """G times a multiple of the test vector of all fields, on the arrays."""
+        """G times the test vector, on the arrays; ``scale`` has shape (fields, *grid).
+
+        It is the same all over a field.
+        """
         x = [
-            scale
+            self._fill(scale[a])
             * outer([self._fine(axis, v[a]) for axis, v in enumerate(self.axis_tests)])
             for a in range(self.stencil.fields)
         ]
@@ -174,6 +177,14 @@ class ColorProbes:
             )
             for a in range(self.stencil.fields)
         ]
+
+    def _fill(self, x):
+        """From cells of the grid to elements."""
+        for axis, (t, n) in enumerate(
+            zip(self.tile, self.leaves[0].shape, strict=True)
+        ):
+            x = _tiles.axis_fill(x, axis, t, n) if t > 1 else x
+        return x
 
     def _fine(self, axis, x):
         """From values on the last axis, cells along one of the grid, to elements."""

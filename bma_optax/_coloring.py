@@ -23,6 +23,15 @@ class Check(NamedTuple):
     tolerance: jax.Array  # shape (): what rounding of the products explains.
 
 
+class Sums(NamedTuple):
+    """The block sums of a matrix on a grid."""
+
+    S: jax.Array  # as a stencil.
+    check: Check
+    rounding: jax.Array  # shape (): of the products, relative.
+    products: jax.Array  # shape (), int32.
+
+
 def diagonal(product, params, arrays, stencil, key, tolerance):
     """The diagonal of G on some arrays, and how far it is from what was declared.
 
@@ -61,8 +70,9 @@ def diagonal(product, params, arrays, stencil, key, tolerance):
         # Where two of a color meet, the diagonal does not explain the second response.
         signed = probes.signed_test()
         expected = [d * x for d, x in zip(diagonals, signed, strict=True)]
-        error = _relative_error(*map(stacked, (seen, expected)))
-        check = Check(error, tolerance)
+        seen, expected = stacked(seen), stacked(expected)
+        size = _of_fields(jnp.abs(stacked(diagonals)), stencil)
+        check = Check(_relative_error(seen / size, expected / size), tolerance)
         return diagonals, check, jnp.int32(2 * probes.count)
 
     return _first_that_passes(attempt, stencil, share=True)
@@ -93,27 +103,10 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
       key: a random key.
 
     Returns:
-      ``(S, check, products)``.
+      :class:`Sums`.
     """
-    # The test vector, and a multiple of it: what G makes of the two differs by the
-    # rounding of the arithmetic that the user's function does, whatever its dtype.
-    probes = ColorProbes(params, arrays, stencil, tiles.tile, key, None)
-    image, scaled = _flow.map(
-        lambda scale: probes.respond_to_test(product, scale),
-        jnp.array([1.0, _SCALE], probes.dtype),
-        2 if 2 * _trees.size(params) <= BATCH_ELEMENTS else 1,
-        params,
-    )
-    scaled = scaled / _SCALE
-    fine = _relative_error(image, scaled)
-    image, scaled = (
-        jnp.stack([tiles.sums(y) for y in parts]) for parts in (image, scaled)
-    )
-    rounding = jnp.maximum(fine, _relative_error(image, scaled))
-    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in probes.leaves)
-    tolerance = jnp.clip(16 * rounding, min(eps**0.5, _MOST), _MOST)
 
-    def attempt(around):
+    def respond_to_colors(around):
         colors = stencil.colors(share=False, around=around)
         probes = ColorProbes(params, arrays, stencil, tiles.tile, key, colors)
 
@@ -125,12 +118,53 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
         counts = [axis.number for axis in colors]
         Y = Y.reshape(stencil.fields, *counts, stencil.fields, *stencil.grid)
         S = stencil.from_colors(Y * probes.near_signs(), around)
-        expected = stencil.matvec(S, probes.coarse_test())
-        check = Check(_relative_error(image, expected), tolerance)
-        return S, check, jnp.int32(probes.count)
+        return S, jnp.int32(probes.count)
 
-    S, check, products = _first_that_passes(attempt, stencil, share=False)
-    return S, check, products + 2
+    # In units in which fields have curvature 1: else one would hide another's error.
+    S, products = respond_to_colors(False)
+    size = _of_fields(jnp.abs(stencil.diagonal(S)), stencil)
+    unit = jax.lax.rsqrt(size)
+    # The test vector, and a multiple of it: what G makes of the two differs by the
+    # rounding of the arithmetic that the user's function does, whatever its dtype.
+    probes = ColorProbes(params, arrays, stencil, tiles.tile, key, None)
+    image, scaled = _flow.map(
+        lambda scale: probes.respond_to_test(product, scale * unit),
+        jnp.array([1.0, _SCALE], probes.dtype),
+        2 if 2 * _trees.size(params) <= BATCH_ELEMENTS else 1,
+        params,
+    )
+    image, scaled = (
+        unit * jnp.stack([tiles.sums(y) for y in parts])
+        for parts in (image, scaled / _SCALE)
+    )
+    rounding = _relative_error(image, scaled)
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in probes.leaves)
+    tolerance = jnp.clip(16 * rounding, min(eps**0.5, _MOST), _MOST)
+
+    def check(S):
+        expected = unit * stencil.matvec(S, unit * probes.coarse_test())
+        return Check(_relative_error(image, expected), tolerance)
+
+    def attempt(around):
+        found, spent = respond_to_colors(True) if around else (S, products)
+        return found, check(found), spent
+
+    S, passed, products = _first_that_passes(attempt, stencil, share=False)
+    return Sums(S, passed, rounding, products + 2)
+
+
+def _of_fields(values, stencil):
+    """The mean over each field of numbers >= 0, shape (fields, *grid); 1 if it is 0.
+
+    Fields are arrays, and entries along axes where all of them meet.
+    """
+    axes = [
+        1 + axis
+        for axis, (k, g) in enumerate(zip(stencil.reach, stencil.grid, strict=True))
+        if k < g
+    ]
+    mean = jnp.mean(values, axis=axes, keepdims=True)
+    return jnp.broadcast_to(jnp.where(mean == 0, 1, mean), values.shape)
 
 
 def worst(checks):

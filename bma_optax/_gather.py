@@ -8,6 +8,7 @@ import numpy as np
 
 from bma_optax import (
     _alarm,
+    _block_mean_inverse,
     _coarse,
     _coloring,
     _diagonal,
@@ -36,6 +37,7 @@ class Gathered(NamedTuple):
 
     N: jax.Array  # of all systems.
     diagonal: Any  # like params: |diag G|.
+    rounding: tuple[jax.Array, ...]  # of M, one a system, shape ().
     local: jax.Array  # shape (), bool: whether G reaches no further than declared.
     products: jax.Array  # shape (), int32.
 
@@ -48,9 +50,13 @@ def gather(
     Where it is not, ``update`` raises or, traced, warns, unless that is ``known``. The
     diagonal is then one for which the reach does not matter.
     """
-    key_N, key_diagonal = jax.random.split(key)
+    key_N, key_diagonal, key_rounding = jax.random.split(key, 3)
     product = _probes.typed(product, params)
-    N, checks, products = _sums(systems, product, blocks, params, key_N)
+    dense, products = _dense_sums(systems, product, blocks, params)
+    found = _nested_sums(systems, product, blocks, params, key_N)
+    checks = {number: sums.check for number, sums in found.items()}
+    products = sum((sums.products for sums in found.values()), start=products)
+    N = _in_order(systems, dense, found, params)
     diagonal, checks, more = _diagonal.diagonal(
         curvature,
         systems,
@@ -78,43 +84,90 @@ def gather(
             return found, products + spent
 
         diagonal, products = _flow.cond(local, lambda: (diagonal, products), fall_back)
-    return Gathered(N, jax.tree.map(jnp.abs, diagonal), local, products)
-
-
-def _sums(systems, product, blocks, params, key):
-    """N of all systems one after the other, the checks of their reach, the products.
-
-    Returns:
-      ``(N, checks, products)``: ``checks`` by the position of the system.
-    """
-    dtype = _trees.common_statistic_dtype(params)
-    parts, checks, products = [jnp.zeros(0, dtype)], {}, jnp.int32(0)
-    dense = [system for system in systems if isinstance(system, _coarse.Dense)]
-    if dense:
-        positions = [np.arange(a, b) for system in dense for a, b in system.spans]
-        full = _probes.block_products(
-            product, blocks, params, np.concatenate(positions)
+    diagonal = jax.tree.map(jnp.abs, diagonal)
+    eps = float(jnp.finfo(N.dtype).eps)
+    rounding = [jnp.asarray(eps, N.dtype)] * len(systems)
+    if dense.size:
+        this = _rounding(
+            systems, product, blocks, dense, diagonal, params, key_rounding
         )
-        products = products + sum(map(len, positions))
-        row = 0
-        for system in dense:
-            c, n = system.count, system.n
-            square = full[row : row + c * n, row : row + c * n].reshape(c, n, c, n)
-            parts.append(jnp.einsum("gigj->gij", square).reshape(-1))
-            row += c * n
+        products = products + 1
+        rounding = [jnp.maximum(this, eps)] * len(systems)
+    for number, sums in found.items():
+        # That of many entries, whose sum is one of M at the last level.
+        share = systems[number].levels.share ** 0.5
+        rounding[number] = jnp.maximum(sums.rounding.astype(N.dtype), eps) * share
+    return Gathered(N, diagonal, tuple(rounding), local, products)
+
+
+def _dense_positions(systems):
+    """The blocks of dense systems, in the order of these."""
+    spans = [
+        np.arange(a, b)
+        for system in systems
+        if isinstance(system, _coarse.Dense)
+        for a, b in system.spans
+    ]
+    return np.concatenate([np.zeros(0, int), *spans])
+
+
+def _dense_sums(systems, product, blocks, params):
+    """N between all blocks of dense systems, and the products."""
+    positions = _dense_positions(systems)
+    if not positions.size:
+        dtype = _trees.common_statistic_dtype(params)
+        return jnp.zeros((0, 0), dtype), jnp.int32(0)
+    full = _probes.block_products(product, blocks, params, positions)
+    return full, jnp.int32(len(positions))
+
+
+def _nested_sums(systems, product, blocks, params, key):
+    """What :func:`_coloring.block_sums` finds, by the position of the system."""
+    return {
+        number: _coloring.block_sums(
+            product,
+            params,
+            system.arrays,
+            blocks.arrays[system.arrays[0]],
+            system.tiles,
+            jax.random.fold_in(key, number),
+        )
+        for number, system in enumerate(systems)
+        if isinstance(system, _coarse.Nested)
+    }
+
+
+def _in_order(systems, dense, found, params):
+    """N of all systems one after the other."""
+    dtype = _trees.common_statistic_dtype(params)
+    parts, row = [jnp.zeros(0, dtype)], 0
     for number, system in enumerate(systems):
-        if isinstance(system, _coarse.Nested):
-            S, checks[number], spent = _coloring.block_sums(
-                product,
-                params,
-                system.arrays,
-                blocks.arrays[system.arrays[0]],
-                system.tiles,
-                jax.random.fold_in(key, number),
-            )
-            parts.append(S.reshape(-1).astype(dtype))
-            products = products + spent
-    return jnp.concatenate(parts), checks, products
+        if number in found:
+            parts.append(found[number].S.reshape(-1).astype(dtype))
+            continue
+        c, n = system.count, system.n
+        square = dense[row : row + c * n, row : row + c * n].reshape(c, n, c, n)
+        parts.append(jnp.einsum("gigj->gij", square).reshape(-1))
+        row += c * n
+    return jnp.concatenate(parts)
+
+
+def _rounding(systems, product, blocks, dense, diagonal, params, key):
+    """How far rounding moves eigenvalues of M = N / (n nᵀ), shape ().
+
+    A product with a random combination of blocks differs from that combination of
+    their products by the rounding of the arithmetic that was done, whatever its dtype.
+    """
+    positions = _dense_positions(systems)
+    n = jnp.sqrt(blocks.block_sums(_block_mean_inverse.positive(blocks, diagonal)))
+    weights = jax.random.uniform(key, n.shape, n.dtype, minval=0.5, maxval=1.5)
+    mine = np.isin(np.arange(blocks.num_blocks), positions)
+    t = jnp.where(mine, weights / n, 0)
+    vector = _probes.typed_vector(blocks.expand(t, params), params)
+    image = blocks.block_sums(product(vector))[positions]
+    expected = jnp.matmul(dense, t[positions], precision=jax.lax.Precision.HIGHEST)
+    difference = (image - expected) / n[positions]
+    return 8 * jnp.max(jnp.abs(jax.lax.stop_gradient(difference)), initial=0)
 
 
 def _message(error, tolerance) -> str:

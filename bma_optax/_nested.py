@@ -48,8 +48,14 @@ class Levels:
         """The length of what ``pack`` returns."""
         return self._starts[-1] + self.bottom.num_cells**2
 
+    @property
+    def share(self) -> float:
+        """The cells of the last level over those of the first."""
+        first = self.levels[0].stencil if self.levels else self.bottom
+        return self.bottom.num_cells / max(first.num_cells, 1)
+
     @_flow.compiled
-    def pack(self, S, n2, floor):
+    def pack(self, S, n2, floor, null):
         """Everything ``solve`` needs in one vector; and M's eigenvalues at the bottom.
 
         Smoothers and M are taken in the units of the metric: those of S may differ
@@ -59,6 +65,7 @@ class Levels:
           S: the stencil of the first level.
           n2: the diagonal of the metric there, shape (fields, *grid).
           floor: the least eigenvalue of the dense matrix relative to the metric.
+          null: an eigenvalue of it that is no larger is taken for 0.
         """
         parts = []
         for stencil, tile in self.levels:
@@ -72,19 +79,11 @@ class Levels:
         M = self.bottom.dense(S) / outer
         relative = _spectral.resolution(M.shape[-1], M.dtype)
         inverse = _spectral.matrix_power(
-            M, -1, floor, relative, absolute=True, null=self.null(M.dtype)
+            M, -1, floor, relative, absolute=True, null=null
         )
         parts.append((inverse / outer).reshape(-1))
         eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
         return jnp.concatenate(parts), eigenvalues
-
-    def null(self, dtype) -> float:
-        """What rounding makes of an eigenvalue 0 at the bottom.
-
-        Entries of a matrix with a reach are sums of few products: their rounding is
-        eps times a number near 1, whatever the number of cells.
-        """
-        return 8 * float(jnp.finfo(dtype).eps)
 
     @_flow.compiled
     def solve(self, packed, r):

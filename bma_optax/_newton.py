@@ -247,7 +247,7 @@ def scale_by_newton_bma(
             # Gather: N and diag G.
             product = linearize(params)
             key_probes = jax.random.fold_in(random_key, again)
-            N, diagonal, local, products = _gather.gather(
+            N, diagonal, rounding, local, products = _gather.gather(
                 curvature,
                 systems,
                 blocks,
@@ -272,7 +272,7 @@ def scale_by_newton_bma(
 
             # The small matrix and its inverse.
             inverse = _block_mean_inverse.invert(
-                systems, blocks, N, diagonal, mu, min_eigenvalue, local
+                systems, blocks, N, diagonal, rounding, mu, min_eigenvalue, local
             )
             refreshed = state._replace(
                 inverse_diagonal=inverse.inverse_diagonal,

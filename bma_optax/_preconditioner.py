@@ -206,11 +206,11 @@ def preconditioner(
     blocks, systems = _gather.plan(like, partition, couple, reach, levels, warn=True)
     zeros = _trees.zeros_like(like)
     key = _probes.typed_key(_probes.key_data(key))
-    N, z2, local, _ = _gather.gather(
+    N, z2, rounding, local, _ = _gather.gather(
         curvature, systems, blocks, product, zeros, key, {}
     )
     inverse = _block_mean_inverse.invert(
-        systems, blocks, N, z2, damping, min_eigenvalue, local
+        systems, blocks, N, z2, rounding, damping, min_eigenvalue, local
     )
     _alarm.alarm(
         ~_trees.all_finite((inverse, N, z2)),

@@ -48,7 +48,7 @@ def block_products(product, blocks, params, positions):
 
     def row(i):
         indicator = (jnp.arange(blocks.num_blocks) == i).astype(jnp.float32)
-        tangent = _tangent(blocks.expand(indicator, params), params)
+        tangent = typed_vector(blocks.expand(indicator, params), params)
         return blocks.block_sums(product(tangent))[positions]
 
     full = _map(row, (jnp.asarray(positions),), params)
@@ -64,7 +64,7 @@ def by_units(product, params, active):
             ((_positions(leaf) == position) & (number == k)).astype(leaf.dtype)
             for k, leaf in enumerate(leaves)
         ]
-        unit = _tangent(jax.tree.unflatten(treedef, units), params)
+        unit = typed_vector(jax.tree.unflatten(treedef, units), params)
         return _trees.vdot(unit, product(unit))
 
     sizes = [leaf.size if on else 0 for leaf, on in zip(leaves, active, strict=True)]
@@ -77,7 +77,7 @@ def by_units(product, params, active):
         else _trees.zeros_like(leaf, _trees.statistic_dtype)
         for x, leaf, on in zip(_split(entries, sizes), leaves, active, strict=True)
     ]
-    return _tangent(jax.tree.unflatten(treedef, parts), params)
+    return typed_vector(jax.tree.unflatten(treedef, parts), params)
 
 
 def by_signs(product, params, active, key, num_probes):
@@ -93,7 +93,7 @@ def by_signs(product, params, active, key, num_probes):
             else _trees.zeros_like(leaf)
             for k, leaf, on in zip(keys, leaves, active, strict=True)
         ]
-        x = _tangent(jax.tree.unflatten(treedef, signs), params)
+        x = typed_vector(jax.tree.unflatten(treedef, signs), params)
         return jax.tree.map(
             lambda s, x, y: x.astype(s.dtype) * y.astype(s.dtype), zeros, x, product(x)
         )
@@ -136,7 +136,7 @@ def _largest(x):
     return jnp.max(jnp.abs(x), initial=0)
 
 
-def _tangent(tree, params):
+def typed_vector(tree, params):
     """``tree`` typed as a tangent of ``params`` must be."""
     return jax.tree.map(_trees.typed_like, tree, params)
 

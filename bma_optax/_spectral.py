@@ -29,7 +29,7 @@ def matrix_power(
     floor: jax.Array,
     relative_floor: float = 0.0,
     absolute: bool = False,
-    null: float = 0.0,
+    null: jax.Array | None = None,
 ) -> jax.Array:
     """R max(diag(l), floor, relative_floor max|l|)^p Rᵀ of a symmetric R diag(l) Rᵀ.
 
@@ -39,22 +39,28 @@ def matrix_power(
       floor: broadcasts to shape (...).
       relative_floor: a Python number. Both floors are constants to differentiation.
       absolute: whether |l| stands in the place of l.
-      null: a Python number. Eigenvalues that are no larger, or no larger than
+      null: broadcasts to shape (...). Eigenvalues that are no larger, or no larger than
         ``relative_floor`` max|l|, after ``floor`` are null: 1 stands in their place,
-        and they are constants to differentiation. 0 for none, and the relative floor.
+        and they are constants to differentiation. None for none.
 
     Returns:
       Shape (..., L, L), the dtype of ``matrix``.
     """
     symmetric = (matrix + jnp.swapaxes(matrix, -1, -2)) / 2
-    floor = jnp.broadcast_to(jax.lax.stop_gradient(floor), matrix.shape[:-2])
+    floors = jnp.stack(
+        [
+            jnp.broadcast_to(jnp.asarray(x, matrix.dtype), matrix.shape[:-2])
+            for x in (floor, 0 if null is None else null)
+        ],
+        axis=-1,
+    )
     return _derivative(
-        floor,
+        jax.lax.stop_gradient(floors),
         symmetric,
         p=p,
         relative_floor=relative_floor,
         absolute=absolute,
-        null=null,
+        has_null=null is not None,
     )
 
 
@@ -69,26 +75,32 @@ def resolution(size: int, dtype: jax.typing.DTypeLike) -> float:
 _derivative_p = jax.extend.core.Primitive("symmetric_matrix_power_derivative")
 
 
-def _derivative(floor, matrix, *directions, **params):
-    """The derivative of the power at ``matrix`` along each of ``directions``."""
-    return _derivative_p.bind(floor, matrix, *directions, **params)
+def _derivative(floors, matrix, *directions, **params):
+    """The derivative of the power at ``matrix`` along each of ``directions``.
+
+    ``floors``, shape (..., 2), are the floor and what is null.
+    """
+    return _derivative_p.bind(floors, matrix, *directions, **params)
 
 
 @_derivative_p.def_impl
-def _derivative_impl(floor, matrix, *directions, p, relative_floor, absolute, null):
+def _derivative_impl(
+    floors, matrix, *directions, p, relative_floor, absolute, has_null
+):
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
     transposed = jnp.swapaxes(vectors, -1, -2)
+    floor, null = floors[..., 0], floors[..., 1]
     relative = relative_floor * jnp.max(jnp.abs(values), axis=-1, initial=0)
-    if null:
-        floors = _Floors(floor, jnp.maximum(relative, null), absolute)
+    if has_null:
+        stand_in = _StandIn(floor, jnp.maximum(relative, null), absolute)
     else:
-        floors = _Floors(jnp.maximum(floor, relative), None, absolute)
+        stand_in = _StandIn(jnp.maximum(floor, relative), None, absolute)
     n = len(directions)
     if n == 0:
-        power = floors.over(1).value(values) ** p
+        power = stand_in.over(1).value(values) ** p
         return (vectors * power[..., None, :]) @ transposed
     rotated = [transposed @ direction @ vectors for direction in directions]
-    difference = _divided_difference_tensor(p, floors.over(n + 1), values, n)
+    difference = _divided_difference_tensor(p, stand_in.over(n + 1), values, n)
     index = string.ascii_lowercase[: n + 1]
     terms = [f"...{i}{j}" for i, j in itertools.pairwise(index)]
     equation = ",".join([f"...{index}", *terms]) + f"->...{index[0]}{index[-1]}"
@@ -100,34 +112,34 @@ def _derivative_impl(floor, matrix, *directions, p, relative_floor, absolute, nu
 
 
 @_derivative_p.def_abstract_eval
-def _derivative_abstract_eval(floor, matrix, *directions, **params):
+def _derivative_abstract_eval(floors, matrix, *directions, **params):
     return matrix
 
 
 def _derivative_jvp(primals, tangents, **params):
-    floor, matrix, *directions = primals
+    floors, matrix, *directions = primals
     _, d_matrix, *d_directions = tangents
-    primal = _derivative(floor, matrix, *directions, **params)
+    primal = _derivative(floors, matrix, *directions, **params)
     terms = []
     if type(d_matrix) is not ad.Zero:
-        terms.append(_derivative(floor, matrix, *directions, d_matrix, **params))
+        terms.append(_derivative(floors, matrix, *directions, d_matrix, **params))
     for i, d_direction in enumerate(d_directions):
         if type(d_direction) is not ad.Zero:
             varied = [*directions[:i], d_direction, *directions[i + 1 :]]
-            terms.append(_derivative(floor, matrix, *varied, **params))
-    # At least one tangent is not zero, or JAX would not ask; the floor's is not used.
+            terms.append(_derivative(floors, matrix, *varied, **params))
+    # At least one tangent is not zero, or JAX would not ask; the floors' is not used.
     tangent = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(primal)
     return primal, tangent
 
 
-def _derivative_transpose(cotangent, floor, matrix, *directions, **params):
+def _derivative_transpose(cotangent, floors, matrix, *directions, **params):
     """<B, D^n f[A_1, ..., A_n]> is symmetric in B and every A: swap B for an A."""
     linear = [ad.is_undefined_primal(direction) for direction in directions]
     swapped = [
         cotangent if undefined else direction
         for undefined, direction in zip(linear, directions, strict=True)
     ]
-    result = _derivative(floor, matrix, *swapped, **params)
+    result = _derivative(floors, matrix, *swapped, **params)
     return [None, None, *(result if undefined else None for undefined in linear)]
 
 
@@ -154,20 +166,20 @@ mlir.register_lowering(
 )
 
 
-class _Floors(NamedTuple):
+class _StandIn(NamedTuple):
     """What stands in the place of an eigenvalue l."""
 
     floor: jax.Array  # shape (...).
     null: jax.Array | None  # shape (...): no larger ones count as 1.
     absolute: bool
 
-    def over(self, axes: int) -> "_Floors":
+    def over(self, axes: int) -> "_StandIn":
         """Broadcast over so many more axes."""
         null = self.null
         if null is not None:
             null = null.reshape(null.shape + (1,) * axes)
         floor = self.floor.reshape(self.floor.shape + (1,) * axes)
-        return _Floors(floor, null, self.absolute)
+        return _StandIn(floor, null, self.absolute)
 
     def value(self, x: jax.Array) -> jax.Array:
         """max(x, floor) or max(|x|, floor), 1 where that is null."""
@@ -183,7 +195,7 @@ class _Floors(NamedTuple):
         return slope - (x < -floor).astype(x.dtype) if self.absolute else slope
 
 
-def _divided_difference_tensor(p, floors, values, n):
+def _divided_difference_tensor(p, stand_in, values, n):
     """f[l_i0, ..., l_in] for all indices: shape (..., L, ..., L), n + 1 times L."""
     lead = values.ndim - 1
     size = values.shape[-1]
@@ -200,30 +212,30 @@ def _divided_difference_tensor(p, floors, values, n):
     # Any order of the points gives the same number; the sorted one, whose ends are
     # furthest apart, loses the fewest digits.
     ascending = jnp.sort(jnp.stack(points), axis=0)
-    return _divided_difference(p, floors, list(ascending))
+    return _divided_difference(p, stand_in, list(ascending))
 
 
-def _divided_difference(p, floors, points):
-    """f[x_0, ..., x_n] of f(x) = floors.value(x)^p for points in ascending order."""
+def _divided_difference(p, stand_in, points):
+    """f[x_0, ..., x_n] of f(x) = stand_in.value(x)^p for points in ascending order."""
     n = len(points) - 1
     low, high = points[0], points[-1]
     gap = high - low
     if n == 1:
-        floored_low, floored_high = floors.value(low), floors.value(high)
+        floored_low, floored_high = stand_in.value(low), stand_in.value(high)
         slope = jnp.where(
             gap > 0,
             (floored_high - floored_low) / jnp.where(gap > 0, gap, 1),
-            floors.slope(high),
+            stand_in.slope(high),
         )
         return slope * _power_difference(p, floored_low, floored_high)
-    upper = _divided_difference(p, floors, points[1:])
-    lower = _divided_difference(p, floors, points[:-1])
+    upper = _divided_difference(p, stand_in, points[1:])
+    lower = _divided_difference(p, stand_in, points[:-1])
     # Below this relative gap f's derivative at the mean is the better approximation:
     # its error grows with the gap squared, that of the quotient falls with the gap.
     near = gap <= jnp.finfo(gap.dtype).eps ** (1 / 3) * jnp.abs(high)
     mean = sum(points) / (n + 1)
     falling = math.prod(p - k for k in range(n)) / math.factorial(n)
-    confluent = falling * floors.value(mean) ** (p - n) * floors.slope(mean) ** n
+    confluent = falling * stand_in.value(mean) ** (p - n) * stand_in.slope(mean) ** n
     return jnp.where(near, confluent, (upper - lower) / jnp.where(near, 1, gap))
 
 
