@@ -36,6 +36,7 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
 
     def update_fn(updates, state, params=None, **extra_args):
         inner, last = state[:-1], state[-1]
+        _trees.check_vectors(updates, "The gradient of")
         known = params is not None and _trees.unlike(updates, params) is None
         if not known or len(jax.tree.leaves(updates)) < 2:  # The former is an error.
             result, inner = tx.update(updates, inner, params, **extra_args)

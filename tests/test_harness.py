@@ -609,12 +609,13 @@ def test_trains_flax_linen(method):
 
 @every_method
 def test_trains_equinox(method):
-    model = eqx.nn.MLP(4, 1, 3, 1, activation=jnp.tanh, key=jax.random.key(0))
+    model = eqx.nn.MLP(4, 2, 3, 1, activation=jnp.tanh, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
     tx = small_rate(method)
 
     def loss(params):
-        return jnp.mean((jax.vmap(eqx.combine(params, static))(X) - Y) ** 2)
+        outputs = jax.vmap(eqx.combine(params, static))(X)
+        return jnp.mean((outputs - jnp.broadcast_to(Y, outputs.shape)) ** 2)
 
     step = eqx.filter_jit(make_step(tx, loss))
     state, first = tx.init(params), loss(params)
