@@ -172,7 +172,8 @@ def scale_by_bma(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         _trees.check_statistics(params, state.sum_of_squares)
-        _trees.check_same_shapes(updates, state.sum_of_squares)
+        updates = _trees.like_init(updates, state.sum_of_squares)
+        state = _trees.whole(state, "count", "failures")
         updates, state = _trees.arrays((updates, state))
         blocks = _layout.layout(updates, partition, couple)
         blocks.check_state(state.U.shape)

@@ -45,9 +45,9 @@ def rates(**arguments: Any) -> None:
 
 def at_least_one(**arguments: Any) -> None:
     """Raises a ValueError for a number that is no integer of at least 1."""
-    wanted = "an integer >= 1"
+    wanted = "an integer >= 1, of 32 bits"
     for name, value in arguments.items():
-        _check({name: value}, wanted, lambda x: is_integer(x) and x >= 1)
+        _check({name: value}, wanted, lambda x: is_integer(x) and 1 <= x < 2**31)
         dtype = getattr(value, "dtype", np.dtype(int))
         if not jnp.issubdtype(dtype, jnp.integer):  # A traced float.
             raise TypeError(f"`{name}` must be {wanted}, got {value!r}.")

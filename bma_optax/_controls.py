@@ -80,27 +80,32 @@ def scale_block_mean(
     _checks.below_one(b3=b3)
     _checks.finite(factor=factor)
 
-    def init_fn(params):
-        params = _trees.parameters(params)
-
-        def start(units, p):
+    def start(params, arrays):
+        def constant(units, p):
             zeros = jnp.zeros_like(p, dtype=_trees.statistic_dtype(p))
             if units is None:
                 return _Array(None, _units.placeholder(zeros))
             return _Array(None, units.constant(units.split(zeros)))
 
+        found = _units.map_arrays(_Array, constant, arrays, params)
+        return ScaleBlockMeanState(found.direction)
+
+    def init_fn(params):
+        params = _trees.parameters(params)
         arrays = _layout.partition(params, partition, "block").arrays
         if weights == "constant":
             return ScaleBlockMeanState(None)
-        found = _units.map_arrays(_Array, start, arrays, params)
-        return ScaleBlockMeanState(found.direction)
+        return start(params, arrays)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         _trees.check_vectors(updates, "The update of")
         if weights == "learned":
             _trees.check_statistics(params, state.direction)
-            _check_directions(jax.eval_shape(init_fn, updates), state)
+            arrays = _layout.layout(updates, partition, "block").arrays
+            shapes = jax.eval_shape(lambda u: start(u, arrays), updates)
+            _check_directions(shapes, state)
+            updates = _trees.same_order(updates, state.direction)
         updates, state = _trees.arrays((updates, state))
         x = jax.tree.map(lambda x: x.astype(_trees.statistic_dtype(x)), updates)
 

@@ -100,6 +100,11 @@ def diagnostics(
       a, b: -0.97
     """  # noqa: E501
     _small_matrix.check_estimator(estimator)
+    if not isinstance(blocks, Partition | None):
+        raise TypeError(
+            f"`blocks` must be a partition, got {type(blocks).__name__}. Pass "
+            "bma.partition(params, rule, couple)."
+        )
     if blocks is None and grads is not None:
         raise ValueError("`grads` need `blocks`: bma.partition(params, rule, couple).")
     found = [
@@ -128,7 +133,7 @@ def diagnostics(
                 misfits.append(misfit)
             else:
                 looks += 1
-                leaves = None if grads is None else jax.tree.leaves(grads)
+                leaves = None if grads is None else _looks.in_order(grads, blocks)
                 numbers |= look(state, blocks, leaves, options)
         prefix = f"{path}/" if kinds.count(type(boxed)) > 1 else ""
         result |= {prefix + name: number for name, number in numbers.items()}

@@ -80,6 +80,12 @@ def misfit(blocks, grads, state, options) -> str:
     return ""
 
 
+def in_order(grads, blocks):
+    """The leaves of ``grads`` in the order of the arrays of ``blocks``."""
+    leaves = dict(_names.named_leaves(grads))
+    return [leaves[array.path] for array in blocks.arrays]
+
+
 _SEEN = (
     "the parameters that it sees; under optax.masked or optax.partition these have "
     "optax.MaskedNode in the place of others"

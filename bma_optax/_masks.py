@@ -30,18 +30,19 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):
+        state = tx.init(params)  # Says what is wrong.
         sums = _vector(_checksum, _trees.zeros_like(params), jnp.uint32)
         never = sums != sums
-        return *tx.init(params), MaskedState(sums, never, jnp.any(never))
+        return *state, MaskedState(sums, never, jnp.any(never))
 
     def update_fn(updates, state, params=None, **extra_args):
-        inner, last = state[:-1], state[-1]
+        inner, last = state[:-1], _as_made(state[-1])
         _trees.check_vectors(updates, "The gradient of")
         known = params is not None and _trees.unlike(updates, params) is None
         if not known or len(jax.tree.leaves(updates)) < 2:  # The former is an error.
             result, inner = tx.update(updates, inner, params, **extra_args)
             return result, (*inner, last)
-        params = _trees.arrays(params)
+        params, updates = _trees.arrays(params), _trees.same_order(updates, params)
         checksums = _vector(_checksum, params, jnp.uint32)
         moved = last.moved | (last.started & (checksums != last.checksums))
         masked = ~moved & jnp.any(moved)
@@ -59,6 +60,14 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         return result, (*inner, last)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _as_made(state):
+    """The state in its own dtypes, which an average of states has not."""
+    checksums, moved, started = state
+    return MaskedState(
+        checksums.astype(jnp.uint32), moved.astype(bool), started.astype(bool)
+    )
 
 
 def _vector(f, tree, dtype):

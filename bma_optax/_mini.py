@@ -154,7 +154,8 @@ def scale_by_mini_bma(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         _trees.check_statistics(params, state.nu)
-        _trees.check_same_shapes(updates, state.mu)
+        updates = _trees.like_init(updates, state.mu)
+        state = _trees.whole(state, "count")
         updates, state = _trees.arrays((updates, state))
         arrays = _layout.layout(updates, partition, "block").arrays
         _units.check_state(arrays, state.nu, partition)

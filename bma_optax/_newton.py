@@ -211,9 +211,14 @@ def scale_by_newton_bma(
                 "...)."
             )
         _trees.check_statistics(params, state.inverse_diagonal)
-        _trees.check_same_shapes(updates, state.inverse_diagonal)
+        updates = _trees.like_init(updates, state.inverse_diagonal)
         updates, state, params = _trees.arrays((updates, state, params))
         random_key = _probes.typed_key(state.key)
+        state = _trees.whole(
+            state,
+            *("count", "refreshes", "products", "failures", "floored"),
+            flags=("local",),
+        )
         blocks, systems = _gather.plan(updates, partition, couple, reach, levels)
         blocks.check_state(
             state.N.shape,

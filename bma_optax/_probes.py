@@ -35,7 +35,8 @@ def key_data(key: Any) -> jax.Array:
 
 def typed_key(data: jax.Array) -> jax.Array:
     """The random key that a state holds as numbers."""
-    return jax.random.wrap_key_data(data, impl=_IMPLEMENTATION)
+    # An average of states has numbers of another dtype.
+    return jax.random.wrap_key_data(data.astype(jnp.uint32), impl=_IMPLEMENTATION)
 
 
 def typed(product, params):
@@ -81,10 +82,17 @@ def by_units(product, params, active):
 
 
 def by_signs(product, params, active, key, num_probes):
-    """max(|mean|, standard error) of x ∘ G x over random signs x in active arrays."""
-    zeros = _trees.zeros_like(params, _trees.statistic_dtype)
+    """max(|mean|, standard error) of x ∘ G x over random signs x in active arrays.
 
-    def sample(key):
+    The standard error at an entry is that of the others in its row: in units in which
+    arrays have curvatures of one size, or one array's would drown another's. They are
+    found by the first samples, which are left out, where there are several arrays.
+    """
+    zeros = _trees.zeros_like(params, _trees.statistic_dtype)
+    several = sum(active) > 1 and num_probes >= 2 * _FOR_UNITS
+    left_out = _FOR_UNITS if several else 0
+
+    def sample(key, size):
         leaves, treedef = jax.tree.flatten(params)
         keys = jax.random.split(key, len(leaves))
         signs = [
@@ -93,47 +101,69 @@ def by_signs(product, params, active, key, num_probes):
             else _trees.zeros_like(leaf)
             for k, leaf, on in zip(keys, leaves, active, strict=True)
         ]
-        x = typed_vector(jax.tree.unflatten(treedef, signs), params)
+        signs = jax.tree.unflatten(treedef, signs)
+        unit = jax.tree.map(_unit if several else jnp.ones_like, size)
+        x = jax.tree.map(lambda x, u: x * u.astype(x.dtype), signs, unit)
+        y = product(typed_vector(x, params))
         return jax.tree.map(
-            lambda s, x, y: x.astype(s.dtype) * y.astype(s.dtype), zeros, x, product(x)
+            lambda z, x, y, u: x.astype(z.dtype) * y.astype(z.dtype) / u,
+            zeros,
+            signs,
+            y,
+            unit,
         )
 
-    def add(sums, key):
-        first, second, scale = sums
-        y = sample(key)
-        # In units of the first sample, or the squares would overflow or vanish.
-        scale = jax.tree.map(
-            lambda s, y: jnp.where(s == 0, jax.lax.stop_gradient(_largest(y)), s),
-            scale,
-            y,
+    def add(carry, number_and_key):
+        first, second, size = carry
+        number, key = number_and_key
+        y = sample(key, size)
+        found = jax.tree.map(lambda y: _or_one(jnp.mean(jnp.abs(y))), y)
+        size = jax.tree.map(
+            lambda new, old: jnp.where(
+                number <= left_out, jax.lax.stop_gradient(new), old
+            ),
+            found,
+            size,
         )
-        first = jax.tree.map(jnp.add, first, y)
+        used = number >= left_out
+        first = jax.tree.map(lambda s, y: s + jnp.where(used, y, 0), first, y)
+        # In units of one size: the squares would overflow or vanish.
         second = jax.tree.map(
-            lambda s, y, c: s + jnp.square(y / jnp.where(c == 0, 1, c)),
-            second,
-            y,
-            scale,
+            lambda s, y, c: s + jnp.where(used, jnp.square(y / c), 0), second, y, size
         )
-        return (first, second, scale), None
+        return (first, second, size), None
 
     keys = jax.random.split(key, num_probes)
-    start = zeros, zeros, jax.tree.map(_largest, zeros)
-    (first, second, scale), _ = _flow.scan(add, start, keys, operands=params)
+    ones = jax.tree.map(lambda z: _or_one(jnp.sum(z)), zeros)
+    numbers = jnp.arange(num_probes, dtype=jnp.int32)
+    (first, second, size), _ = _flow.scan(
+        add, (zeros, zeros, ones), (numbers, keys), operands=params
+    )
+    n = num_probes - left_out
 
-    def combine(first, second, scale):
-        mean = first / num_probes
-        square = jnp.square(mean / jnp.where(scale == 0, 1, scale))
-        variance = (second / num_probes - square) / (num_probes - 1)
+    def combine(first, second, size):
+        mean = first / n
+        variance = (second / n - jnp.square(mean / size)) / (n - 1)
         error = jnp.where(
             variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0
         )
-        return jnp.maximum(jnp.abs(mean), scale * error)
+        return jnp.maximum(jnp.abs(mean), size * error)
 
-    return jax.tree.map(combine, first, second, scale)
+    return jax.tree.map(combine, first, second, size)
 
 
-def _largest(x):
-    return jnp.max(jnp.abs(x), initial=0)
+# Each sample takes a root of the factor by which units are off.
+_FOR_UNITS = 6
+
+
+def _unit(size):
+    """About 1/√size: a power of 2, by which nothing is rounded."""
+    exponent = jnp.round(-jnp.log2(size) / 2)
+    return jnp.exp2(jnp.clip(exponent, -30, 30))
+
+
+def _or_one(x):
+    return jnp.where(x > 0, x, 1)
 
 
 def typed_vector(tree, params):

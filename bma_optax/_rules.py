@@ -176,6 +176,7 @@ class _PerRow(Rule):
 # embeddings. Equinox and PyTorch: weight, weight_ih, in_proj_weight. By hand: w1.
 _LAST_AXIS = re.compile(r"kernel|lora|^w\d*(_|$)")
 _FIRST_AXIS = re.compile(r"embedding|(^|_)weight(_|$)")
+_PROJECTIONS = {("query",), ("key",), ("value",)}  # Flax: (inputs, heads, units).
 _NO_INPUTS = re.compile(r"bias|scale|offset|^b\d*(_|$)")
 
 
@@ -200,6 +201,8 @@ class _PerUnit(Rule):
     """
 
     def tile(self, path, shape):
+        if len(shape) == 3 and path[-1:] == ("kernel",) and path[-2:-1] in _PROJECTIONS:
+            return (shape[0], 1, 1)  # Units are counted by heads, and in each.
         guess = per_column if self._guesses(path, shape) else per_leaf
         return (_rule_of_name(path) or guess).tile(path, shape)
 

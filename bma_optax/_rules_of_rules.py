@@ -160,12 +160,17 @@ def by_path(
       >>> bma.partition(params, rule).names
       ('kernel[:, 0]', 'kernel[:, 1]', 'kernel[:, 2]')
     """
+    if not isinstance(rules, Mapping) or not all(isinstance(p, str) for p in rules):
+        raise TypeError(
+            f"by_path: `rules` must map patterns to rules, got {rules!r}. Pass a "
+            'dictionary with strings as keys, such as {"embed": bma.per_row}.'
+        )
     for pattern in rules:
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"by_path: {pattern!r} is no pattern: {error}.") from None
-    for rule in (*rules.values(), default):
+    for name, rule in [*(("rules", r) for r in rules.values()), ("default", default)]:
         if rule is not None:
-            check_rule(rule, "rules")
+            check_rule(rule, name)
     return ByPath(tuple(rules.items()), default)

@@ -176,7 +176,12 @@ class Stencil:
     def coarse(self, tile: Shape) -> "Stencil":
         """The layout that ``coarsen`` gives."""
         grid = tuple(-(-g // t) for g, t in zip(self.grid, tile, strict=True))
-        reach = tuple(-(-k // t) for k, t in zip(self.reach, tile, strict=True))
+        # Across a last tile that is shorter than the reach, on a periodic grid, cells
+        # meet one tile further.
+        reach = tuple(
+            -(-k // t) + (0 < g % t < k)
+            for k, t, g in zip(self.reach, tile, self.grid, strict=True)
+        )
         return Stencil(self.fields, grid, reach)
 
     def _coarsen_axis(self, S, axis, t):

@@ -122,7 +122,8 @@ def scale_by_quadratic_model(
                 "...)."
             )
         _trees.check_statistics(params, state.previous_step)
-        _trees.check_same_shapes(updates, state.previous_step)
+        updates = _trees.like_init(updates, state.previous_step)
+        state = _trees.whole(state, "products")
         updates, state, params = _trees.arrays((updates, state, params))
         f = _losses.loss(value_fn, extra_args)
         next_key, key = jax.random.split(_probes.typed_key(state.key))

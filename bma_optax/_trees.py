@@ -73,6 +73,16 @@ def arrays(tree):
     return jax.tree.map(array, tree)
 
 
+def whole(state, *integers, flags=()):
+    """A state whose counters and flags are integers and booleans.
+
+    Those of an average of states are not.
+    """
+    changes = {name: getattr(state, name).astype(jnp.int32) for name in integers}
+    changes |= {name: getattr(state, name).astype(bool) for name in flags}
+    return state._replace(**changes)
+
+
 def astype(tree, like):
     """``tree`` in the dtypes of ``like``."""
     return jax.tree.map(lambda x, y: x.astype(dtype_of(y)), tree, like)
@@ -119,10 +129,16 @@ def parameters(tree):
             raise TypeError(
                 f"{name} is a {type(leaf).__name__}. Pass an array of a floating dtype."
             )
+        if jnp.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.extended):
+            raise TypeError(
+                f"{name} has dtype {leaf.dtype}. Pass floating arrays: keep other "
+                "leaves from the optimiser with optax.masked."
+            )
         if jnp.issubdtype(dtype_of(leaf), jnp.complexfloating):
             raise TypeError(
-                f"{name} has dtype {dtype_of(leaf)}. Pass real arrays: wrap the "
-                "optimiser in optax.contrib.split_real_and_imaginary."
+                f"{name} has dtype {dtype_of(leaf)}. Pass real arrays: real and "
+                "imaginary parts apart, as optax.contrib.split_real_and_imaginary does "
+                "for optimisers whose `update` needs no `value_fn`."
             )
         if not jnp.issubdtype(dtype_of(leaf), jnp.floating):
             raise TypeError(
@@ -183,11 +199,26 @@ def in_order(tree, like):
     return structure.unflatten([leaves[path] for path, _ in named_leaves(like)])
 
 
-def check_same_shapes(updates, state) -> None:
-    """Raises an error that names the first gradient unlike what init saw."""
+def same_order(tree, like):
+    """``tree``, in the structure of ``like`` if its leaves come in another order.
+
+    Containers may differ otherwise, as a box of Flax does.
+    """
+    structure: Any = jax.tree.structure(like)
+    if jax.tree.structure(tree) == structure:
+        return tree
+    names, wanted = ([path for path, _ in named_leaves(t)] for t in (tree, like))
+    return tree if names == wanted else in_order(tree, like)
+
+
+def like_init(updates, state):
+    """``updates`` in the order of ``state``, a tree like the parameters.
+
+    Raises an error that names the first gradient unlike what init saw.
+    """
     check_vectors(updates, "The gradient of")
     if (difference := unlike(updates, state)) is None:
-        return
+        return same_order(updates, state)
     name, new, old = difference
     if new is None or old is None:
         where = "has no state: init" if old is None else "is missing: update"
@@ -208,6 +239,12 @@ def check_statistics(params, statistics) -> None:
     parameters, of any number of elements.
     """
     leaves, like = jax.tree.leaves(params), jax.tree.leaves(statistics)
+    for path, x in () if leaves else named_leaves(statistics):
+        if x.dtype != dtype_of(x):
+            raise ValueError(
+                f"{name_of(path)!r}: the state has {x.dtype}, which jax_enable_x64 "
+                "does not allow. Pass a state that is cast to the one that init makes."
+            )
     if len(leaves) != len(like):  # Parameters that are not used may be any.
         return
     for position, (p, x) in enumerate(zip(leaves, like, strict=True)):

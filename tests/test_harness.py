@@ -5,6 +5,7 @@ sharding and abstract `init` tests of its development branch), then wrappers and
 training loops.
 """
 
+import collections
 import functools
 import inspect
 import itertools
@@ -201,6 +202,30 @@ def test_map_params_reaches_only_what_is_like_params(method):
         if not np.array_equal(a, b)
     ]
     assert len(changed) == method.trees * len(jax.tree.leaves(PARAMS))
+
+
+@every_method
+def test_leaves_in_another_order_are_told_by_name(method):
+    """As of an OrderedDict, whose leaves are not sorted."""
+    tx = method.build()
+    params = {"w": jnp.ones((2, 2)), "a": 2 * jnp.ones((2, 2))}
+    grads = {"w": jnp.array([[1.0, -2], [3, 1]]), "a": jnp.array([[0.5, 1], [-1, 2]])}
+    expected, _ = jitted(tx.update)(grads, tx.init(params), params)
+    ordered = collections.OrderedDict((k, params[k]) for k in ("w", "a"))
+    updates, state = jitted(tx.update)(grads, tx.init(ordered), ordered)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(ordered))
+    for name, update in expected.items():
+        np.testing.assert_allclose(updates[name], update, rtol=1e-4, atol=1e-6)
+
+
+@every_method
+def test_an_average_of_states_is_one(method):
+    tx = method.build()
+    state = tx.init(PARAMS)
+    update = functools.partial(tx.update, **with_loss(bowl))
+    with optax_promotes():
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, state, state)
+        jax.eval_shape(update, PARAMS, mean, PARAMS)
 
 
 @every_method

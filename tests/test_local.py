@@ -84,6 +84,12 @@ CASES = {
         (5,),
         1,
     ),
+    "periodic, a last tile shorter than the reach": (
+        lambda u: jnp.sum((jnp.roll(u, 2) - u) ** 2) + 0.1 * jnp.sum(u**2),
+        np.zeros(33),
+        (4,),
+        2,
+    ),
     "periodic, reach 2": (
         lambda u: jnp.sum((jnp.roll(u, 2) - u) ** 2) + 0.1 * jnp.sum(u**2),
         np.zeros(34),
@@ -418,6 +424,25 @@ def test_the_check_allows_for_the_rounding_of_the_loss(of_loss, of_params):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert update(u, tx.init(u), u)[1].local == true
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-10])
+def test_a_false_reach_is_found_in_a_field_of_any_unit(scale):
+    def f(p):
+        far = sum(jnp.sum((p["v"] - jnp.roll(p["v"], 7, k)) ** 2) for k in (0, 1))
+        far = far + 1e-2 * jnp.sum(p["v"] ** 2)
+        return grad_squared(p["u"], (0, 1)) + 1e-2 * jnp.sum(p["u"] ** 2) + scale * far
+
+    like = {"u": jnp.zeros((16, 16), "float32"), "v": jnp.zeros((16, 16), "float32")}
+    for reach, true in ((1, False), (7, True)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            C = jax.jit(
+                lambda reach=reach: bma.preconditioner(
+                    jax.grad(f), like, bma.per_tile((4, 4)), reach=reach
+                )
+            )()
+        assert C.local == true
 
 
 def test_a_step_with_a_reach_is_exported_where_warnings_are_ignored():

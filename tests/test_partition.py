@@ -342,6 +342,8 @@ def test_a_thousand_blocks_are_no_news_and_too_many_raise():
 UNITS = {
     ("Dense_0", "kernel"): ((5, 3), (5, 1)),
     ("Conv_0", "kernel"): ((3, 3, 5, 2), (3, 3, 5, 1)),
+    ("attention", "query", "kernel"): ((8, 2, 4), (8, 1, 1)),
+    ("attention", "out", "kernel"): ((2, 4, 8), (2, 4, 1)),
     ("attention", "query", "bias"): ((2, 4), (2, 4)),
     ("LayerNorm_0", "scale"): ((5, 3), (5, 3)),
     ("Embed_0", "embedding"): ((9, 4), (1, 4)),

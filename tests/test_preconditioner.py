@@ -159,6 +159,47 @@ def test_units_of_elements_cost_no_more_than_jacobi_does():
         assert iterations(A, C, b) < most * jacobi
 
 
+def test_units_of_arrays_do_not_matter_to_probes_either():
+    """Of two coupled arrays without a reach, whose diagonal is probed."""
+    rng = np.random.default_rng(0)
+    X, n = jnp.asarray(rng.standard_normal((90, 80))), 40
+    like = {"u": jnp.zeros(n), "v": jnp.zeros(n)}
+
+    def A(v, large):
+        Xv = X @ jnp.concatenate([v["u"], large * v["v"]])
+        back = X.T @ Xv
+        return {"u": back[:n], "v": large * back[n:]}
+
+    @jax.jit
+    def diagonals(large):
+        C = bma.preconditioner(lambda v: A(v, large), like)
+        return C.inverse_diagonal["u"], large**2 * C.inverse_diagonal["v"]
+
+    expected = 1 / jnp.sum(X**2, axis=0)
+    for large in (1.0, 1e6, 1e-6):
+        for found, exact in zip(diagonals(large), jnp.split(expected, 2), strict=True):
+            assert 0.4 < jnp.min(found / exact) and jnp.max(found / exact) < 2.5
+
+
+def test_long_blocks_in_float32_do_as_in_float64():
+    n = 20_000
+
+    def A(u):
+        inner = jnp.diff(jnp.pad(u, 1))
+        return -jnp.diff(inner)
+
+    energies = []
+    for dtype in ("float32", "float64"):
+        like = jnp.zeros(n, dtype)
+        C = jax.jit(
+            lambda like=like: bma.preconditioner(
+                A, like, bma.per_tile(n // 10), diagonal=jnp.full_like(like, 2)
+            )
+        )()
+        energies.append(jnp.vdot(jnp.ones_like(like), C(jnp.ones_like(like))))
+    np.testing.assert_allclose(*energies, rtol=1e-3)
+
+
 # Null directions ----------------------------------------------------------------------
 
 
