@@ -123,7 +123,7 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
     # In units in which fields have curvature 1: else one would hide another's error.
     S, products = respond_to_colors(False)
     size = _of_fields(jnp.abs(stencil.diagonal(S)), stencil)
-    unit = jax.lax.rsqrt(size)
+    unit = jnp.sqrt(jnp.min(size) / size)
     # The test vector, and a multiple of it: what G makes of the two differs by the
     # rounding of the arithmetic that the user's function does, whatever its dtype.
     probes = ColorProbes(params, arrays, stencil, tiles.tile, key, None)

@@ -162,11 +162,12 @@ def _rounding(systems, product, blocks, dense, diagonal, params, key):
     n = jnp.sqrt(blocks.block_sums(_block_mean_inverse.positive(blocks, diagonal)))
     weights = jax.random.uniform(key, n.shape, n.dtype, minval=0.5, maxval=1.5)
     mine = np.isin(np.arange(blocks.num_blocks), positions)
-    t = jnp.where(mine, weights / n, 0)
+    least = jnp.min(n, initial=jnp.inf, where=mine)  # The vector is of size 1.
+    t = jnp.where(mine, weights * least / n, 0)
     vector = _probes.typed_vector(blocks.expand(t, params), params)
     image = blocks.block_sums(product(vector))[positions]
     expected = jnp.matmul(dense, t[positions], precision=jax.lax.Precision.HIGHEST)
-    difference = (image - expected) / n[positions]
+    difference = (image - expected) / (least * n[positions])
     return 8 * jnp.max(jnp.abs(jax.lax.stop_gradient(difference)), initial=0)
 
 

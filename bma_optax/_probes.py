@@ -102,7 +102,9 @@ def by_signs(product, params, active, key, num_probes):
             for k, leaf, on in zip(keys, leaves, active, strict=True)
         ]
         signs = jax.tree.unflatten(treedef, signs)
-        unit = jax.tree.map(_unit if several else jnp.ones_like, size)
+        unit = jax.tree.map(
+            _unit if several else lambda c, p: jnp.ones_like(c), size, params
+        )
         x = jax.tree.map(lambda x, u: x * u.astype(x.dtype), signs, unit)
         y = product(typed_vector(x, params))
         return jax.tree.map(
@@ -156,10 +158,11 @@ def by_signs(product, params, active, key, num_probes):
 _FOR_UNITS = 6
 
 
-def _unit(size):
-    """About 1/√size: a power of 2, by which nothing is rounded."""
+def _unit(size, leaf):
+    """About 1/√size: a power of 2, by which nothing is rounded, in a leaf's range."""
+    most = min(30, int(jnp.finfo(leaf.dtype).maxexp) // 2)
     exponent = jnp.round(-jnp.log2(size) / 2)
-    return jnp.exp2(jnp.clip(exponent, -30, 30))
+    return jnp.exp2(jnp.clip(exponent, -most, most))
 
 
 def _or_one(x):
