@@ -84,7 +84,7 @@ def layout(params: Any, rule: Rule, couple: str) -> Partition:
 
 def check_couple(couple: str) -> None:
     """Raises a ValueError for an unknown ``couple``."""
-    if couple not in _COUPLES:
+    if not isinstance(couple, str) or couple not in _COUPLES:
         raise ValueError(f"`couple` must be one of {_COUPLES}, got {couple!r}.")
 
 

@@ -172,6 +172,7 @@ def scale_by_newton_bma(
     _checks.random_key(key)
     update_interval = _checks.plain(update_interval)
     _coarse.check_reach(reach, levels, couple)
+    _checks.boolean(adaptive_damping=adaptive_damping)
     if adaptive_damping and _checks.is_zero(damping):
         raise ValueError("`adaptive_damping` needs a `damping` above 0 to start from.")
 
