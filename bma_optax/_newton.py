@@ -76,8 +76,9 @@ def scale_by_newton_bma(
 
     for the curvature G of eq. (1), with E weighted by z inside each block: a diagonal
     smoother, plus Newton's method on the L block means. M is exact and costs L products
-    with G, the diagonal up to ``curvature.num_probes`` more (none where every block has
-    one element, which is Newton's method itself). No d x d matrix is built.
+    with G and one more, which tells what rounding leaves of it; the diagonal costs up
+    to ``curvature.num_probes`` (none where every block has one element, which is
+    Newton's method itself). No d x d matrix is built.
 
     C is positive definite whatever G is, so :math:`-C g` is always a descent direction.
     A factor that is not finite is not taken: the last good one (at first the

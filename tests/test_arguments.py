@@ -423,6 +423,11 @@ def test_learned_direction_keeps_its_dtype():
             tx.update(grads, state, grads)
     with pytest.raises(ValueError, match=r"direction of shape \(7, 1\)"):
         tx.update(jnp.ones((7, 4)), state)
+    # A name that does not tell the axis of units is spoken of at init alone.
+    unnamed = {"theta": jnp.ones((6, 4))}
+    with pytest.warns(UserWarning, match="'theta'"):
+        state = tx.init(unnamed)
+    tx.update(unnamed, state)
     for kind in ("learned", "constant"):
         tx = bma.scale_block_mean(0.0, weights=kind)
         state = tx.init({"w": jnp.ones((6, 4))})

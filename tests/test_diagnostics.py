@@ -1,5 +1,7 @@
 """Numbers for a logger against dense matrices, and for every transformation."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -310,6 +312,21 @@ def test_errors():
             bma.diagnostics(state, **kwargs)
     with pytest.raises(ValueError, match="`reach` and `levels` do not fit"):
         bma.diagnostics(newton, bma.partition(params))
+    with pytest.raises(TypeError, match="`blocks` must be a partition"):
+        bma.diagnostics(state, bma.per_unit)
+
+
+def test_gradients_are_told_by_name():
+    params = collections.OrderedDict(w=jnp.ones(3), a=jnp.ones(3))
+    grads = {"w": jnp.arange(1.0, 4), "a": 100 * jnp.ones(3)}
+    tx = bma.scale_by_bma()
+    _, state = tx.update(collections.OrderedDict(grads), tx.init(params))
+    blocks = bma.partition(params)
+    rates = [
+        bma.diagnostics(state, blocks, kind(grads))["effective_rates"]
+        for kind in (collections.OrderedDict, dict)
+    ]
+    np.testing.assert_array_equal(*rates)
 
 
 @pytest.mark.parametrize(
