@@ -89,7 +89,12 @@ def astype(tree, like):
 
 
 def zero_like(tree, like):
-    """``tree``, with 0 in the arrays that are 0 as a whole in ``like``."""
+    """``tree``, with 0 in the arrays that are 0 as a whole in ``like``.
+
+    Not where there is one array alone: no other would move in its place.
+    """
+    if len(jax.tree.leaves(like)) < 2:
+        return tree
     return jax.tree.map(
         lambda x, y: jnp.where(jnp.sum(jnp.abs(y)) == 0, 0, x), tree, like
     )
