@@ -91,8 +91,8 @@ def gather(
         this = _rounding(
             systems, product, blocks, dense, diagonal, params, key_rounding
         )
-        products = products + 1
-        rounding = [jnp.maximum(this, eps)] * len(systems)
+        products = products + _COMBINATIONS
+        rounding = [jnp.maximum(this, 4 * eps)] * len(systems)
     for number, sums in found.items():
         # That of many entries, whose sum is one of M at the last level.
         share = systems[number].levels.share ** 0.5
@@ -157,18 +157,28 @@ def _rounding(systems, product, blocks, dense, diagonal, params, key):
 
     A product with a random combination of blocks differs from that combination of
     their products by the rounding of the arithmetic that was done, whatever its dtype.
+    The largest of a few: of a single block one may be small by chance.
     """
     positions = _dense_positions(systems)
     n = jnp.sqrt(blocks.block_sums(_block_mean_inverse.positive(blocks, diagonal)))
-    weights = jax.random.uniform(key, n.shape, n.dtype, minval=0.5, maxval=1.5)
     mine = np.isin(np.arange(blocks.num_blocks), positions)
-    least = jnp.min(n, initial=jnp.inf, where=mine)  # The vector is of size 1.
-    t = jnp.where(mine, weights * least / n, 0)
-    vector = _probes.typed_vector(blocks.expand(t, params), params)
-    image = blocks.block_sums(product(vector))[positions]
-    expected = jnp.matmul(dense, t[positions], precision=jax.lax.Precision.HIGHEST)
-    difference = (image - expected) / (least * n[positions])
-    return 8 * jnp.max(jnp.abs(jax.lax.stop_gradient(difference)), initial=0)
+    least = jnp.min(n, initial=jnp.inf, where=mine)  # The vectors are of size 1.
+
+    def difference(weights):
+        t = jnp.where(mine, weights * least / n, 0)
+        vector = _probes.typed_vector(blocks.expand(t, params), params)
+        image = blocks.block_sums(product(vector))[positions]
+        expected = jnp.matmul(dense, t[positions], precision=jax.lax.Precision.HIGHEST)
+        return (image - expected) / (least * n[positions])
+
+    weights = jax.random.uniform(
+        key, (_COMBINATIONS, *n.shape), n.dtype, minval=0.5, maxval=1.5
+    )
+    found = _probes.batched(difference, (weights,), params)
+    return 8 * jnp.max(jnp.abs(jax.lax.stop_gradient(found)), initial=0)
+
+
+_COMBINATIONS = 4
 
 
 def _message(error, tolerance) -> str:

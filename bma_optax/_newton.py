@@ -76,7 +76,7 @@ def scale_by_newton_bma(
 
     for the curvature G of eq. (1), with E weighted by z inside each block: a diagonal
     smoother, plus Newton's method on the L block means. M is exact and costs L products
-    with G and one more, which tells what rounding leaves of it; the diagonal costs up
+    with G and four more, which tell what rounding leaves of it; the diagonal costs up
     to ``curvature.num_probes`` (none where every block has one element, which is
     Newton's method itself). No d x d matrix is built.
 

@@ -52,7 +52,7 @@ def block_products(product, blocks, params, positions):
         tangent = typed_vector(blocks.expand(indicator, params), params)
         return blocks.block_sums(product(tangent))[positions]
 
-    full = _map(row, (jnp.asarray(positions),), params)
+    full = batched(row, (jnp.asarray(positions),), params)
     return (full + full.T) / 2
 
 
@@ -71,7 +71,7 @@ def by_units(product, params, active):
     sizes = [leaf.size if on else 0 for leaf, on in zip(leaves, active, strict=True)]
     numbers = np.repeat(np.arange(len(leaves), dtype=np.int32), sizes)
     positions = np.concatenate([np.arange(n, dtype=np.int32) for n in (0, *sizes)])
-    entries = _map(entry, (jnp.asarray(numbers), jnp.asarray(positions)), params)
+    entries = batched(entry, (jnp.asarray(numbers), jnp.asarray(positions)), params)
     parts = [
         x.astype(_trees.statistic_dtype(leaf)).reshape(leaf.shape)
         if on
@@ -174,7 +174,7 @@ def typed_vector(tree, params):
     return jax.tree.map(_trees.typed_like, tree, params)
 
 
-def _map(f, xs, params):
+def batched(f, xs, params):
     """``f`` over the first axis in chunks that bound the memory."""
     length = len(xs[0])
     batch = max(1, min(length, _BATCH_ELEMENTS // max(_trees.size(params), 1)))

@@ -31,7 +31,7 @@ def test_curvature_runs(tmp_path):
         assert 0 < row["gap"] < 10
         assert row["seconds"][0] > 0 and row["compile_seconds"] > 0
     # Blocks, their rounding, probes, then two products for each step's length.
-    assert rows["newton_bma_per_leaf"]["products"] == 4 + 1 + 32 + 3 * 2
+    assert rows["newton_bma_per_leaf"]["products"] == 4 + 4 + 32 + 3 * 2
     assert rows["newton_bma_diagonal"]["products"] == 32 + 3 * 2
     assert rows["newton_cg"]["products"] >= 32 + 3
     assert rows["lbfgs"]["products"] == rows["adam"]["products"] == 0
