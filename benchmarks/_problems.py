@@ -11,7 +11,12 @@ from sklearn import datasets
 
 import bma_optax as bma
 
-TILES = bma.per_tile((5,))
+
+def tiles_of_five(path, shape):
+    return tuple(min(5, n) for n in shape)  # Arrays may be shorter.
+
+
+TILES = bma.by_function(tiles_of_five)
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
