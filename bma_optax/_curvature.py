@@ -25,7 +25,7 @@ class Curvature:
         it is exact; otherwise it is the mean of x ∘ G x over so many random signs
         x (Hutchinson), whose standard error at entry i is that of Σ_{j≠i} G_ij² /
         num_probes under the root. Entries smaller than their standard error are taken
-        for it.
+        for it. With several arrays the first six only find the units of each.
 
     Raises:
       ValueError: if ``num_probes`` is no integer of at least 2.

@@ -93,3 +93,6 @@ METHODS = [
     ),
 ]
 every_method = pytest.mark.parametrize("method", METHODS)
+# Those with a rate, which need neither parameters nor a loss.
+RATED = [m for m in METHODS if m.values[0].kwargs["learning_rate"] is not None]
+every_rated_method = pytest.mark.parametrize("method", RATED)

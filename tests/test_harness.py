@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from methods import every_method
+from methods import every_method, every_rated_method
 
 import bma_optax as bma
 
@@ -465,10 +465,8 @@ def test_hyperparameters_of_16_bits_are_refused(method, dtype):
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
 
 
-@every_method
+@every_rated_method
 def test_parameters_are_not_needed_where_nothing_uses_them(method):
-    if method.kwargs["learning_rate"] is None:
-        pytest.skip("curvature is taken at the parameters")
     tx = method.build()
     state = tx.init(PARAMS)
     chex.assert_trees_all_equal(

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from jax.sharding import NamedSharding, PartitionSpec
-from methods import METHODS, every_method
+from methods import METHODS, every_method, every_rated_method
 
 import bma_optax as bma
 
@@ -260,11 +260,7 @@ def test_wrappers_in_any_order(names, method):
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(params))
 
 
-# These average the iterates of an optimiser with a rate.
-RATED = [row for row in METHODS if row.values[0].kwargs["learning_rate"] is not None]
-
-
-@pytest.mark.parametrize("method", RATED)
+@every_rated_method  # These average the iterates.
 def test_schedule_free_and_lookahead(method):
     tx = method.build()
     with jax.numpy_dtype_promotion("standard"):
