@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import optax
 
 import bma_optax as bma
-from bma_optax import _layout, _moments, _small_matrix, _trees
+from bma_optax import _tree
+from bma_optax.adaptive import _inverse_root, _moments
+from bma_optax.partitions import _build
 
 
 class State(NamedTuple):
@@ -35,10 +37,10 @@ def scale_by_shrunk_adam_bma(b1: Any = 0.9, b2: Any = 0.999):
         return State(adam, jnp.zeros_like(adam.U), jnp.zeros_like(adam.U[0, 0]))
 
     def update(updates, state, params=None):
-        blocks = _layout.layout(updates, rule, "all")
+        blocks = _build.layout(updates, rule, "all")
         # The statistics are the library's; its update is not used.
         _, adam = plain.update(updates, state.adam, params)
-        outer = _small_matrix.outer(blocks, blocks.block_sums(updates))
+        outer = _inverse_root.outer(blocks, blocks.block_sums(updates))
         squares = _moments.decay(jnp.square(outer), state.squares, b2)
         count = adam.count.astype(outer.dtype)
         weight = _moments.bias_correction(adam.count, b2, outer.dtype)
@@ -52,7 +54,7 @@ def scale_by_shrunk_adam_bma(b1: Any = 0.9, b2: Any = 0.999):
         noise, signal = jnp.sum(scale * variance), jnp.sum(scale * jnp.square(mean))
         shrinkage = jnp.clip(noise / jnp.where(signal > 0, signal, 1), 0, 1)
         U = jnp.where(off, (1 - shrinkage) * adam.U, adam.U)
-        root, _ = _small_matrix.inverse_root(
+        root, _ = _inverse_root.inverse_root(
             blocks, U, adam.v, adam.inverse_root, 1e-2, "report"
         )
 
@@ -62,8 +64,8 @@ def scale_by_shrunk_adam_bma(b1: Any = 0.9, b2: Any = 0.999):
             return _moments.over_root(m, h, eps)
 
         r = jax.tree.map(scaled, adam.mu, adam.nu)
-        shift = _small_matrix.correction(blocks, root, blocks.block_sums(r))
+        shift = _inverse_root.correction(blocks, root, blocks.block_sums(r))
         result = jax.tree.map(jnp.add, r, blocks.expand(shift, r))
-        return _trees.astype(result, updates), State(adam, squares, shrinkage)
+        return _tree.astype(result, updates), State(adam, squares, shrinkage)
 
     return optax.GradientTransformation(init, update)

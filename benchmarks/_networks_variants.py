@@ -14,7 +14,9 @@ import numpy as np
 import optax
 
 import bma_optax as bma
-from bma_optax import _layout, _mini, _moments, _trees, _units
+from bma_optax import _tree
+from bma_optax.adaptive import _mini, _moments
+from bma_optax.partitions import _build, _units
 
 
 def scale_by_mini_bma_of(
@@ -38,10 +40,10 @@ def scale_by_mini_bma_of(
     """
 
     def init(params):
-        arrays = _layout.layout(params, partition, "block").arrays
+        arrays = _build.layout(params, partition, "block").arrays
 
         def one(units, p):
-            zeros = jnp.zeros_like(p, dtype=_trees.statistic_dtype(p))
+            zeros = jnp.zeros_like(p, dtype=_tree.statistic_dtype(p))
             if units is None:
                 return _mini._Array(None, None, zeros, *[_units.placeholder(zeros)] * 2)
             nu = units.over_inputs(units.split(zeros))
@@ -55,7 +57,7 @@ def scale_by_mini_bma_of(
         return bma.ScaleByMiniBMAState(jnp.zeros((), jnp.int32), mu, *start[2:])
 
     def update(updates, state, params=None):
-        arrays = _layout.layout(updates, partition, "block").arrays
+        arrays = _build.layout(updates, partition, "block").arrays
         count = optax.safe_increment(state.count)
 
         def one(units, gradient, mu, nu, mean_nu, direction):
@@ -156,10 +158,10 @@ def scale_by_two_sided_mini_bma(
     inner = bma.scale_by_mini_bma(b2=b2, b3=b3, partition=partition)
 
     def init(params):
-        arrays = _layout.layout(params, partition, "block").arrays
+        arrays = _build.layout(params, partition, "block").arrays
 
         def one(units, p):
-            zeros = jnp.zeros_like(p, dtype=_trees.statistic_dtype(p))
+            zeros = jnp.zeros_like(p, dtype=_tree.statistic_dtype(p))
             if units is None:
                 return UnitSide(None, *[_units.placeholder(zeros)] * 3)
             side, zeros = transposed(units), units.split(zeros)
@@ -169,7 +171,7 @@ def scale_by_two_sided_mini_bma(
         return inner.init(params), *start[1:]
 
     def update(updates, state, params=None):
-        arrays = _layout.layout(updates, partition, "block").arrays
+        arrays = _build.layout(updates, partition, "block").arrays
         old, *rest = state
         R, mini = inner.update(updates, old, params)
 

@@ -4,12 +4,13 @@
 >>> tx = optax.chain(bma.scale_by_bma(), optax.scale(-0.1))
 """
 
-from bma_optax._adagrad import ScaleByBMAState, adagrad_bma, scale_by_bma
-from bma_optax._adam import ScaleByAdamBMAState, adam_bma, scale_by_adam_bma
-from bma_optax._aliases import natural_bma, newton_bma
-from bma_optax._block_mean_matrix import BlockMeanMatrix
-from bma_optax._controls import ScaleBlockMeanState, scale_block_mean
-from bma_optax._curvature import (
+from bma_optax._diagnostics import diagnostics
+from bma_optax.adaptive._adagrad import ScaleByBMAState, adagrad_bma, scale_by_bma
+from bma_optax.adaptive._adam import ScaleByAdamBMAState, adam_bma, scale_by_adam_bma
+from bma_optax.adaptive._block_mean import ScaleBlockMeanState, scale_block_mean
+from bma_optax.adaptive._mini import ScaleByMiniBMAState, mini_bma, scale_by_mini_bma
+from bma_optax.algebra._block_mean_matrix import BlockMeanMatrix
+from bma_optax.curvature._kinds import (
     Curvature,
     EmpiricalFisher,
     Fisher,
@@ -17,14 +18,18 @@ from bma_optax._curvature import (
     Hessian,
     Operator,
 )
-from bma_optax._diagnostics import diagnostics
-from bma_optax._layout import partition
-from bma_optax._mini import ScaleByMiniBMAState, mini_bma, scale_by_mini_bma
-from bma_optax._natural import scale_by_natural_bma
-from bma_optax._newton import ScaleByNewtonBMAState, scale_by_newton_bma
-from bma_optax._partition import Partition
-from bma_optax._preconditioner import Preconditioner, preconditioner
-from bma_optax._rules import (
+from bma_optax.newton._aliases import natural_bma, newton_bma
+from bma_optax.newton._natural import scale_by_natural_bma
+from bma_optax.newton._newton import ScaleByNewtonBMAState, scale_by_newton_bma
+from bma_optax.newton._preconditioner import Preconditioner, preconditioner
+from bma_optax.newton._quadratic_model import (
+    ScaleByQuadraticModelState,
+    scale_by_quadratic_model,
+)
+from bma_optax.partitions._blocks import Partition
+from bma_optax.partitions._build import partition
+from bma_optax.partitions._combinators import by_path, stacked
+from bma_optax.partitions._rules import (
     Rule,
     per_column,
     per_layer,
@@ -32,9 +37,7 @@ from bma_optax._rules import (
     per_row,
     per_unit,
 )
-from bma_optax._rules_of_rules import by_path, stacked
-from bma_optax._rules_of_tiles import by_function, per_element, per_tile
-from bma_optax._steps import ScaleByQuadraticModelState, scale_by_quadratic_model
+from bma_optax.partitions._tile_rules import by_function, per_element, per_tile
 
 __version__ = "0.1.0"
 

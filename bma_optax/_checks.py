@@ -1,6 +1,7 @@
 """Checks of arguments: what is known is checked, traced values pass."""
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax._rules import Rule, is_integer
+
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer of Python or NumPy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def not_negative(**arguments: Any) -> None:
@@ -135,7 +139,7 @@ def _number(name, value, wanted, narrow):
         or not any(jnp.issubdtype(dtype, d) for d in (jnp.integer, jnp.floating))
     ):
         advice = ""
-        if isinstance(value, Rule):
+        if hasattr(value, "stacked_axes"):  # A rule; rules lie above this module.
             ours = type(value).__module__.startswith("bma_optax.")
             advice = f" Pass the rule as partition={'bma.' * ours}{value!r}."
         raise TypeError(f"`{name}` must be {wanted}, got {value!r}.{advice}")

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 
-from bma_optax import _looks, _small_matrix
-from bma_optax._partition import Partition
+from bma_optax import _looks
+from bma_optax.adaptive import _inverse_root
+from bma_optax.partitions._blocks import Partition
 
 
 def diagnostics(
@@ -99,7 +100,7 @@ def diagnostics(
       ...     print(f"{blocks.names[i]}, {blocks.names[j]}: {x:.2f}")
       a, b: -0.97
     """  # noqa: E501
-    _small_matrix.check_estimator(estimator)
+    _inverse_root.check_estimator(estimator)
     if not isinstance(blocks, Partition | None):
         raise TypeError(
             f"`blocks` must be a partition, got {type(blocks).__name__}. Pass "

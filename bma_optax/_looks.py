@@ -6,21 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import (
-    _block_mean_inverse,
-    _coarse,
-    _mini,
-    _moments,
-    _names,
-    _small_matrix,
-    _trees,
-    _units,
-)
-from bma_optax._adagrad import ScaleByBMAState
-from bma_optax._adam import ScaleByAdamBMAState
-from bma_optax._mini import ScaleByMiniBMAState
-from bma_optax._newton import ScaleByNewtonBMAState
-from bma_optax._steps import ScaleByQuadraticModelState
+from bma_optax import _names, _tree
+from bma_optax.adaptive import _inverse_root, _mini, _moments
+from bma_optax.adaptive._adagrad import ScaleByBMAState
+from bma_optax.adaptive._adam import ScaleByAdamBMAState
+from bma_optax.adaptive._mini import ScaleByMiniBMAState
+from bma_optax.multilevel import _coarse_systems, _two_level
+from bma_optax.newton._newton import ScaleByNewtonBMAState
+from bma_optax.newton._quadratic_model import ScaleByQuadraticModelState
+from bma_optax.partitions import _units
 
 _MOST_PAIRS = 10
 
@@ -63,9 +57,9 @@ def misfit(blocks, grads, state, options) -> str:
             f"with the rule and the `couple` of the transformation, and {_SEEN}."
         )
     if isinstance(state, ScaleByNewtonBMAState):
-        systems = _coarse.systems(blocks, options.reach, options.levels)
+        systems = _coarse_systems.systems(blocks, options.reach, options.levels)
         known = plain(state)
-        if _block_mean_inverse.shapes(systems) != (known.N.shape, known.K.shape):
+        if _two_level.shapes(systems) != (known.N.shape, known.K.shape):
             return (
                 f"`reach` and `levels` do not fit a {kind}. Pass those of the "
                 "transformation, and the rule and the `couple` of it in `blocks`."
@@ -101,7 +95,7 @@ def _diagonal(state):
 def _of_adagrad(state, blocks, grads, options):
     numbers = _of_roots(blocks, state.U, state.v, state.inverse_root, options)
     if grads is not None:
-        g = _trees.astype(grads, state.sum_of_squares)
+        g = _tree.astype(grads, state.sum_of_squares)
         r = _over_root(g, state.sum_of_squares)
         numbers |= _of_root_update(blocks, state.inverse_root, g, r)
     return numbers
@@ -110,14 +104,14 @@ def _of_adagrad(state, blocks, grads, options):
 def _of_adam(state, blocks, grads, options):
     del grads  # The momentum is what is scaled.
     numbers = _of_roots(blocks, state.U, state.v, state.inverse_root, options)
-    m = _trees.astype(state.mu, state.nu)
+    m = _tree.astype(state.mu, state.nu)
     r = _over_root(m, state.nu)
     return numbers | _of_root_update(blocks, state.inverse_root, m, r)
 
 
 def _of_mini(state, blocks, grads, options):
     del grads, options
-    ratios = [jnp.zeros(0, _trees.common_statistic_dtype(state.nu))]
+    ratios = [jnp.zeros(0, _tree.common_statistic_dtype(state.nu))]
 
     def look(units, mu, nu, mean_nu, direction):
         mu = mu.astype(nu.dtype)
@@ -149,10 +143,10 @@ def _of_mini(state, blocks, grads, options):
 
 
 def _of_newton(state, blocks, grads, options):
-    systems = _coarse.systems(blocks, options.reach, options.levels)
+    systems = _coarse_systems.systems(blocks, options.reach, options.levels)
     numbers = {}
-    if all(isinstance(system, _coarse.Dense) for system in systems):
-        z2 = _block_mean_inverse.diagonal_of(
+    if all(isinstance(system, _coarse_systems.Dense) for system in systems):
+        z2 = _two_level.diagonal_of(
             blocks, state.inverse_diagonal, state.Lambda, state.damping
         )
         n = jnp.sqrt(blocks.block_sums(z2))
@@ -164,9 +158,9 @@ def _of_newton(state, blocks, grads, options):
             numbers["floored_share"] = state.floored / blocks.num_blocks
     if grads is not None:
         D, K = state.inverse_diagonal, state.K
-        g = _trees.astype(grads, D)
+        g = _tree.astype(grads, D)
         r = jax.tree.map(jnp.multiply, D, g)
-        update = _block_mean_inverse.apply(systems, blocks, D, K, g)
+        update = _two_level.apply(systems, blocks, D, K, g)
         numbers |= _of_updates(blocks, g, r, update)
     return numbers
 
@@ -182,7 +176,7 @@ class _Updates(NamedTuple):
 def _of_roots(blocks, U, v, inverse_root, options):
     """From the statistics as they are now, and the root in use."""
     M = [
-        _small_matrix.small_matrix(*parts, options.estimator)
+        _inverse_root.small_matrix(*parts, options.estimator)
         for parts in zip(
             blocks.split_matrix(U), blocks.split(v), blocks.split_sizes(), strict=True
         )
@@ -232,7 +226,7 @@ def _over_root(tree, h):
 
 def _of_root_update(blocks, inverse_root, given, r):
     sums = blocks.block_sums(r)
-    shift = blocks.expand(_small_matrix.correction(blocks, inverse_root, sums), r)
+    shift = blocks.expand(_inverse_root.correction(blocks, inverse_root, sums), r)
     return _of_updates(blocks, given, r, jax.tree.map(jnp.add, r, shift))
 
 
@@ -249,7 +243,7 @@ def _of_updates(blocks, given, diagonal, full):
     change = jax.tree.map(jnp.subtract, full, diagonal)
     return {
         "correction": root_ratio(
-            _trees.vdot(change, change), _trees.vdot(diagonal, diagonal)
+            _tree.vdot(change, change), _tree.vdot(diagonal, diagonal)
         ),
         "effective_rates": root_ratio(
             blocks.block_sums(squares(full)), blocks.block_sums(squares(given))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _trees
+from bma_optax import _checks, _tree
 
 
 def scale(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -46,7 +46,7 @@ def decay(
                 "`update` needs the parameters where weights decay. Pass "
                 "update(grads, state, params)."
             )
-        params = _trees.astype(_trees.arrays(params), updates)
+        params = _tree.astype(_tree.arrays(params), updates)
         return wide.update(updates, state, params)
 
     return optax.GradientTransformation(inner.init, update)
@@ -61,10 +61,10 @@ def _in_statistics(inner):
     """``inner`` computed in the dtype of statistics."""
 
     def wide(tree):
-        return jax.tree.map(lambda x: jnp.asarray(x, _trees.statistic_dtype(x)), tree)
+        return jax.tree.map(lambda x: jnp.asarray(x, _tree.statistic_dtype(x)), tree)
 
     def update(updates, state, params=None):
         result, state = inner.update(wide(updates), state, wide(params))
-        return _trees.astype(result, updates), state
+        return _tree.astype(result, updates), state
 
     return optax.GradientTransformation(inner.init, update)

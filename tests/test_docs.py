@@ -21,14 +21,6 @@ def test_every_public_name_has_an_example():
         assert doctest.DocTestParser().get_examples(text), name
 
 
-def test_the_map_of_the_code_is_whole():
-    package = Path(bma.__file__).parent
-    modules = {path.stem for path in package.glob("_*.py")} - {"__init__"}
-    text = (DOCS.parent / "CONTRIBUTING.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| `_")]
-    assert {m for row in rows for m in re.findall(r"`(_\w+)`", row)} == modules
-
-
 def test_the_version_has_one_source():
     tree = ast.parse(Path(bma.__file__).read_text())
     assigned = [x for x in tree.body if isinstance(x, ast.Assign)]

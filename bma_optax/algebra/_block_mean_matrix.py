@@ -1,0 +1,366 @@
+"""The block mean matrix: eq. (2), (3), (4) and figure 1 of the report."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax.algebra import _symmetric_power
+from bma_optax.algebra._expansions import (
+    block_sums,
+    check_sizes,
+    diagonal_matrix,
+    expand,
+    floating,
+    root_outer,
+    unit_weights,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockMeanMatrix:
+    r"""A d x d matrix that keeps two numbers a block: the pair (Λ, M).
+
+    With a partition of d indices into L blocks of sizes s, S = diag(s), and E the
+    d x L matrix whose column i is 1/√s_i on block i (or any weights there, normalised),
+    the matrix is
+
+    .. math:: \bar\Lambda + \bar B = \bar\Lambda (I - E E^T) + E M E^T,
+              \qquad M = \Lambda + S^{1/2} B S^{1/2}.
+
+    It acts as Λ on vectors with Eᵀ x = 0, those that sum to zero inside each block, and
+    as the small matrix M on block means, hence for any function of a symmetric matrix
+    :math:`f(\bar\Lambda + \bar B) = \overline{f(\Lambda)} + E (f(M) - f(\Lambda)) E^T`.
+    No method but :meth:`to_dense` builds anything of size d x d.
+
+    A pytree with the leaves ``Lambda`` and ``M``; ``sizes`` is static. Leading axes of
+    the leaves are a batch (``sizes`` may then be nested to match); :meth:`matvec` and
+    :meth:`eigenvalues` take one matrix, under ``jax.vmap`` for a batch. Derivatives of
+    every order are finite, also where eigenvalues repeat.
+
+    Args:
+      Lambda: floating array of shape (..., L), the diagonal Λ. Its entry does not
+        matter where a block has one element.
+      M: floating array of shape (..., L, L), symmetric.
+      sizes: L positive integers, the number of elements of each block.
+
+    Raises:
+      ValueError: if the shapes do not agree or a size is not a positive integer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bma_optax as bma
+      >>> dense = jnp.diag(jnp.array([1.0, 2.0, 3.0, 4.0])) + 1
+      >>> matrix = bma.BlockMeanMatrix.project(dense, (4,))
+      >>> print(matrix.to_dense()[0], matrix.inverse().trace())
+      [3.5 1.  1.  1. ] 1.3538462
+
+    Source: the report's eq. (2) to (4), figure 1; Lu, Harandi, Hartley and Pascanu,
+    `Block Mean Approximation for Efficient Second Order Optimization
+    <https://arxiv.org/abs/1804.05484>`_, 2018.
+    """
+
+    Lambda: jax.Array
+    M: jax.Array
+    sizes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        # Transformations of pytrees put other things than arrays into the leaves.
+        if not (hasattr(self.Lambda, "shape") and hasattr(self.M, "shape")):
+            return
+        if np.any(np.asarray(self.sizes) < 1):
+            raise ValueError(f"`sizes` must be positive integers, got {self.sizes}.")
+        blocks = np.shape(self.sizes)[-1]
+        if self.M.shape[-2:] != (blocks, blocks) or self.Lambda.shape[-1:] != (blocks,):
+            raise ValueError(
+                f"`Lambda` and `M` must end in the shapes ({blocks},) and ({blocks}, "
+                f"{blocks}) for {blocks} block sizes, got {self.Lambda.shape} and "
+                f"{self.M.shape}."
+            )
+
+    @classmethod
+    def project(
+        cls,
+        dense: jax.Array,
+        sizes: Sequence[int],
+        weights: jax.Array | None = None,
+    ) -> "BlockMeanMatrix":
+        r"""The nearest block mean matrix to a symmetric one, eq. (2).
+
+        .. math:: \arg\min_{B, \Lambda} \| G - (\bar\Lambda + \bar B) \|_F^2
+
+        that is M = Eᵀ G E, Λ_i = (tr G_ii - M_ii) / (s_i - 1), and Λ_i = G_ii where
+        the block has one element. A positive semi-definite G projects to one.
+
+        Args:
+          dense: G, symmetric, floating, shape (d, d).
+          sizes: L positive integers that sum to d.
+          weights: shape (d,), what E's columns are before they are normalised, not all
+            zero in any block; constant if None. Pass the same to :meth:`matvec` and
+            :meth:`to_dense`: the small matrices do not depend on them.
+
+        Returns:
+          A :class:`BlockMeanMatrix` of the dtype of ``dense``.
+
+        Raises:
+          ValueError: if ``sizes`` are not positive integers that sum to d, or
+            ``weights`` do not have shape (d,).
+
+        Example:
+          >>> dense = jnp.diag(jnp.array([1.0, 2.0, 3.0, 4.0, 7.0])) + 1
+          >>> matrix = BlockMeanMatrix.project(dense, (4, 1))
+          >>> print(matrix.Lambda, matrix.B)
+          [2.5 8. ] [[1. 1.]
+           [1. 0.]]
+        """
+        sizes = check_sizes(sizes)
+        dense = floating(dense)
+        d = sum(sizes)
+        if dense.shape != (d, d):
+            raise ValueError(
+                f"`dense` must have shape ({d}, {d}), the sum of `sizes`, got "
+                f"{dense.shape}."
+            )
+        s = np.asarray(sizes)
+        w = None if weights is None else unit_weights(weights, sizes, dense.dtype)
+        weighted = dense if w is None else dense * jnp.outer(w, w)
+        totals = block_sums(block_sums(weighted, s).T, s)
+        M = totals / root_outer(sizes, totals) if w is None else totals
+        traces = block_sums(jnp.diagonal(dense), s)
+        rest = (traces - jnp.diagonal(M)) / np.maximum(s - 1, 1).astype(dense.dtype)
+        return cls(jnp.where(s == 1, traces, rest), M, sizes)
+
+    @classmethod
+    def from_expansions(
+        cls, Lambda: jax.Array, B: jax.Array, sizes: Sequence[int]
+    ) -> "BlockMeanMatrix":
+        r"""The matrix Λ̄ + B̄ of figure 1 from the pair (Λ, B).
+
+        Args:
+          Lambda: the diagonal of Λ, shape (..., L), floating.
+          B: symmetric, shape (..., L, L), floating.
+          sizes: L positive integers.
+
+        Returns:
+          The :class:`BlockMeanMatrix` with M = Λ + S^½ B S^½.
+
+        Raises:
+          ValueError: if the shapes do not agree or a size is not a positive integer.
+
+        Example:
+          >>> matrix = BlockMeanMatrix.from_expansions(
+          ...     jnp.array([2.0]), jnp.array([[1.0]]), (4,))
+          >>> print(matrix.M)
+          [[6.]]
+        """
+        sizes = check_sizes(sizes)
+        Lambda, B = floating(Lambda), floating(B)
+        M = diagonal_matrix(Lambda) + B * root_outer(sizes, B)
+        return cls(Lambda, M, sizes)
+
+    @property
+    def B(self) -> jax.Array:
+        """Figure 1's B = S^-½ (M - Λ) S^-½, shape (..., L, L)."""
+        return self.correction / root_outer(self.sizes, self.M)
+
+    @property
+    def correction(self) -> jax.Array:
+        """M - Λ, what E (M - Λ) Eᵀ adds to the diagonal Λ̄, shape (..., L, L)."""
+        return self.M - diagonal_matrix(self.Lambda)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, d), the shape of the matrix this stands for."""
+        d = int(np.sum(self.sizes, axis=-1).reshape(-1)[0])
+        return (d, d)
+
+    def to_dense(self, weights: jax.Array | None = None) -> jax.Array:
+        """The d x d matrix, by the two expansions of figure 1; for tests and pictures.
+
+        Args:
+          weights: shape (d,), see :meth:`project`.
+
+        Example:
+          >>> pair = jnp.array([1.0, 2.0]), jnp.array([[0.0, 3.0], [3.0, 1.0]])
+          >>> print(BlockMeanMatrix.from_expansions(*pair, (1, 4)).to_dense())
+          [[1. 3. 3. 3. 3.]
+           [3. 3. 1. 1. 1.]
+           [3. 1. 3. 1. 1.]
+           [3. 1. 1. 3. 1.]
+           [3. 1. 1. 1. 3.]]
+        """
+        small = self.B if weights is None else self.correction
+        full = expand(expand(small, self.sizes), self.sizes, axis=-2)
+        if weights is not None:
+            w = unit_weights(weights, self.sizes, self.M.dtype)
+            full = full * jnp.broadcast_to(jnp.outer(w, w), full.shape)
+        return full + diagonal_matrix(expand(self.Lambda, self.sizes))
+
+    def matvec(self, x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+        """(Λ̄ + B̄) x = Λ̄ x + E (M - Λ) Eᵀ x, in O(d + L²).
+
+        Args:
+          x: shape (d,), the blocks one after the other.
+          weights: shape (d,), see :meth:`project`.
+
+        Returns:
+          Shape (d,).
+
+        Raises:
+          ValueError: if ``x`` does not have shape (d,), or this is a batch.
+
+        Example:
+          >>> matrix = BlockMeanMatrix.from_expansions(
+          ...     jnp.array([2.0]), jnp.array([[1.0]]), (4,))
+          >>> print(matrix.matvec(jnp.array([1.0, 0.0, 0.0, 0.0])))
+          [3. 1. 1. 1.]
+        """
+        self._check_single()
+        if x.shape != (self.shape[0],):
+            raise ValueError(f"`x` must have shape ({self.shape[0]},), got {x.shape}.")
+        w = unit_weights(weights, self.sizes, self.M.dtype)
+        shift = self.correction @ block_sums(w * x, np.asarray(self.sizes))
+        return expand(self.Lambda, self.sizes) * x + w * expand(shift, self.sizes)
+
+    def power(
+        self,
+        p: float,
+        *,
+        min_eigenvalue: jax.typing.ArrayLike | None = None,
+        absolute: bool = False,
+    ) -> "BlockMeanMatrix":
+        r"""The matrix power, f(x) = x^p in f(Λ̄ + B̄) = f(Λ)‾ + E (f(M) - f(Λ)) Eᵀ.
+
+        Args:
+          p: a Python number. A whole number takes any symmetric matrix (an invertible
+            one if negative); others want it positive definite, or a floor.
+          min_eigenvalue: if given, eigenvalues of M and entries of Λ are raised to at
+            least this, and those of M also to what the dtype resolves beside the
+            largest of them: 4 √L eps times it. Constants to differentiation.
+          absolute: whether absolute eigenvalues stand in the place of eigenvalues, for
+            a positive definite function of an indefinite matrix.
+
+        Returns:
+          A :class:`BlockMeanMatrix` with the same sizes.
+
+        Raises:
+          TypeError: if ``p`` is not a Python number.
+
+        Example:
+          >>> matrix = BlockMeanMatrix.project(4 * jnp.eye(3), (2, 1))
+          >>> print(matrix.power(0.5).to_dense())
+          [[2. 0. 0.]
+           [0. 2. 0.]
+           [0. 0. 2.]]
+        """
+        if not isinstance(p, (int, float)):
+            raise TypeError(f"`p` must be a Python number, got {type(p).__name__}.")
+        # A one-element block has no direction on which Λ acts: keep f finite there.
+        Lambda = jnp.abs(self.Lambda) if absolute else self.Lambda
+        irrelevant = (self._sizes == 1) & ~(Lambda > 0)
+        Lambda = jnp.where(irrelevant, 1, Lambda)
+        if min_eigenvalue is None and not absolute and float(p).is_integer():
+            return self._replace(Lambda**p, jnp.linalg.matrix_power(self.M, int(p)))
+        if min_eigenvalue is None:
+            floor, relative_floor = jnp.zeros((), self.M.dtype), 0.0
+        else:
+            floor = jnp.asarray(min_eigenvalue).astype(self.M.dtype)
+            relative_floor = _symmetric_power.resolution(self.M.shape[-1], self.M.dtype)
+            Lambda = jnp.maximum(Lambda, floor)
+        M = _symmetric_power.matrix_power(self.M, p, floor, relative_floor, absolute)
+        return self._replace(Lambda**p, M)
+
+    def inverse(self) -> "BlockMeanMatrix":
+        """(Λ̄ + B̄)^-1, eq. (3), for O(L³).
+
+        Example:
+          >>> matrix = BlockMeanMatrix.project(4 * jnp.eye(3), (2, 1))
+          >>> print(matrix.inverse().trace())
+          0.75
+        """
+        return self.power(-1)
+
+    def inverse_sqrt(
+        self, *, min_eigenvalue: jax.typing.ArrayLike | None = None
+    ) -> "BlockMeanMatrix":
+        """(Λ̄ + B̄)^-½, eq. (4), for O(L³): one ``eigh`` of M.
+
+        Args:
+          min_eigenvalue: a floor for the eigenvalues, see :meth:`power`.
+
+        Example:
+          >>> matrix = BlockMeanMatrix.project(4 * jnp.eye(3), (2, 1))
+          >>> print(matrix.inverse_sqrt().trace())
+          1.5
+        """
+        return self.power(-0.5, min_eigenvalue=min_eigenvalue)
+
+    def eigenvalues(self) -> jax.Array:
+        """All d eigenvalues in ascending order: those of M, and Λ_i s_i - 1 times.
+
+        Single eigenvalues have one derivative and no second one where they repeat;
+        symmetric functions of them do, see :meth:`logdet`, :meth:`power`.
+
+        Returns:
+          Shape (d,).
+
+        Raises:
+          ValueError: if this is a batch.
+
+        Example:
+          >>> matrix = BlockMeanMatrix.from_expansions(
+          ...     jnp.array([2.0]), jnp.array([[1.0]]), (4,))
+          >>> print(matrix.eigenvalues())
+          [2. 2. 2. 6.]
+        """
+        self._check_single()
+        values = jnp.concatenate([jnp.linalg.eigvalsh(self.M), self.Lambda])
+        counts = np.concatenate([np.ones_like(self.sizes), np.subtract(self.sizes, 1)])
+        order = jnp.argsort(values)
+        return jnp.repeat(
+            values[order],
+            jnp.asarray(counts)[order],
+            total_repeat_length=self.shape[0],
+        )
+
+    def logdet(self) -> jax.Array:
+        """Σ (s_i - 1) log Λ_i + log det M; NaN if the determinant is negative.
+
+        Example:
+          >>> print(BlockMeanMatrix.project(jnp.eye(3), (2, 1)).logdet())
+          0.0
+        """
+        inner = self._sizes > 1
+        logs = jnp.log(jnp.where(inner, self.Lambda, 1))
+        sign, log_abs = jnp.linalg.slogdet(self.M)
+        small = jnp.where(sign < 0, jnp.nan, log_abs)
+        return jnp.sum((self._sizes - 1) * logs, axis=-1) + small
+
+    def trace(self) -> jax.Array:
+        """Σ (s_i - 1) Λ_i + tr M.
+
+        Example:
+          >>> print(BlockMeanMatrix.project(jnp.eye(3), (2, 1)).trace())
+          3.0
+        """
+        inner = jnp.sum((self._sizes - 1) * self.Lambda, axis=-1)
+        return inner + jnp.trace(self.M, axis1=-2, axis2=-1)
+
+    @property
+    def _sizes(self) -> np.ndarray:
+        sizes = np.asarray(self.sizes).astype(self.M.dtype)
+        return np.broadcast_to(sizes, self.Lambda.shape)
+
+    def _check_single(self) -> None:
+        if self.M.ndim != 2:
+            raise ValueError(
+                f"`M` must have two axes here, got {self.M.shape}. Use jax.vmap over a "
+                "batch of matrices."
+            )
+
+    def _replace(self, Lambda, M) -> "BlockMeanMatrix":
+        return BlockMeanMatrix(Lambda, M, self.sizes)

@@ -1,0 +1,194 @@
+"""Entries of G by products with it: block sums and the diagonal."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax import _control_flow, _tree
+
+# Products run side by side as long as their vectors hold no more elements than this.
+_BATCH_ELEMENTS = 2**22
+
+_IMPLEMENTATION = "threefry2x32"  # The same numbers on every device.
+
+
+def key_data(key: Any) -> jax.Array:
+    """Two numbers of 32 bits from a seed or a key of any kind, for a state to hold.
+
+    Arrays of numbers can be saved, averaged and compared, typed keys cannot.
+    """
+    if jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    elif getattr(key, "shape", ()) == ():
+        return jax.random.key_data(jax.random.key(key, impl=_IMPLEMENTATION))
+    # A key of the user's stays with the user: other numbers are drawn here.
+    if key.shape == (2,):
+        ours = jax.random.fold_in(typed_key(key), 0)
+    else:
+        ours = jax.random.key(0, impl=_IMPLEMENTATION)
+        for word in key:
+            ours = jax.random.fold_in(ours, word)
+    return jax.random.key_data(ours)
+
+
+def typed_key(data: jax.Array) -> jax.Array:
+    """The random key that a state holds as numbers."""
+    # An average of states has numbers of another dtype.
+    return jax.random.wrap_key_data(data.astype(jnp.uint32), impl=_IMPLEMENTATION)
+
+
+def typed(product, params):
+    """``product`` with results on the mesh as the parameters are."""
+    return lambda v: jax.tree.map(_tree.typed_like, product(v), params)
+
+
+def block_products(product, blocks, params, positions):
+    """1ᵀ G 1 for the indicators 1 of the blocks at these positions."""
+
+    def row(i):
+        indicator = (jnp.arange(blocks.num_blocks) == i).astype(jnp.float32)
+        tangent = typed_vector(blocks.expand(indicator, params), params)
+        return blocks.block_sums(product(tangent))[positions]
+
+    full = batched(row, (jnp.asarray(positions),), params)
+    return (full + full.T) / 2
+
+
+def by_units(product, params, active):
+    """e_iᵀ G e_i for every i in the active arrays, 0 in others."""
+    leaves, treedef = jax.tree.flatten(params)
+
+    def entry(number, position):
+        units = [
+            ((_positions(leaf) == position) & (number == k)).astype(leaf.dtype)
+            for k, leaf in enumerate(leaves)
+        ]
+        unit = typed_vector(jax.tree.unflatten(treedef, units), params)
+        return _tree.vdot(unit, product(unit))
+
+    sizes = [leaf.size if on else 0 for leaf, on in zip(leaves, active, strict=True)]
+    numbers = np.repeat(np.arange(len(leaves), dtype=np.int32), sizes)
+    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in (0, *sizes)])
+    entries = batched(entry, (jnp.asarray(numbers), jnp.asarray(positions)), params)
+    parts = [
+        x.astype(_tree.statistic_dtype(leaf)).reshape(leaf.shape)
+        if on
+        else _tree.zeros_like(leaf, _tree.statistic_dtype)
+        for x, leaf, on in zip(_split(entries, sizes), leaves, active, strict=True)
+    ]
+    return typed_vector(jax.tree.unflatten(treedef, parts), params)
+
+
+def by_signs(product, params, active, key, num_probes):
+    """max(|mean|, standard error) of x ∘ G x over random signs x in active arrays.
+
+    The standard error at an entry is that of the others in its row: in units in which
+    arrays have curvatures of one size, or one array's would drown another's. They are
+    found by the first samples, which are left out, where there are several arrays.
+    """
+    zeros = _tree.zeros_like(params, _tree.statistic_dtype)
+    several = sum(active) > 1 and num_probes >= 2 * _FOR_UNITS
+    left_out = _FOR_UNITS if several else 0
+
+    def sample(key, size):
+        leaves, treedef = jax.tree.flatten(params)
+        keys = jax.random.split(key, len(leaves))
+        signs = [
+            jax.random.rademacher(k, leaf.shape, leaf.dtype)
+            if on
+            else _tree.zeros_like(leaf)
+            for k, leaf, on in zip(keys, leaves, active, strict=True)
+        ]
+        signs = jax.tree.unflatten(treedef, signs)
+        unit = jax.tree.map(
+            _unit if several else lambda c, p: jnp.ones_like(c), size, params
+        )
+        x = jax.tree.map(lambda x, u: x * u.astype(x.dtype), signs, unit)
+        y = product(typed_vector(x, params))
+        return jax.tree.map(
+            lambda z, x, y, u: x.astype(z.dtype) * y.astype(z.dtype) / u,
+            zeros,
+            signs,
+            y,
+            unit,
+        )
+
+    def add(carry, number_and_key):
+        first, second, size = carry
+        number, key = number_and_key
+        y = sample(key, size)
+        found = jax.tree.map(lambda y: _or_one(jnp.mean(jnp.abs(y))), y)
+        size = jax.tree.map(
+            lambda new, old: jnp.where(
+                number <= left_out, jax.lax.stop_gradient(new), old
+            ),
+            found,
+            size,
+        )
+        used = number >= left_out
+        first = jax.tree.map(lambda s, y: s + jnp.where(used, y, 0), first, y)
+        # In units of one size: the squares would overflow or vanish.
+        second = jax.tree.map(
+            lambda s, y, c: s + jnp.where(used, jnp.square(y / c), 0), second, y, size
+        )
+        return (first, second, size), None
+
+    keys = jax.random.split(key, num_probes)
+    ones = jax.tree.map(lambda z: _or_one(jnp.sum(z)), zeros)
+    numbers = jnp.arange(num_probes, dtype=jnp.int32)
+    (first, second, size), _ = _control_flow.scan(
+        add, (zeros, zeros, ones), (numbers, keys), operands=params
+    )
+    n = num_probes - left_out
+
+    def combine(first, second, size):
+        mean = first / n
+        variance = (second / n - jnp.square(mean / size)) / (n - 1)
+        error = jnp.where(
+            variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0
+        )
+        return jnp.maximum(jnp.abs(mean), size * error)
+
+    return jax.tree.map(combine, first, second, size)
+
+
+# Each sample takes a root of the factor by which units are off.
+_FOR_UNITS = 6
+
+
+def _unit(size, leaf):
+    """About 1/√size: a power of 2, by which nothing is rounded, in a leaf's range."""
+    most = min(30, int(jnp.finfo(leaf.dtype).maxexp) // 2)
+    exponent = jnp.round(-jnp.log2(size) / 2)
+    return jnp.exp2(jnp.clip(exponent, -most, most))
+
+
+def _or_one(x):
+    return jnp.where(x > 0, x, 1)
+
+
+def typed_vector(tree, params):
+    """``tree`` typed as a tangent of ``params`` must be."""
+    return jax.tree.map(_tree.typed_like, tree, params)
+
+
+def batched(f, xs, params):
+    """``f`` over the first axis in chunks that bound the memory."""
+    length = len(xs[0])
+    batch = max(1, min(length, _BATCH_ELEMENTS // max(_tree.size(params), 1)))
+    return _control_flow.map(lambda x: f(*x), xs, batch, params)
+
+
+def _split(x, sizes):
+    return jnp.split(x, np.cumsum(sizes)[:-1])
+
+
+def _positions(leaf):
+    """The flat position of each element, without a reshape of a sharded array."""
+    positions = jnp.zeros(leaf.shape, jnp.int32)
+    for axis, n in enumerate(leaf.shape):
+        iota = jax.lax.broadcasted_iota(jnp.int32, leaf.shape, axis)
+        positions = positions * n + iota
+    return positions

@@ -1,0 +1,296 @@
+"""The coarse systems of Newton-BMA: blocks that see each other, and N on them.
+
+Each gathers its part of N = 1ᵀ G 1 by products, and turns it into a factor with which
+K r = (N^-1 - (Λ n²)^-1) r costs little: dense, or nested where G has a reach.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax import _control_flow, _names
+from bma_optax._checks import is_integer
+from bma_optax.algebra import _symmetric_power
+from bma_optax.algebra._expansions import diagonal_matrix
+from bma_optax.multilevel import _hierarchy
+from bma_optax.multilevel._hierarchy import Levels
+from bma_optax.multilevel._stencil import Stencil
+from bma_optax.partitions._blocks import Partition
+from bma_optax.partitions._rules import Shape
+
+# F has a unit diagonal: Λ, a mean of its eigenvalues, is far above this but for noise.
+_MIN_LAMBDA = 1e-3
+
+
+Spans = tuple[tuple[int, int], ...]  # positions of consecutive blocks
+
+
+class Factor(NamedTuple):
+    """What the inverse needs of one system."""
+
+    K: jax.Array  # flat.
+    inverse_Lambda: jax.Array  # damped, one a block.
+    Lambda: jax.Array  # undamped.
+    smallest: jax.Array  # (): the least eigenvalue of M.
+    floored: jax.Array  # (), int32.
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Groups of equally many blocks, a dense matrix each."""
+
+    spans: Spans
+    count: int
+    n: int
+    sizes: tuple[tuple[int, ...], ...]
+
+    @property
+    def N_size(self) -> int:
+        """The length of N."""
+        return self.count * self.n**2
+
+    K_size = N_size
+
+    @_control_flow.compiled
+    def invert(self, N, n2, damping, floor, rounding) -> Factor:
+        """K by the absolute eigenvalues of the damped M."""
+        shape = (self.count, self.n, self.n)
+        n2 = n2.reshape(shape[:2])
+        root = jnp.sqrt(n2)
+        outer = root[:, :, None] * root[:, None, :]
+        M = N.reshape(shape) / outer
+        s = np.asarray(self.sizes).astype(n2.dtype)
+        Lambda = _lambda(s, jnp.diagonal(M, axis1=1, axis2=2))
+        inverse_Lambda = 1 / jnp.maximum(Lambda + damping, floor)
+        eye = jnp.broadcast_to(jnp.eye(self.n, dtype=M.dtype), shape)
+        relative = _symmetric_power.resolution(self.n, M.dtype)
+        inverse = _symmetric_power.matrix_power(
+            M + damping * eye, -1, floor, relative, absolute=True, null=rounding
+        )
+        eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
+        return Factor(
+            ((inverse - diagonal_matrix(inverse_Lambda)) / outer).reshape(-1),
+            inverse_Lambda.reshape(-1),
+            Lambda.reshape(-1),
+            *_look(eigenvalues, damping, floor, rounding),
+        )
+
+    @_control_flow.compiled
+    def correct(self, K, r):
+        """K r."""
+        y = jnp.einsum(
+            "gij,gj->gi",
+            K.reshape(self.count, self.n, self.n),
+            r.reshape(self.count, self.n),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return y.reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """Arrays on one grid of tiles, whose curvature has a reach."""
+
+    spans: Spans
+    arrays: tuple[int, ...]
+    sizes: tuple[int, ...]
+    elements: Stencil  # its cells are the elements.
+    tiles: Stencil  # its cells are the blocks.
+    levels: Levels
+
+    @property
+    def N_size(self) -> int:
+        """The length of N."""
+        return math.prod(self.tiles.shape)
+
+    @property
+    def K_size(self) -> int:
+        """The length of K."""
+        return self.tiles.num_cells + self.levels.packed_size
+
+    @property
+    def num_products(self) -> int:
+        """The products that N costs, but for the check of the reach."""
+        return self.tiles.fields * math.prod(self.tiles.width)
+
+    @_control_flow.compiled
+    def invert(self, N, n2, damping, floor, rounding) -> Factor:
+        """The nested levels of the damped N; eigenvalues are those of the last one."""
+        shape = (self.tiles.fields, *self.tiles.grid)
+        n2 = n2.reshape(shape)
+        S = N.reshape(self.tiles.shape)
+        s = np.asarray(self.sizes).reshape(shape).astype(n2.dtype)
+        Lambda = _lambda(s, self.tiles.diagonal(S) / n2)
+        damped = self.tiles.add_diagonal(S, damping * n2)
+        # A block without any curvature has no part in the metric of coarser levels.
+        metric = jnp.where(self.tiles.diagonal(S) == 0, 0, n2)
+        packed, eigenvalues = self.levels.pack(damped, metric, floor, rounding)
+        damped_Lambda = jnp.maximum(Lambda + damping, floor)
+        smoother = damped_Lambda * n2
+        return Factor(
+            jnp.concatenate([smoother.reshape(-1), packed]),
+            (1 / damped_Lambda).reshape(-1),
+            Lambda.reshape(-1),
+            *_look(eigenvalues - damping, damping, floor, rounding),
+        )
+
+    @_control_flow.compiled
+    def correct(self, K, r):
+        """K r; 0 where an indefinite matrix would have made it an ascent direction.
+
+        rᵀ(N^-1 - (Λn²)^-1)r + gᵀ(Λ̄z²)^-1g is at least rᵀN^-1r for the block sums r of
+        g, by Cauchy and Schwarz.
+        """
+        shape = (self.tiles.fields, *self.tiles.grid)
+        split = self.tiles.num_cells
+        smoother = K[:split].reshape(shape)
+        r = r.reshape(shape)
+        x = self.levels.solve(K[split:], r)
+        used = (jnp.sum(r * x) >= 0) & (smoother > 0)  # K is 0 for another reach.
+        # x - r / smoother, to end in a division: XLA would compute anything cheaper,
+        # and the block sums r with it, again for each element of a block.
+        x = jnp.where(used, smoother * x - r, 0) / jnp.where(used, smoother, 1)
+        return x.reshape(-1)
+
+
+System = Dense | Nested
+
+
+def systems(blocks: Partition, reach, levels) -> tuple[System, ...]:
+    """The coarse systems of a partition."""
+    if reach is None:
+        starts = itertools.accumulate((c * n for c, n in blocks.buckets), initial=0)
+        return tuple(
+            Dense(((start, start + count * n),), count, n, sizes)
+            for start, (count, n), sizes in zip(
+                starts, blocks.buckets, blocks.split_sizes(), strict=False
+            )
+        )
+    grids: dict[Any, list[int]] = {}
+    for position, array in enumerate(blocks.arrays):
+        if array.num_blocks > 1:
+            group = blocks.group_of(array)
+            kind = (array.shape, array.tile, array.stacked_axes, group)
+            grids.setdefault(kind, []).append(position)
+    dense = [
+        Dense(
+            tuple((i, i + 1) for i in starts),
+            1,
+            len(starts),
+            (tuple(blocks.sizes[i] for i in starts),),
+        )
+        for starts in blocks.single_tiles
+    ]
+    return (*dense, *(_nested_system(blocks, g, reach, levels) for g in grids.values()))
+
+
+def _nested_system(blocks, positions, reach, levels) -> Nested:
+    array = blocks.arrays[positions[0]]
+    elements = Stencil(len(positions), array.shape, _reach_of(array, reach))
+    tiles = elements.coarse(array.tile)
+    starts = [blocks.arrays[i].start for i in positions]
+    spans = tuple((start, start + array.num_blocks) for start in starts)
+    return Nested(
+        spans,
+        tuple(positions),
+        tuple(size for a, b in spans for size in blocks.sizes[a:b]),
+        elements,
+        tiles,
+        _hierarchy.levels_below(tiles, array.tile, array.stacked_axes, levels),
+    )
+
+
+def _reach_of(array, reach) -> Shape:
+    """The reach along each axis; along one that is no grid all elements meet."""
+    axes = [i for i in range(len(array.shape)) if i not in array.stacked_axes]
+    given = (reach,) * len(axes) if is_integer(reach) else reach
+    if len(given) != len(axes):
+        raise ValueError(
+            f"{_names.name_of(array.path)!r} of shape {array.shape}: `reach`={reach} "
+            f"has {len(given)} numbers for tiles along {len(axes)} axes. Pass one "
+            "number for each of these, or a single one for all, instead; a reach holds "
+            "neither along axes after a tile nor along those of bma.stacked."
+        )
+    along = dict(zip(axes, map(int, given), strict=True))
+    return tuple(
+        n if g == 1 or axis not in along else along[axis]
+        for axis, (n, g) in enumerate(zip(array.shape, array.grid, strict=True))
+    )
+
+
+def take(system: System, values):
+    """The part of a vector over all blocks that belongs to a system."""
+    parts = [values[a:b] for a, b in system.spans]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def assemble(systems, parts, like):
+    """The inverse of ``take`` for all systems."""
+    pieces = {}
+    for system, part in zip(systems, parts, strict=True):
+        offset = 0
+        for a, b in system.spans:
+            pieces[a] = part[offset : offset + b - a]
+            offset += b - a
+    ordered = [pieces[a] for a in sorted(pieces)]
+    if not ordered:
+        return jnp.zeros_like(like)
+    return ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered)
+
+
+def split(systems, packed, size):
+    """The part of each system of a vector that holds them one after the other."""
+    bounds = itertools.accumulate((size(system) for system in systems), initial=0)
+    flat = packed.reshape(-1)
+    return [flat[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def check_reach(reach, levels, couple) -> None:
+    """Raises a TypeError or ValueError for a reach or levels of another form."""
+    if reach is not None and couple == "block":
+        raise ValueError(
+            '`couple`="block" leaves every block alone, and a `reach` is about blocks '
+            'that see each other. Pass couple="array" instead, or reach=None.'
+        )
+    numbers = (reach,) if is_integer(reach) else reach
+    if numbers is not None and not (
+        isinstance(numbers, tuple) and all(map(is_integer, numbers))
+    ):
+        raise TypeError(
+            f"`reach` is {reach!r}. Pass an integer, a tuple of them or None instead; "
+            "a tuple under optax.inject_hyperparams."
+        )
+    if numbers is not None and any(k < 0 for k in numbers):
+        raise ValueError(f"`reach` must not be negative, got {reach}.")
+    valid = isinstance(levels, str) and levels == "auto"
+    valid = valid or (
+        isinstance(levels, tuple)
+        and all(
+            isinstance(tile, tuple) and all(isinstance(t, int) and t > 0 for t in tile)
+            for tile in levels
+        )
+    )
+    if not valid:
+        raise ValueError(
+            f'`levels` is {levels!r}. Pass "auto" or a tuple of tiles\' shapes instead.'
+        )
+
+
+def _lambda(s, M_diagonal):
+    Lambda = (s - M_diagonal) / np.maximum(s - 1, 1)
+    return jnp.where(s == 1, 1, jnp.maximum(Lambda, _MIN_LAMBDA))
+
+
+def _look(eigenvalues, damping, floor, null):
+    """The least eigenvalue of M that is not null, and how many were replaced."""
+    largest = jnp.max(jnp.abs(eigenvalues), axis=-1, keepdims=True, initial=0)
+    resolution = _symmetric_power.resolution(eigenvalues.shape[-1], eigenvalues.dtype)
+    null = jnp.maximum(resolution * largest, null)
+    known = jnp.where(jnp.abs(eigenvalues) > null, eigenvalues, jnp.inf)
+    floored = eigenvalues + damping < jnp.maximum(floor, null)
+    return jnp.min(known, initial=jnp.inf), jnp.sum(floored, dtype=jnp.int32)

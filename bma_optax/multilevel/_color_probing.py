@@ -1,0 +1,210 @@
+"""Vectors on the cells of one color of a grid, and what a product makes of them."""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax import _control_flow, _tree
+from bma_optax.partitions import _tiles
+
+# Products run side by side as long as their vectors hold no more elements than this.
+BATCH_ELEMENTS = 2**16
+
+
+class Probe(NamedTuple):
+    """Vectors along the axes of the grid; outer products of them are on one color.
+
+    Made for all colors at once: in a loop over colors XLA would select the cells of a
+    color again for every use of a probe.
+    """
+
+    field: jax.Array
+    signs: list[jax.Array]  # one an axis, in the number of its elements.
+    tests: list[jax.Array]  # likewise.
+
+
+def outer(axes):
+    dim, shape = len(axes), tuple(len(v) for v in axes)
+    shaped = [
+        jnp.broadcast_to(v.reshape([-1 if i == axis else 1 for i in range(dim)]), shape)
+        for axis, v in enumerate(axes)
+    ]
+    return math.prod(shaped[1:], start=shaped[0])
+
+
+class ColorProbes:
+    """Vectors of random signs on the cells of one color, products of one-axis ones.
+
+    Where the declaration is wrong, other cells of the color then give noise without
+    bias, not row sums.
+    """
+
+    def __init__(self, params, arrays, stencil, tile, key, colors):
+        self.params, self.arrays, self.stencil = params, arrays, stencil
+        self.tile = tile or (1,) * len(stencil.grid)
+        self.colors = colors
+        leaves = jax.tree.leaves(params)
+        self.leaves = [leaves[i] for i in arrays]
+        self.dtype = _tree.common_statistic_dtype(self.leaves)
+        # One call: each costs a tenth of a second to compile.
+        counts = [g for g in stencil.grid for _ in range(1 + stencil.fields)]
+        uniform = jax.random.uniform(
+            key, (sum(counts),), self.dtype, minval=-1.0, maxval=1.0
+        )
+        parts = iter(jnp.split(uniform, np.cumsum(counts)[:-1]))
+        self.axis_signs, self.axis_tests = [], []
+        for _ in stencil.grid:
+            self.axis_signs.append(jnp.where(next(parts) < 0, -1, 1).astype(self.dtype))
+            self.axis_tests.append(
+                jnp.stack([next(parts) for _ in range(stencil.fields)])
+            )
+
+    def all_probes(self) -> Probe:
+        """Every probe, each array with one row for each."""
+        counts = [range(axis.number) for axis in self.colors]
+        every = itertools.product(range(self.stencil.fields), *counts)
+        field, *colors = np.array(list(every), np.int32).T
+
+        def rows(axis, v, color):
+            on = self.colors[axis].rows()[color]
+            return self._fine(axis, jnp.where(on, v, 0))
+
+        size = (len(field), 1)
+        return Probe(
+            jnp.asarray(field),
+            [
+                rows(axis, jnp.tile(v, size), color)
+                for axis, (v, color) in enumerate(
+                    zip(self.axis_signs, colors, strict=True)
+                )
+            ],
+            [
+                rows(axis, v[field], color)
+                for axis, (v, color) in enumerate(
+                    zip(self.axis_tests, colors, strict=True)
+                )
+            ],
+        )
+
+    @property
+    def count(self) -> int:
+        """The number of probes."""
+        return self.stencil.fields * math.prod(axis.number for axis in self.colors)
+
+    @property
+    def side_by_side(self) -> int:
+        """How many probes run side by side, in equal chunks."""
+        most = max(1, BATCH_ELEMENTS // max(_tree.size(self.params), 1))
+        fits = [b for b in range(1, self.count + 1) if self.count % b == 0]
+        return max(b for b in fits if b <= most)
+
+    def zeros(self):
+        """Zeros for each of the arrays, in the dtype in which they meet."""
+        return _tree.zeros_like(self.leaves, lambda _: self.dtype)
+
+    def total(self, respond, zeros):
+        """The sum over all probes of what ``respond(probe)`` gives."""
+
+        def add(total, chunk):
+            parts = jax.vmap(respond)(chunk)
+            return jax.tree.map(lambda t, p: t + jnp.sum(p, axis=0), total, parts), None
+
+        size = self.side_by_side
+        chunks = jax.tree.map(
+            lambda x: x.reshape(-1, size, *x.shape[1:]), self.all_probes()
+        )
+        return _control_flow.scan(add, zeros, chunks, operands=self.params)[0]
+
+    def own(self, probe, a, x):
+        """x for the field of the probe, else 0."""
+        return x if self.stencil.fields == 1 else jnp.where(probe.field == a, x, 0)
+
+    def respond(self, product, probe, x):
+        """G x on the arrays, for x in the field of a probe."""
+        return self._product(
+            product, [self.own(probe, a, x) for a in range(len(self.arrays))]
+        )
+
+    def near_signs(self):
+        """For each color and cell the sign of the cell near it that has the color."""
+        dim = len(self.stencil.grid)
+        counts = [axis.number for axis in self.colors]
+        whole = (1, *counts, 1, *self.stencil.grid)  # field, *color, field, *cell
+        product = jnp.ones(whole, self.dtype)
+        for axis, (g, colors) in enumerate(
+            zip(self.stencil.grid, self.colors, strict=True)
+        ):
+            shape = [1] * len(whole)
+            shape[1 + axis], shape[2 + dim + axis] = colors.number, g
+            signs = self.axis_signs[axis][self.stencil.near(axis, colors)]
+            product = product * jnp.broadcast_to(signs.reshape(shape), whole)
+        return product
+
+    def coarse_test(self):
+        """The test vector, shape (fields, *grid)."""
+        return jnp.stack(
+            [
+                outer([test[a] for test in self.axis_tests])
+                for a in range(self.stencil.fields)
+            ]
+        )
+
+    def respond_to_test(self, product, scale):
+        """G times the test vector, on the arrays; ``scale`` has shape (fields, *grid).
+
+        It is the same all over a field.
+        """
+        x = [
+            self._fill(scale[a])
+            * outer([self._fine(axis, v[a]) for axis, v in enumerate(self.axis_tests)])
+            for a in range(self.stencil.fields)
+        ]
+        return stacked(self._product(product, x))
+
+    def signed_test(self):
+        """The signs times the test vector, an array for each field."""
+        return [
+            outer(
+                [
+                    self._fine(axis, signs * tests[a])
+                    for axis, (signs, tests) in enumerate(
+                        zip(self.axis_signs, self.axis_tests, strict=True)
+                    )
+                ]
+            )
+            for a in range(self.stencil.fields)
+        ]
+
+    def _fill(self, x):
+        """From cells of the grid to elements."""
+        for axis, (t, n) in enumerate(
+            zip(self.tile, self.leaves[0].shape, strict=True)
+        ):
+            x = _tiles.axis_fill(x, axis, t, n) if t > 1 else x
+        return x
+
+    def _fine(self, axis, x):
+        """From values on the last axis, cells along one of the grid, to elements."""
+        t, n = self.tile[axis], self.leaves[0].shape[axis]
+        return _tiles.axis_fill(x, x.ndim - 1, t, n) if t > 1 else x
+
+    def _product(self, product, x):
+        leaves, treedef = jax.tree.flatten(self.params)
+        parts = dict(zip(self.arrays, x, strict=True))
+        tangent = [
+            _tree.typed_like(parts[i].astype(leaf.dtype), leaf)
+            if i in parts
+            else _tree.zeros_like(leaf)
+            for i, leaf in enumerate(leaves)
+        ]
+        y = jax.tree.leaves(product(jax.tree.unflatten(treedef, tangent)))
+        return [y[position].astype(self.dtype) for position in self.arrays]
+
+
+def stacked(fields):
+    """Arrays of one shape as one, which lies on every device."""
+    return jnp.stack([_tiles.replicated(x) for x in fields])

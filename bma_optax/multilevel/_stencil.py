@@ -1,0 +1,241 @@
+"""Matrices on grids whose entries meet only near neighbours, as block stencils."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax import _control_flow
+from bma_optax.partitions import _tiles
+from bma_optax.partitions._rules import Shape
+
+
+class Colors(NamedTuple):
+    """The colors of the cells along one axis; static."""
+
+    number: int
+    of_cell: np.ndarray  # shape (cells,).
+    at_offset: np.ndarray  # shape (offsets, cells): of the cell at an offset from each.
+
+    def rows(self) -> np.ndarray:
+        """Which cells have each color, shape (number, cells)."""
+        return self.of_cell == np.arange(self.number)[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stencil:
+    """The layout S[b, a, *offset, *cell]: the entry from field a at cell + offset to b.
+
+    Offsets along an axis of g cells are those from -reach to reach, kept modulo their
+    number m = 2 reach + 1; all g of them where the axis is shorter than that. Cells
+    wrap around: entries across the edge are zero unless the grid is periodic.
+    """
+
+    fields: int
+    grid: Shape
+    reach: Shape
+
+    @property
+    def width(self) -> Shape:
+        """m for each axis, the number of offsets."""
+        return tuple(
+            min(2 * k + 1, g) for k, g in zip(self.reach, self.grid, strict=True)
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of S."""
+        return (self.fields, self.fields, *self.width, *self.grid)
+
+    def colors(self, *, share: bool, around: bool) -> tuple[Colors, ...]:
+        """Colors along each axis, so few that cells of one color are far apart.
+
+        Args:
+          share: whether such cells may share a neighbour. Else they may only not meet.
+          around: whether they are far apart around the edge of the grid as well, as
+            on a periodic one. Cells of equal index modulo the number of colors are not
+            where that does not divide the number of cells: then there are more colors.
+        """
+        return tuple(
+            self._axis_colors(axis, share, around) for axis in range(len(self.grid))
+        )
+
+    def _axis_colors(self, axis, share, around):
+        g, k, m = self.grid[axis], self.reach[axis], self.width[axis]
+        cells, apart = np.arange(g), min(k + 1 if share else 2 * k + 1, g)
+        offsets = np.array([self.offset(axis, i) for i in range(m)])
+        near = cells + offsets[:, None]
+        if not around:
+            return Colors(apart, cells % apart, near % apart)
+        # Runs of `apart` cells, and some longer ones, each in the colors 0, 1, 2, ...
+        runs = np.array_split(cells, g // apart)
+        of_cell = np.concatenate([np.arange(len(run)) for run in runs])
+        return Colors(max(map(len, runs)), of_cell, of_cell[near % g])
+
+    @property
+    def num_cells(self) -> int:
+        """The number of rows of the matrix."""
+        return self.fields * math.prod(self.grid)
+
+    def offset(self, axis: int, index: int) -> int:
+        """The offset at a position of the stencil."""
+        m, k = self.width[axis], self.reach[axis]
+        return index if index <= k or m == self.grid[axis] else index - m
+
+    @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
+    def from_colors(self, Y, around: bool):
+        """S from responses Y[a, *color, b, *cell] to fields and ``colors``."""
+        colors = self.colors(share=False, around=around)
+        S = Y.transpose(self._from_colors_order())
+        for axis, (m, g) in enumerate(zip(self.width, self.grid, strict=True)):
+            color_axis, cell_axis = 2 + axis, 2 + len(self.grid) + axis
+            shape = [1] * S.ndim
+            shape[color_axis], shape[cell_axis] = m, g
+            whole = (*S.shape[:color_axis], m, *S.shape[color_axis + 1 :])
+            total = jnp.zeros(whole, S.dtype)
+            for color in range(colors[axis].number):
+                mask = (colors[axis].at_offset == color).astype(S.dtype)
+                part = jax.lax.slice_in_dim(S, color, color + 1, axis=color_axis)
+                mask = jnp.broadcast_to(mask.reshape(shape), whole)
+                total = total + mask * jnp.broadcast_to(part, whole)
+            S = total
+        return S
+
+    def near(self, axis: int, colors: Colors) -> np.ndarray:
+        """For each color and cell the one cell near it that has the color, or itself.
+
+        Shape (colors, cells).
+        """
+        cells = np.arange(self.grid[axis])
+        near = np.tile(cells, (colors.number, 1))
+        for i in range(self.width[axis]):
+            near[colors.at_offset[i], cells] = cells + self.offset(axis, i)
+        return near % self.grid[axis]
+
+    def _from_colors_order(self):
+        """From (a, *color, b, *cell) to (b, a, *color, *cell)."""
+        dim = len(self.grid)
+        return (1 + dim, 0, *range(1, 1 + dim), *range(2 + dim, 2 + 2 * dim))
+
+    @_control_flow.compiled
+    def matvec(self, S, x):
+        """S x for x of shape (fields, *grid)."""
+        pads, starts = [(0, 0)], []
+        for axis, m in enumerate(self.width):
+            offsets = [self.offset(axis, i) for i in range(m)]
+            pads.append((max(0, -min(offsets)), max(0, max(offsets))))
+            starts.append([pads[-1][0] + o for o in offsets])
+        padded = x
+        for axis, (before, after) in enumerate(pads):
+            padded = _wrap(padded, axis, before, after)
+        total = jnp.zeros_like(x)
+        for index in itertools.product(*map(range, self.width)):
+            window = tuple(
+                slice(starts[axis][i], starts[axis][i] + g)
+                for axis, (i, g) in enumerate(zip(index, self.grid, strict=True))
+            )
+            near = padded[(slice(None), *window)]
+            part = S[(slice(None), slice(None), *index)]
+            if self.fields == 1:
+                total = total + part[0] * near
+            else:
+                total = total + jnp.sum(part * near[None], axis=1)
+        return total
+
+    def diagonal(self, S):
+        """The diagonal, shape (fields, *grid)."""
+        zero = (0,) * len(self.grid)
+        return jnp.stack([S[(a, a, *zero)] for a in range(self.fields)])
+
+    def add_diagonal(self, S, values):
+        """S with values of shape (fields, *grid) added to its diagonal."""
+        zero = (0,) * len(self.grid)
+        for a in range(self.fields):
+            S = S.at[(a, a, *zero)].add(values[a])
+        return S
+
+    def absolute_row_sums(self, S, metric):
+        """Σ_j |S_ij| √(metric_i / metric_j) of each row, shape (fields, *grid).
+
+        The row sums of S in the units in which the metric is 1, times the metric.
+        """
+        root = jnp.sqrt(metric)
+        return root * self.matvec(jnp.abs(S), 1 / root)
+
+    def coarsen(self, S, tile: Shape):
+        """PᵀSP for the indicators P of tiles: the coarser layout and its S."""
+        for axis, t in enumerate(tile):
+            if t > 1:
+                self, S = self._coarsen_axis(S, axis, t)
+        return self, S
+
+    def coarse(self, tile: Shape) -> "Stencil":
+        """The layout that ``coarsen`` gives."""
+        grid = tuple(-(-g // t) for g, t in zip(self.grid, tile, strict=True))
+        # Across a last tile that is shorter than the reach, on a periodic grid, cells
+        # meet one tile further.
+        reach = tuple(
+            -(-k // t) + (0 < g % t < k)
+            for k, t, g in zip(self.reach, tile, self.grid, strict=True)
+        )
+        return Stencil(self.fields, grid, reach)
+
+    def _coarsen_axis(self, S, axis, t):
+        tile = [1] * len(self.grid)
+        tile[axis] = t
+        coarse = self.coarse(tuple(tile))
+        g, m = self.grid[axis], coarse.width[axis]
+        offset_axis, cell_axis = 2 + axis, 2 + len(self.grid) + axis
+        parts: dict[int, list] = {i: [] for i in range(m)}
+        for i in range(self.width[axis]):
+            cells = np.arange(g)
+            neighbours = (cells + self.offset(axis, i)) % g
+            step = neighbours // t - cells // t
+            # The shorter way round, where the neighbour is across the edge.
+            n = coarse.grid[axis]
+            step = np.where(step > coarse.reach[axis], step - n, step)
+            step = np.where(step < -coarse.reach[axis], step + n, step)
+            values = jnp.take(S, i, axis=offset_axis)
+            for target in np.unique(step % m):
+                mask = (step % m == target).astype(S.dtype)
+                shape = [1] * values.ndim
+                shape[cell_axis - 1] = g
+                masked = values * jnp.broadcast_to(mask.reshape(shape), values.shape)
+                parts[int(target)].append(_tiles.axis_sums(masked, cell_axis - 1, t))
+        kept = (*S.shape[:offset_axis], *S.shape[offset_axis + 1 :])
+        empty = (*kept[: cell_axis - 1], coarse.grid[axis], *kept[cell_axis:])
+        stacked = [
+            sum(group[1:], group[0]) if group else jnp.zeros(empty, S.dtype)
+            for group in parts.values()
+        ]
+        return coarse, jnp.stack(stacked, axis=offset_axis)
+
+    def dense(self, S):
+        """The matrix itself, with rows (field, *cell)."""
+        dim, n = len(self.grid), self.num_cells
+        cell = np.arange(math.prod(self.grid)).reshape(self.grid)
+        rows, columns = np.zeros(self.shape, int), np.zeros(self.shape, int)
+        for index in itertools.product(*map(range, self.width)):
+            shift = [-self.offset(axis, i) for axis, i in enumerate(index)]
+            neighbour = np.roll(cell, shift, axis=range(dim))
+            for b, a in itertools.product(range(self.fields), repeat=2):
+                rows[(b, a, *index)] = b * cell.size + cell
+                columns[(b, a, *index)] = a * cell.size + neighbour
+        flat = jnp.zeros((n, n), S.dtype)
+        return flat.at[rows.ravel(), columns.ravel()].add(S.reshape(-1))
+
+
+def _wrap(x, axis, before, after):
+    """x with its last elements before it along an axis, and its first ones after it.
+
+    One concatenation: ``jnp.pad`` makes one for each end, and they are not fused.
+    """
+    n = x.shape[axis]
+    first = jax.lax.slice_in_dim(x, n - before, n, axis=axis)
+    last = jax.lax.slice_in_dim(x, 0, after, axis=axis)
+    return jnp.concatenate([first, x, last], axis=axis) if before + after else x

@@ -1,0 +1,92 @@
+"""Masks after an optimiser that chooses its step as a whole: found and heeded."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bma_optax import _tree
+
+
+class MaskedState(NamedTuple):
+    """Whether each of n arrays has moved since the first update."""
+
+    checksums: jax.Array  # shape (n,), uint32: of the parameters at the last update.
+    moved: jax.Array  # shape (n,), bool: whether the array ever has.
+    started: jax.Array  # shape (), bool: whether there was an update.
+
+
+def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``tx``, on whose updates a mask may follow.
+
+    An array that has never moved, though others have, is taken for masked: its gradient
+    is set to 0, so that the step is chosen for the others. Instead it gets an update of
+    a rounding error downhill: where this moves it, there was no mask, or is none any
+    more, and it takes part from then on.
+
+    The state is that of ``tx``, a chain, with a :class:`MaskedState` behind.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init_fn(params):
+        state = tx.init(params)  # Says what is wrong.
+        sums = _vector(_checksum, _tree.zeros_like(params), jnp.uint32)
+        never = sums != sums
+        return *state, MaskedState(sums, never, jnp.any(never))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        inner, last = state[:-1], _as_made(state[-1])
+        _tree.check_vectors(updates, "The gradient of")
+        known = params is not None and _tree.unlike(updates, params) is None
+        if not known or len(jax.tree.leaves(updates)) < 2:  # The former is an error.
+            result, inner = tx.update(updates, inner, params, **extra_args)
+            return result, (*inner, last)
+        params, updates = _tree.arrays(params), _tree.same_order(updates, params)
+        checksums = _vector(_checksum, params, jnp.uint32)
+        moved = last.moved | (last.started & (checksums != last.checksums))
+        masked = ~moved & jnp.any(moved)
+        flags = jax.tree.unflatten(jax.tree.structure(updates), list(masked))
+        free = jax.tree.map(lambda m, g: jnp.where(m, 0, g), flags, updates)
+        result, inner = tx.update(free, inner, params, **extra_args)
+        result = jax.tree.map(
+            lambda m, u, g, p: jnp.where(m, _nudge(g, p).astype(u.dtype), u),
+            flags,
+            result,
+            updates,
+            params,
+        )
+        last = MaskedState(checksums, moved, last.started | True)
+        return result, (*inner, last)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _as_made(state):
+    """The state in its own dtypes, which an average of states has not."""
+    checksums, moved, started = state
+    return MaskedState(
+        checksums.astype(jnp.uint32), moved.astype(bool), started.astype(bool)
+    )
+
+
+def _vector(f, tree, dtype):
+    """f of each leaf."""
+    entries = [f(leaf) for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(entries) if entries else jnp.zeros(0, dtype)
+
+
+def _checksum(x):
+    """Of all bits: a change of one element always shows."""
+    bits = 8 * x.dtype.itemsize
+    words = jax.lax.bitcast_convert_type(x, f"uint{bits}")
+    if bits == 64:
+        words = words ^ (words >> jnp.uint64(32))
+    return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _nudge(g, p):
+    """Against the sign of g, the least that changes p."""
+    info = jnp.finfo(p.dtype)
+    size = 2 * float(info.eps) * jnp.abs(p) + float(info.tiny)
+    return -jnp.sign(g).astype(p.dtype) * size.astype(p.dtype)

@@ -1,0 +1,231 @@
+"""Newton-BMA as a preconditioner of an operator known by its products."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bma_optax import _alarm, _checks, _tree
+from bma_optax.curvature import _kinds, _probing, _user_functions
+from bma_optax.multilevel import (
+    _coarse_systems,
+    _diagonal,
+    _gather,
+    _hierarchy,
+    _two_level,
+)
+from bma_optax.partitions import _blocks, _rules
+
+_CYCLES = ("additive", "multiplicative")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Preconditioner:
+    """The symmetric positive definite C of Newton-BMA; a pytree, called like a function.
+
+    Made by :func:`preconditioner`. Linear, and its own transpose and adjoint.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> C = bma.preconditioner(lambda v: 4 * v, jnp.zeros(3))
+      >>> print(C(jnp.ones(3)))
+      [0.25 0.25 0.25]
+    """  # noqa: E501
+
+    inverse_diagonal: Any
+    K: jax.Array
+    local: jax.Array  # shape (), bool: whether the operator is as local as declared.
+    cycle: tuple[Any, ...]  # () or what _multiplicative needs
+    blocks: _blocks.Partition = dataclasses.field(metadata={"static": True})
+    systems: tuple[_coarse_systems.System, ...] = dataclasses.field(
+        metadata={"static": True}
+    )
+    product_fn: Any = dataclasses.field(default=None, metadata={"static": True})
+
+    def __call__(self, x: Any) -> Any:
+        """C x, in the dtypes of x.
+
+        Args:
+          x: one vector, a tree of the structure and shapes of ``like``. Several side by
+            side are for ``jax.vmap(C)``.
+
+        Returns:
+          A tree like x.
+
+        Raises:
+          TypeError: if a leaf of x is no real floating array.
+          ValueError: if x has another structure or other shapes.
+
+        Example:
+          >>> import jax.numpy as jnp, bma_optax as bma
+          >>> print(bma.preconditioner(lambda v: 2 * v, jnp.zeros(2))(jnp.ones(2)))
+          [0.5 0.5]
+        """
+        _tree.check_vectors(x, "The vector at")
+        difference = _tree.unlike(x, self.inverse_diagonal)
+        if difference is not None:
+            name, new, old = difference
+            shapes = ["none" if v is None else str(jnp.shape(v)) for v in (new, old)]
+            raise ValueError(
+                f"The vector at {name!r} has shape {shapes[0]}; the preconditioner is "
+                f"of {shapes[1]}. Pass one vector of the structure and shapes of "
+                "`like`; for several right-hand sides jax.vmap(C)."
+            )
+        x = _tree.arrays(_tree.in_order(x, self.inverse_diagonal))
+        if self.product_fn is None:
+            y = _two_level.apply(
+                self.systems, self.blocks, self.inverse_diagonal, self.K, x
+            )
+        else:
+            y = self._multiplicative(x)
+        return _tree.astype(y, x)
+
+    def _multiplicative(self, g):
+        """Smooth, correct the block means, smooth: symmetric, two products."""
+        smoother, coarse_diagonal = self.cycle
+        g = _tree.astype(g, smoother)
+        product = _user_functions.product(self.product_fn, g, "product_fn")
+
+        def residual(x):
+            return jax.tree.map(jnp.subtract, g, product(_tree.astype(x, g)))
+
+        def smooth(r):
+            return jax.tree.map(jnp.multiply, smoother, r)
+
+        x = smooth(g)
+        sums = self.blocks.block_sums(residual(x))
+        means = _two_level.correct(self.systems, self.K, sums)
+        filled = self.blocks.expand(means + coarse_diagonal * sums, x)
+        x = jax.tree.map(jnp.add, x, filled)
+        return jax.tree.map(jnp.add, x, smooth(residual(x)))
+
+    def as_lineax(self) -> Any:
+        """C as a ``lineax.FunctionLinearOperator``, tagged positive semi-definite.
+
+        For ``lineax.CG`` it goes into ``options={"preconditioner": ...}``. lineax is an
+        optional dependency: ``pip install "bma-optax[lineax]"``.
+
+        Example:
+          >>> import jax.numpy as jnp, bma_optax as bma
+          >>> C = bma.preconditioner(lambda v: 2 * v, jnp.zeros(2)).as_lineax()
+          >>> print(C.mv(jnp.ones(2)))
+          [0.5 0.5]
+        """
+        import lineax
+
+        structure = jax.eval_shape(lambda: self.inverse_diagonal)
+        return lineax.FunctionLinearOperator(
+            self, structure, lineax.positive_semidefinite_tag
+        )
+
+
+def preconditioner(
+    product_fn: Callable[[Any], Any],
+    like: Any,
+    partition: _rules.Rule = _rules.per_leaf,
+    *,
+    diagonal: Any = None,
+    reach: int | tuple[int, ...] | None = None,
+    levels: str | tuple[tuple[int, ...], ...] = "auto",
+    cycle: str = "additive",
+    couple: str = "all",
+    damping: jax.typing.ArrayLike = 0.0,
+    min_eigenvalue: jax.typing.ArrayLike = 0.0,
+    num_probes: int = 32,
+    key: jax.typing.ArrayLike = 0,
+) -> Preconditioner:
+    r"""The inverse of a block mean of a symmetric operator, to precondition it with.
+
+    .. math:: C = Z^{-1} [\bar\Lambda^{-1} (I - E E^T) + E M^{-1} E^T] Z^{-1}
+
+    as in :func:`scale_by_newton_bma`, by L products of the operator and up to
+    ``num_probes`` more for its diagonal.
+
+    Args:
+      product_fn: ``v -> A v`` on trees like ``like``.
+      like: a tree of floating arrays; its values do not matter.
+      partition: the rule that cuts it into blocks.
+      diagonal: the diagonal of A, a tree like ``like``, if it is known.
+      reach: how far entries of A that meet are apart, and
+      levels: the nested levels, see :func:`scale_by_newton_bma`.
+      cycle: "additive" for C, or with a reach "multiplicative" for the symmetric cycle
+        smooth, correct, smooth: fewer iterations at two more products each. It calls
+        ``product_fn``, which must then not close over traced arrays.
+      couple: which blocks see each other: "all", "array", "layer" or
+        "block".
+      damping: μ >= 0.
+      min_eigenvalue: the least eigenvalue of M, >= 0.
+      num_probes: products for the diagonal, see :class:`Curvature`.
+      key: a seed or a random key for them.
+
+    Returns:
+      A :class:`Preconditioner`. Along directions that A maps to 0, up to rounding, it
+      has no more than its diagonal part, so that singular systems can be solved.
+      Its field ``local`` tells whether A is as local as declared: under ``jax.jit``,
+      where nothing can be raised, C is the inverse of the diagonal if not.
+
+    Raises:
+      TypeError, ValueError: as :func:`scale_by_newton_bma`; a ValueError if numbers are
+        not finite.
+
+    Warns:
+      UserWarning: of the same, under ``jax.jit``, at run time.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bma_optax as bma
+      >>> A = lambda v: 2 * v + jnp.sum(v)
+      >>> b = jnp.arange(4.0)
+      >>> C = bma.preconditioner(A, b)
+      >>> x, _ = jax.scipy.sparse.linalg.cg(A, b, M=C, maxiter=1)
+      >>> print(A(x))
+      [0. 1. 2. 3.]
+
+    Source: the report's eq. (3).
+    """
+    _checks.not_negative(damping=damping, min_eigenvalue=min_eigenvalue)
+    if cycle not in _CYCLES:
+        raise ValueError(f"`cycle` must be one of {_CYCLES}, got {cycle!r}.")
+    _checks.functions(product_fn=product_fn)
+    _checks.random_key(key)
+    _coarse_systems.check_reach(reach, levels, couple)
+    like = _tree.parameters(like)
+    if diagonal is not None:
+        diagonal = _user_functions.like_params(diagonal, like, "diagonal")
+    product = _user_functions.product(product_fn, like, "product_fn")
+    curvature = _kinds.Operator(
+        lambda _: product_fn,
+        diagonal_fn=None if diagonal is None else lambda _: diagonal,
+        num_probes=num_probes,
+    )
+    blocks, systems = _gather.plan(like, partition, couple, reach, levels, warn=True)
+    zeros = _tree.zeros_like(like)
+    key = _probing.typed_key(_probing.key_data(key))
+    N, z2, rounding, local, _ = _gather.gather(
+        curvature, systems, blocks, product, zeros, key, {}
+    )
+    inverse = _two_level.invert(
+        systems, blocks, N, z2, rounding, damping, min_eigenvalue, local
+    )
+    _alarm.alarm(
+        ~_tree.all_finite((inverse, N, z2)),
+        lambda: (
+            "`product_fn` gives numbers that are not finite, and so does the "
+            "preconditioner. Pass an operator whose products with finite vectors are."
+        ),
+    )
+    scale, K = inverse.inverse_diagonal, inverse.K
+    if cycle == "additive":
+        return Preconditioner(scale, K, local, (), blocks, systems)
+    product = _probing.typed(product, zeros)
+    z2 = _two_level.diagonal_of(blocks, scale, inverse.Lambda, damping)
+    rows = _diagonal.row_sums(systems, product, z2, zeros, key)
+    smoother = jax.tree.map(
+        lambda r: _hierarchy.RELAXATION / jnp.where(r > 0, r, 1), rows
+    )
+    coarse_diagonal = 1 / (inverse.Lambda * blocks.block_sums(z2))
+    return Preconditioner(
+        scale, K, local, (smoother, coarse_diagonal), blocks, systems, product_fn
+    )

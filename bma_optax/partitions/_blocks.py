@@ -1,0 +1,249 @@
+"""The partition of a parameter pytree into blocks, and its operators E and Eᵀ."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax import _tree, _xla
+from bma_optax.partitions import _table
+from bma_optax.partitions._rules import Path, Rule, Shape
+from bma_optax.partitions._tiles import Tiles
+
+_FEW_ARRAYS = 8  # Too few for compilation to take long.
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """The blocks of a parameter pytree: a static, hashable, printable value.
+
+    Made by :func:`partition`. It owns the operator E of the mathematics on pytrees,
+    which entries are in a block and with which weights: :meth:`block_sums` sums over
+    blocks, :meth:`expand` broadcasts back, and with ``weights`` that have norm 1 in
+    each block these are Eᵀ and E. Blocks that see each other form a group, one small
+    matrix each.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> blocks = bma.partition({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
+      >>> blocks.names, blocks.sizes, blocks.groups
+      (('b', 'w'), (3, 6), ((0, 1),))
+    """
+
+    rule: Rule
+    couple: str
+    arrays: tuple[Tiles, ...]
+    buckets: tuple[tuple[int, int], ...]  # (groups, blocks of each), blocks ascending.
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of elements of each block."""
+        sizes = np.zeros(self.num_blocks, int)
+        for array in self.arrays:
+            sizes[array.start : array.start + array.num_blocks] += array.block_sizes
+        return tuple(int(s) for s in sizes)
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """A readable name for each block."""
+        names = [""] * self.num_blocks
+        for array in self.arrays:
+            stop = array.start + array.num_blocks
+            names[array.start : stop] = array.block_names
+        return tuple(names)
+
+    @property
+    def num_blocks(self) -> int:
+        """L, over all groups."""
+        return sum(count * blocks for count, blocks in self.buckets)
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The positions of the blocks of each group."""
+        bounds = np.cumsum([0] + [n for count, n in self.buckets for _ in range(count)])
+        return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds.tolist()))
+
+    @property
+    def single_tiles(self) -> tuple[tuple[int, ...], ...]:
+        """The positions in each group of the blocks that are whole arrays."""
+        groups: dict[Path, set[int]] = {}
+        for array in self.arrays:
+            if array.num_blocks == 1:
+                groups.setdefault(self.group_of(array), set()).add(array.start)
+        return tuple(tuple(sorted(starts)) for starts in groups.values())
+
+    @property
+    def matrix_shape(self) -> Shape:
+        """The shape in which one array holds the small matrices of all groups.
+
+        (L, L) for one group, else the matrices one after the other, (Σ L_group²,).
+        """
+        if sum(count for count, _ in self.buckets) <= 1:
+            return (self.num_blocks, self.num_blocks)
+        return (sum(count * n * n for count, n in self.buckets),)
+
+    def block_sums(self, tree: Any, weights: Any = None) -> jax.Array:
+        """Sums over the elements of each block, shape (L,).
+
+        Args:
+          tree: floating arrays, in the structure and shapes of the partition.
+          weights: a tree like it by which the elements are weighted.
+
+        Returns:
+          Shape (L,), float64 if a dtype is, else float32.
+
+        Raises:
+          ValueError: if the number of arrays is another one.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> tree = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+          >>> print(bma.partition(tree).block_sums(tree))
+          [3. 6.]
+        """
+        if weights is not None:
+            tree = jax.tree.map(jnp.multiply, tree, weights)
+        leaves = jax.tree.leaves(tree)
+        dtype = _tree.common_statistic_dtype(tree)
+        sums: dict[int, jax.Array] = {}
+        for array, leaf in zip(self.arrays, leaves, strict=True):
+            if array.num_blocks:
+                part = array.sums(leaf).reshape(-1).astype(dtype)
+                start = array.start
+                sums[start] = sums[start] + part if start in sums else part
+        ordered = [sums[start] for start in sorted(sums)]
+        return jnp.concatenate(ordered) if ordered else jnp.zeros(0, dtype)
+
+    def expand(
+        self,
+        values: jax.Array,
+        like: Any,
+        weights: Any = None,
+        default: jax.typing.ArrayLike = 0,
+    ) -> Any:
+        """Each block filled with its value.
+
+        Args:
+          values: shape (L,).
+          like: a tree whose structure, shapes and dtypes the result takes.
+          weights: a tree like it that multiplies the result.
+          default: a number for arrays without blocks.
+
+        Returns:
+          A tree like ``like``.
+
+        Raises:
+          ValueError: if the number of arrays is another one.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> tree = {"w": jnp.ones((1, 2)), "b": jnp.ones(3)}
+          >>> filled = bma.partition(tree).expand(jnp.array([5.0, 7.0]), tree)
+          >>> print(filled["b"], filled["w"])
+          [5. 5. 5.] [[7. 7.]]
+        """
+        leaves, treedef = jax.tree.flatten(like)
+        parts = self._parts(values)
+        filled = [
+            array.fill(parts[array.start].astype(leaf.dtype))
+            if array.num_blocks
+            else jnp.full(array.shape, default, leaf.dtype)
+            for array, leaf in zip(self.arrays, leaves, strict=True)
+        ]
+        filled = jax.tree.unflatten(treedef, filled)
+        if weights is not None:
+            filled = jax.tree.map(jnp.multiply, filled, weights)
+        return filled
+
+    def _parts(self, values: jax.Array) -> dict[int, jax.Array]:
+        """The values of each array, by the position of its first block.
+
+        XLA on CPU compiles a kernel for each place in a vector that an array's values
+        are taken from. So a few arrays at a time take theirs from a vector of their
+        own, at the same places as the next few.
+        """
+        ends = {a.start: a.start + a.num_blocks for a in self.arrays if a.num_blocks}
+        starts = sorted(ends)
+        few = max(_FEW_ARRAYS, math.isqrt(len(starts)))
+        batches = [starts[i : i + few] for i in range(0, len(starts), few)]
+        vectors = [values[batch[0] : ends[batch[-1]]] for batch in batches]
+        if len(vectors) > 1:
+            finite = [jnp.where(jnp.isfinite(x), x, 0) for x in vectors]
+            vectors = _xla.stored(vectors, finite)
+        return {
+            start: vector[start - batch[0] : ends[start] - batch[0]]
+            for batch, vector in zip(batches, vectors, strict=True)
+            for start in batch
+        }
+
+    def check_state(self, *found: Shape, expected: tuple[Shape, ...] = ()) -> None:
+        """Raises a ValueError for small matrices that another partition has made."""
+        expected = expected or (self.matrix_shape,)
+        if found != expected:
+            raise ValueError(
+                f"The state has small matrices of shape {found[0]}; {self.rule} with "
+                f"couple={self.couple!r} makes {self.num_blocks} blocks and the shape "
+                f"{expected[0]}. Pass a state of the same partition instead."
+            )
+
+    def split(self, values: jax.Array) -> list[jax.Array]:
+        """A vector over blocks as one (groups, blocks) array for each bucket."""
+        return _split(values, list(self.buckets))
+
+    def split_matrix(self, packed: jax.Array) -> list[jax.Array]:
+        """The array of :attr:`matrix_shape` as (groups, L, L) for each bucket."""
+        return _split(packed.reshape(-1), [(count, n, n) for count, n in self.buckets])
+
+    def split_sizes(self) -> list[tuple[tuple[int, ...], ...]]:
+        """The sizes as (groups, blocks) nested tuples for each bucket."""
+        nested = _split(np.asarray(self.sizes, int), list(self.buckets))
+        return [tuple(map(tuple, sizes.tolist())) for sizes in nested]
+
+    def outer(self, values: jax.Array) -> jax.Array:
+        """The outer product within each group, as an array of :attr:`matrix_shape`."""
+        products = [x[:, :, None] * x[:, None, :] for x in self.split(values)]
+        return self.join(products, self.matrix_shape, values.dtype)
+
+    def matvec(self, packed: jax.Array, values: jax.Array) -> jax.Array:
+        """The small matrix of each group times its part of a vector over blocks."""
+        products = [
+            jnp.einsum("gij,gj->gi", matrix, x, precision=jax.lax.Precision.HIGHEST)
+            for matrix, x in zip(
+                self.split_matrix(packed), self.split(values), strict=True
+            )
+        ]
+        return self.join(products, values.shape, values.dtype)
+
+    def group_of(self, array: Tiles) -> Path:
+        """A name for the group that the blocks of an array are in."""
+        return group_of(array, self.couple)
+
+    def join(self, parts: list[jax.Array], shape: Shape, dtype: Any) -> jax.Array:
+        """The inverse of :meth:`split` and :meth:`split_matrix`."""
+        if not parts:
+            return jnp.zeros(shape, dtype)
+        return jnp.concatenate([part.reshape(-1) for part in parts]).reshape(shape)
+
+    def __repr__(self) -> str:
+        return _table.table(self)
+
+
+def group_of(array: Tiles, couple: str) -> Path:
+    """Blocks of arrays with one name see each other."""
+    if couple == "all":
+        return ()
+    return array.path[:-1] if couple == "layer" else array.owner
+
+
+def _split(flat: Any, shapes: list[Shape]) -> list[Any]:
+    """Consecutive pieces of a vector in these shapes."""
+    bounds = itertools.accumulate(map(math.prod, shapes), initial=0)
+    return [
+        flat[a:b].reshape(shape)
+        for (a, b), shape in zip(itertools.pairwise(bounds), shapes, strict=True)
+    ]

@@ -1,0 +1,259 @@
+"""Partition rules: which tile of each array is a block, from path and shape alone.
+
+Here those of whole arrays and of units; the axis of units comes from an array's name.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+Path = tuple[str, ...]
+Shape = tuple[int, ...]
+
+
+class Rule:
+    """A partition rule: the base class of every rule, to be subclassed or not.
+
+    A rule gives each array a *tile* shape, from the array's path and shape alone, and
+    every tile of the array is a block. Rules are frozen values, comparable, printable
+    and deliberately not callable: ``optax.inject_hyperparams`` takes callables for
+    schedules.
+
+    Ready-made: ``per_leaf`` (one block an array), ``per_layer`` (the arrays of one
+    module merged into one block), ``per_unit`` (one block for each output unit, on the
+    axis that the names of Flax, Haiku, Equinox and PyTorch tell), ``per_column`` and
+    ``per_row`` (one block for each index of the last or the first axis),
+    ``per_element`` (AdaGrad-Full), and :func:`per_tile`, :func:`stacked`,
+    :func:`by_path`, :func:`by_function`.
+
+    Example:
+      >>> import bma_optax as bma
+      >>> bma.per_unit, bma.per_unit == bma.per_unit, callable(bma.per_unit)
+      (per_unit, True, False)
+    """
+
+    def tile(self, path: Path, shape: Shape) -> Shape | None:
+        """The tile of the array at ``path``; None if it has no blocks.
+
+        Args:
+          path: the keys to the array, as strings.
+          shape: its shape.
+
+        Returns:
+          A positive integer for each axis, or None.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> bma.per_unit.tile(("dense", "kernel"), (784, 32))
+          (784, 1)
+        """
+        raise NotImplementedError
+
+    def owner(self, path: Path) -> Path:
+        """Arrays with one owner, each a single tile, are merged into one block.
+
+        Args:
+          path: the keys to the array, as strings.
+
+        Returns:
+          The name of the block, in the form of a path: by default the array's own.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> bma.per_layer.owner(("dense", "kernel"))
+          ('dense',)
+        """
+        return path
+
+    def stacked_axes(self, path: Path, shape: Shape) -> tuple[int, ...]:
+        """The axes whose entries are arrays of their own: scanned layers, fields.
+
+        A ``reach`` does not apply along them: all of their entries may meet.
+
+        Args:
+          path: the keys to the array, as strings.
+          shape: its shape.
+
+        Returns:
+          Positions of axes, ascending: by default none.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> rule = bma.stacked(bma.per_unit)
+          >>> rule.stacked_axes(("layers", "kernel"), (12, 784, 32))
+          (0,)
+        """
+        return ()
+
+    def _guesses(self, path: Path, shape: Shape) -> bool:
+        """Whether the tile is a guess, of which the user is told."""
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerLeaf(Rule):
+    """Each array is one block; the default, and the report's.
+
+    The weights and the bias of a layer are two blocks.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+      >>> bma.partition(params, bma.per_leaf).sizes
+      (3, 6)
+
+    Source: the report's figure 2.
+    """
+
+    def tile(self, path, shape):
+        return shape
+
+    def __repr__(self):
+        return "per_leaf"
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerLayer(Rule):
+    """The arrays of one module, whose paths differ in the last part, are one block.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> params = {"dense": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}
+      >>> bma.partition(params, bma.per_layer).sizes
+      (9,)
+    """
+
+    def tile(self, path, shape):
+        return shape
+
+    def owner(self, path):
+        return path[:-1]
+
+    def __repr__(self):
+        return "per_layer"
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerColumn(Rule):
+    """One block for each index of the last axis, whatever the array's name.
+
+    An array of one axis is one block.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> bma.partition(jnp.ones((2, 3)), bma.per_column).sizes
+      (2, 2, 2)
+    """
+
+    def tile(self, path, shape):
+        return (*shape[:-1], 1) if len(shape) > 1 else shape
+
+    def __repr__(self):
+        return "per_column"
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerRow(Rule):
+    """One block for each index of the first axis, whatever the array's name.
+
+    An array of one axis is one block.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> bma.partition(jnp.ones((2, 3)), bma.per_row).sizes
+      (3, 3)
+    """
+
+    def tile(self, path, shape):
+        return (1, *shape[1:]) if len(shape) > 1 else shape
+
+    def __repr__(self):
+        return "per_row"
+
+
+# In the last part of a path. Flax: kernel, embedding, lora_a. Haiku: w, w_i,
+# embeddings. Equinox and PyTorch: weight, weight_ih, in_proj_weight. By hand: w1.
+_LAST_AXIS = re.compile(r"kernel|lora|^w\d*(_|$)")
+_FIRST_AXIS = re.compile(r"embedding|(^|_)weight(_|$)")
+_PROJECTIONS = {("query",), ("key",), ("value",)}  # Flax: (inputs, heads, units).
+_NO_INPUTS = re.compile(r"bias|scale|offset|^b\d*(_|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerUnit(Rule):
+    """One block for each output unit, on the axis that the array's name tells.
+
+    The last part of the path decides: ``kernel`` and ``w`` (Flax, Haiku) have units on
+    the last axis, ``weight`` (Equinox, PyTorch) and ``embedding`` on the first; a
+    ``bias``, a ``scale`` or an array of one axis is one block. Where another name
+    cannot tell, the last axis is taken with a UserWarning: pass ``bma.per_column``,
+    ``bma.per_row`` or :func:`by_path` then. A bare array has no name, and takes the
+    last axis.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3), "weight": jnp.ones((2, 3))}
+      >>> bma.partition(params, bma.per_unit).names[:4]
+      ('b', 'w[:, 0]', 'w[:, 1]', 'w[:, 2]')
+      >>> bma.partition(params, bma.per_unit).names[4:]
+      ('weight[0, :]', 'weight[1, :]')
+    """
+
+    def tile(self, path, shape):
+        if len(shape) == 3 and path[-1:] == ("kernel",) and path[-2:-1] in _PROJECTIONS:
+            return (shape[0], 1, 1)  # Units are counted by heads, and in each.
+        guess = per_column if self._guesses(path, shape) else per_leaf
+        return (_rule_of_name(path) or guess).tile(path, shape)
+
+    def _guesses(self, path, shape):
+        return _rule_of_name(path) is None and sum(n > 1 for n in shape) > 1
+
+    def __repr__(self):
+        return "per_unit"
+
+
+def _rule_of_name(path: Path) -> Rule | None:
+    """What the name of an array says of its axis of units; None where it does not."""
+    if not path:
+        return per_column
+    name = re.split(r"[./]", path[-1])[-1]
+    if _LAST_AXIS.search(name):
+        return per_column
+    if _FIRST_AXIS.search(name):
+        return per_row
+    return per_leaf if _NO_INPUTS.search(name) else None
+
+
+per_leaf: Rule = _PerLeaf()
+per_layer: Rule = _PerLayer()
+per_unit: Rule = _PerUnit()
+per_column: Rule = _PerColumn()
+per_row: Rule = _PerRow()
+
+
+def check_rule(rule: Any, name: str = "partition") -> Rule:
+    """``rule`` itself, or a TypeError that says what a rule is."""
+    if isinstance(rule, Rule):
+        return rule
+    advice = "a rule such as bma.per_leaf"
+    if getattr(rule, "__name__", "") == "per_tile":
+        advice = "a tile with it, as bma.per_tile((4, 4)),"
+    elif callable(rule) and not isinstance(rule, type):
+        advice = "a function of your own as bma.by_function(function)"
+    elif isinstance(rule, (int, float)):
+        advice += ", and a rate as `learning_rate`,"
+    raise TypeError(
+        f"`{name}` must be a partition rule, got {rule!r}. Pass {advice} instead."
+    )
+
+
+def without_parentheses(*rules: Rule) -> None:
+    """Makes Python's own error for a call, bma.per_leaf(), a sentence about rules.
+
+    Rules are values, and no functions.
+    """
+    for rule in rules:
+        type(rule).__name__ = f"bma.{rule} (a rule, written without parentheses)"
+
+
+without_parentheses(per_leaf, per_layer, per_unit, per_column, per_row)

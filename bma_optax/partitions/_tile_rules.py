@@ -1,0 +1,139 @@
+"""Partition rules of elements and tiles, and from a function."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from bma_optax import _names
+from bma_optax._checks import is_integer
+from bma_optax.partitions._rules import (
+    Path,
+    Rule,
+    Shape,
+    without_parentheses,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerElement(Rule):
+    """One block for each element; AdaGrad-BMA with it is AdaGrad-Full.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> bma.partition(jnp.ones(3), bma.per_element).sizes
+      (1, 1, 1)
+    """
+
+    def tile(self, path, shape):
+        return (1,) * len(shape)
+
+    def __repr__(self):
+        return "per_element"
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerTile(Rule):
+    leading: Shape
+
+    def tile(self, path, shape):
+        if math.prod(shape) <= 1:  # A number has no neighbours; or there is none.
+            return shape
+        fits = len(self.leading) <= len(shape) and all(
+            t <= n for t, n in zip(self.leading, shape, strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"{_names.name_of(path)!r}: {self} does not fit axes of {shape}: its "
+                "tiles lie along the leading axes, and fields along those after them. "
+                "Pass a shorter tile, bma.stacked(bma.per_tile(...)) where fields come "
+                "first, or bma.by_path with another rule for this array."
+            )
+        return (*self.leading, *(1 for _ in shape[len(self.leading) :]))
+
+    def stacked_axes(self, path, shape):
+        if math.prod(shape) <= 1:
+            return ()
+        return tuple(range(len(self.leading), len(shape)))
+
+    def __repr__(self):
+        return f"per_tile({self.leading})"
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByFunction(Rule):
+    function: Callable[[Path, Shape], Shape | None]
+
+    def tile(self, path, shape):
+        return self.function(path, shape)
+
+    def __repr__(self):
+        return f"by_function({getattr(self.function, '__name__', self.function)})"
+
+
+per_element: Rule = _PerElement()
+without_parentheses(per_element)
+
+
+def per_tile(tile: int | tuple[int, ...]) -> Rule:
+    """Blocks are tiles of the leading axes of each array.
+
+    The axes after them count fields (the channels of an image, the components of a
+    flow), with blocks of their own; where fields come first, pass
+    ``bma.stacked(bma.per_tile(tile))``. To have all fields in one block, write their
+    number in the tile: (4, 4, 3). Where a tile does not divide an axis, the last blocks
+    are smaller and count with their true size. A single number is one block.
+
+    Args:
+      tile: the positive length of a tile along each leading axis; an integer where
+        there is one.
+
+    Returns:
+      A :class:`Rule`. Partitioning raises a ValueError for an array with fewer axes
+      than the tile, or with an axis shorter than it.
+
+    Raises:
+      TypeError: if ``tile`` is not an integer or a tuple of them.
+      ValueError: if one is not positive.
+
+    Example:
+      >>> import jax, bma_optax as bma
+      >>> image = jax.ShapeDtypeStruct((6, 4, 2), "float32")
+      >>> blocks = bma.partition(image, bma.per_tile((4, 4)))
+      >>> blocks.names[:2], blocks.sizes
+      (('params[0:4, :, 0]', 'params[0:4, :, 1]'), (16, 16, 8, 8))
+    """
+    lengths: Any = (tile,) if is_integer(tile) else tile
+    if not isinstance(lengths, (tuple, list)):
+        raise TypeError(
+            f"`tile` must be a tuple of integers, got {tile!r}. Pass one for each "
+            "leading axis, such as bma.per_tile((4, 4))."
+        )
+    if not all(is_integer(t) and t > 0 for t in lengths):
+        raise ValueError(f"`tile` must hold positive integers, got {tile}.")
+    return _PerTile(tuple(map(int, lengths)))
+
+
+def by_function(function: Callable[[Path, Shape], Shape | None]) -> Rule:
+    """A rule of your own, from the path and the shape of an array to its tile.
+
+    Args:
+      function: takes the path, a tuple of strings, and the shape; returns a tile, one
+        positive integer for each axis, or None for no blocks. It must depend on
+        nothing else.
+
+    Returns:
+      A :class:`Rule`, equal to another one if the function is the same.
+
+    Raises:
+      TypeError: if ``function`` is not callable.
+
+    Example:
+      >>> import jax, bma_optax as bma
+      >>> by_row = bma.by_function(lambda path, shape: (1,) + shape[1:])
+      >>> bma.partition(jax.ShapeDtypeStruct((2, 5), "float32"), by_row).names
+      ('params[0, :]', 'params[1, :]')
+    """
+    if not callable(function):
+        raise TypeError(f"by_function takes a function, got {function!r}.")
+    return _ByFunction(function)

@@ -1,0 +1,201 @@
+"""An array as a matrix, units × inputs: its blocks, and the weights they share."""
+
+import dataclasses
+import functools
+import math
+import string
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bma_optax import _names, _tree
+from bma_optax.adaptive import _moments
+from bma_optax.partitions._rules import Shape
+from bma_optax.partitions._tiles import Tiles, replicated
+
+_WEIGHTS = ("learned", "constant")
+
+
+def check_weights(weights: str) -> None:
+    """Raises a ValueError for unknown ``weights``."""
+    if weights not in _WEIGHTS:
+        raise ValueError(f"`weights` must be one of {_WEIGHTS}, got {weights!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """The blocks of one array, all of one shape, as the rows of a matrix G.
+
+    Each axis counts units, or inputs (positions inside a block), or stacked matrices.
+    Results keep all axes, of length 1 where they are summed, so that they broadcast.
+    """
+
+    shape: Shape  # the array's.
+    view: Shape  # with an axis that tiles cut in two as two axes.
+    units: tuple[int, ...]  # axes of the view.
+    inputs: tuple[int, ...]
+
+    @property
+    def num_inputs(self) -> int:
+        """s, the size of every block."""
+        return math.prod(self.view[i] for i in self.inputs)
+
+    @property
+    def num_units(self) -> int:
+        """The number of blocks that share their weights."""
+        return math.prod(self.view[i] for i in self.units)
+
+    @property
+    def num_statistics(self) -> int:
+        """Two numbers a unit and one an input."""
+        stacked = math.prod(self.shape) // (self.num_inputs * self.num_units)
+        return stacked * (2 * self.num_units + self.num_inputs)
+
+    @property
+    def unit_shape(self) -> Shape:
+        """The shape of a number a unit."""
+        return tuple(1 if i in self.inputs else n for i, n in enumerate(self.view))
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """An array in the shape of the view."""
+        return x if self.view == self.shape else replicated(x).reshape(self.view)
+
+    def join(self, x: jax.Array, like: jax.Array) -> jax.Array:
+        """The inverse of :meth:`split`, sharded as the array is."""
+        if self.view == self.shape:
+            return x
+        return _tree.typed_like(x.reshape(self.shape), like)
+
+    def over_inputs(self, x: jax.Array) -> jax.Array:
+        """Sums over each block."""
+        return jnp.sum(x, axis=self.inputs, keepdims=True)
+
+    def times(self, x: jax.Array, q: jax.Array) -> jax.Array:
+        """G q: a number a unit, for a matrix x and a number an input."""
+        return _contract(x, q, self.inputs, self.units)
+
+    def transposed_times(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        """Gᵀ a: a number an input, for a number a unit."""
+        return _contract(x, a, self.units, self.inputs)
+
+    def constant(self, x: jax.Array) -> jax.Array:
+        """The unit vector of plain block means, typed as a sum over units is."""
+        sums = jnp.sum(x, axis=self.units, keepdims=True)
+        return jnp.full_like(sums, 1 / math.sqrt(self.num_inputs))
+
+    def direction(self, y: jax.Array) -> jax.Array:
+        """q = y / ‖y‖; turns keep the norm of y between 0 and 1, away from both."""
+        square = jnp.sum(jnp.square(y), axis=self.inputs, keepdims=True)
+        return y * jax.lax.rsqrt(square)
+
+    def turn(self, y: jax.Array, x: jax.Array, a: jax.Array, b):
+        """y turned towards Gᵀ a, with a = G q: a step of power iteration; and a zero.
+
+        It stays where Gᵀ a is zero or not finite. Whatever takes up the zero comes
+        after the last use of G, whose memory it can then have.
+        """
+        target = self.transposed_times(x, _over_largest(a, self.units)[0])
+        target, usable = _over_largest(target, self.inputs)
+        square = jnp.sum(jnp.square(target), axis=self.inputs, keepdims=True)
+        target = target * jax.lax.rsqrt(jnp.where(usable, square, 1))
+        return jnp.where(usable, _moments.decay(target, y, b), y), 0 * square
+
+
+def map_arrays(kind: Any, f: Callable, arrays: Any, tree: Any, *rest: Any) -> Any:
+    """``f(units, *leaves)`` for each array; the units are None where it is no matrix.
+
+    ``f`` gives NamedTuples of this kind, and the result is one: of trees.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    columns = [jax.tree.leaves(other) for other in rest]
+    results = [
+        f(units_of(array), *parts)
+        for array, *parts in zip(arrays, leaves, *columns, strict=True)
+    ]
+    return kind(
+        *(
+            jax.tree.unflatten(treedef, [getattr(result, field) for result in results])
+            for field in kind._fields
+        )
+    )
+
+
+def check_state(arrays: Any, nu: Any, rule: Any) -> None:
+    """Raises a ValueError for numbers of units that another rule has made."""
+    for array, numbers in zip(arrays, jax.tree.leaves(nu), strict=True):
+        units = units_of(array)
+        expected = array.shape if units is None else units.unit_shape
+        if numbers.shape != expected:
+            raise ValueError(
+                f"{_names.name_of(array.path)!r}: the state has numbers of shape "
+                f"{numbers.shape} for its units; {rule} makes {expected}. Pass a state "
+                "of the same partition instead."
+            )
+
+
+def num_statistics(tiles: Tiles) -> int:
+    """What mini-BMA stores of an array beside the momentum."""
+    units = units_of(tiles)
+    return math.prod(tiles.shape) if units is None else units.num_statistics
+
+
+def placeholder(zeros: jax.Array) -> jax.Array:
+    """One unused number with the axes of an array, on its mesh."""
+    return jnp.sum(zeros, keepdims=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def units_of(tiles: Tiles) -> Units | None:
+    """The blocks of an array as a matrix; None for fewer than two rows or columns."""
+    if tiles.tile is None or 0 in tiles.shape:
+        return None
+    view: list[int] = []
+    units: list[int] = []
+    inputs: list[int] = []
+    for axis, (n, t) in enumerate(zip(tiles.shape, tiles.tile, strict=True)):
+        if axis in tiles.stacked_axes:
+            view.append(n)
+            continue
+        if n % t:
+            raise ValueError(
+                f"{_names.name_of(tiles.path)!r} of shape {tiles.shape}: blocks that "
+                f"share weights must be of one shape, and tiles of {tiles.tile} do not "
+                "divide it. Pass tiles that do instead."
+            )
+        for length, kind in ((n // t, units), (t, inputs)):
+            if length > 1:
+                kind.append(len(view))
+                view.append(length)
+        if n == 1:
+            view.append(1)
+    result = Units(tiles.shape, tuple(view), tuple(units), tuple(inputs))
+    return result if result.num_units > 1 and result.num_inputs > 1 else None
+
+
+def _contract(x, y, axes, other):
+    """The sum of x y over ``axes``, for y of length 1 along the ``other`` ones.
+
+    A product of matrices, which takes less time than a sum of products, except along
+    sharded axes, where JAX wants to be told what becomes of the shards.
+    """
+    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+        return jnp.sum(x * y, axis=axes, keepdims=True)
+    letters = string.ascii_letters[: x.ndim]
+    left = "".join(letters[i] for i in range(x.ndim) if i not in axes)
+    mine = "".join(letters[i] for i in range(x.ndim) if i not in other)
+    product = jnp.einsum(
+        f"{letters},{mine}->{left}",
+        x,
+        jnp.squeeze(y, other),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return jnp.expand_dims(product, axes)
+
+
+def _over_largest(x, axes):
+    """x over its largest entry along ``axes``, and whether it is neither 0 nor inf."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
+    usable = (largest > 0) & jnp.isfinite(largest)
+    return jnp.where(usable, x, 0) / jnp.where(usable, largest, 1), usable
