@@ -17,9 +17,9 @@ from bma_optax import _control_flow, _names
 from bma_optax._checks import is_integer
 from bma_optax.algebra import _symmetric_power
 from bma_optax.algebra._expansions import diagonal_matrix
-from bma_optax.multilevel import _hierarchy
 from bma_optax.multilevel._hierarchy import Levels
 from bma_optax.multilevel._stencil import Stencil
+from bma_optax.partitions import _grids
 from bma_optax.partitions._blocks import Partition
 from bma_optax.partitions._rules import Shape
 
@@ -201,7 +201,7 @@ def _nested_system(blocks, positions, reach, levels) -> Nested:
         tuple(size for a, b in spans for size in blocks.sizes[a:b]),
         elements,
         tiles,
-        _hierarchy.levels_below(tiles, array.tile, array.stacked_axes, levels),
+        Levels(*_grids.levels_below(tiles, array.tile, array.stacked_axes, levels)),
     )
 
 

@@ -10,7 +10,6 @@ definite where the matrix is.
 import dataclasses
 import itertools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,6 @@ from bma_optax.multilevel._stencil import Stencil
 from bma_optax.partitions import _tiles
 from bma_optax.partitions._rules import Shape
 
-MAX_DENSE = 64
-_COARSENING = 4
-_MAX_EXACT = 1000
 # Of the cycle times the matrix: its eigenvalues are at most about 1, and a part of
 # those below the lower end is left to the finest level's conjugate directions.
 _INTERVAL = (0.2, 1.1)
@@ -33,16 +29,11 @@ _STEPS = (2, 3)  # At the first level, and at those below, where they cost littl
 RELAXATION = 1.6
 
 
-class _Level(NamedTuple):
-    stencil: Stencil
-    tile: Shape  # Of its cells, to the next level.
-
-
 @dataclasses.dataclass(frozen=True)
 class Levels:
     """The layout of the levels below the finest one; static."""
 
-    levels: tuple[_Level, ...]
+    levels: tuple[tuple[Stencil, Shape], ...]  # With the tile to the next one.
     bottom: Stencil
 
     @property
@@ -53,7 +44,7 @@ class Levels:
     @property
     def share(self) -> float:
         """The cells of the last level over those of the first."""
-        first = self.levels[0].stencil if self.levels else self.bottom
+        first = self.levels[0][0] if self.levels else self.bottom
         return self.bottom.num_cells / max(first.num_cells, 1)
 
     @_control_flow.compiled
@@ -94,7 +85,7 @@ class Levels:
 
         def factors(level):
             # Taken where they are used: from outside a loop they would be copied.
-            stencil, start = self.levels[level].stencil, self._starts[level]
+            stencil, start = self.levels[level][0], self._starts[level]
             split = start + math.prod(stencil.shape)
             S = packed[start:split].reshape(stencil.shape)
             smoother = packed[split : split + stencil.num_cells]
@@ -139,52 +130,9 @@ class Levels:
     def _starts(self) -> list[int]:
         """Where each level's part of the vector begins; the last is the bottom's."""
         sizes = [
-            math.prod(level.stencil.shape) + level.stencil.num_cells
-            for level in self.levels
+            math.prod(stencil.shape) + stencil.num_cells for stencil, _ in self.levels
         ]
         return list(itertools.accumulate(sizes, initial=0))
-
-
-def levels_below(stencil: Stencil, first_tile: Shape, fields: Shape, tiles) -> Levels:
-    """From the first level down to at most 64 blocks, or by the tiles given.
-
-    Axes that tiles of one element cut stay as they are while the dense matrix at the
-    bottom has no more than 1000 rows: with one-element tiles alone that is Newton's
-    method.
-
-    Args:
-      stencil: the layout of the first level.
-      first_tile: the tile that is a cell of the first level.
-      fields: axes that are never coarsened, as their entries are not neighbours.
-      tiles: "auto", or the shapes of the tiles of each level.
-    """
-    levels = []
-    grid = [axis for axis in range(len(stencil.grid)) if axis not in fields]
-    if tiles == "auto":
-        long = {axis for axis in grid if first_tile[axis] > 1}
-        while stencil.num_cells > MAX_DENSE:
-            tile = _auto_tile(stencil, long)
-            if math.prod(tile) == 1 and stencil.num_cells > _MAX_EXACT:
-                tile = _auto_tile(stencil, grid)
-            if math.prod(tile) == 1:
-                break
-            levels.append(_Level(stencil, tile))
-            stencil = stencil.coarse(tile)
-    else:
-        for tile in tiles:
-            along = dict(zip(grid, tile, strict=False))
-            full = tuple(along.get(axis, 1) for axis in range(len(stencil.grid)))
-            levels.append(_Level(stencil, full))
-            stencil = stencil.coarse(full)
-    return Levels(tuple(levels), stencil)
-
-
-def _auto_tile(stencil, axes) -> Shape:
-    """Tiles of 4 or the reach along some axes."""
-    return tuple(
-        min(max(_COARSENING, k), g) if axis in axes else 1
-        for axis, (k, g) in enumerate(zip(stencil.reach, stencil.grid, strict=True))
-    )
 
 
 def _chebyshev(steps, dtype):

@@ -12,6 +12,7 @@ import numpy as np
 
 from bma_optax import _control_flow
 from bma_optax.partitions import _tiles
+from bma_optax.partitions._grids import Grid
 from bma_optax.partitions._rules import Shape
 
 
@@ -28,29 +29,8 @@ class Colors(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stencil:
-    """The layout S[b, a, *offset, *cell]: the entry from field a at cell + offset to b.
-
-    Offsets along an axis of g cells are those from -reach to reach, kept modulo their
-    number m = 2 reach + 1; all g of them where the axis is shorter than that. Cells
-    wrap around: entries across the edge are zero unless the grid is periodic.
-    """
-
-    fields: int
-    grid: Shape
-    reach: Shape
-
-    @property
-    def width(self) -> Shape:
-        """m for each axis, the number of offsets."""
-        return tuple(
-            min(2 * k + 1, g) for k, g in zip(self.reach, self.grid, strict=True)
-        )
-
-    @property
-    def shape(self) -> Shape:
-        """The shape of S."""
-        return (self.fields, self.fields, *self.width, *self.grid)
+class Stencil(Grid):
+    """The matrix of a :class:`Grid` as an array S, and what is done with it."""
 
     def colors(self, *, share: bool, around: bool) -> tuple[Colors, ...]:
         """Colors along each axis, so few that cells of one color are far apart.
@@ -76,16 +56,6 @@ class Stencil:
         runs = np.array_split(cells, g // apart)
         of_cell = np.concatenate([np.arange(len(run)) for run in runs])
         return Colors(max(map(len, runs)), of_cell, of_cell[near % g])
-
-    @property
-    def num_cells(self) -> int:
-        """The number of rows of the matrix."""
-        return self.fields * math.prod(self.grid)
-
-    def offset(self, axis: int, index: int) -> int:
-        """The offset at a position of the stencil."""
-        m, k = self.width[axis], self.reach[axis]
-        return index if index <= k or m == self.grid[axis] else index - m
 
     @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
     def from_colors(self, Y, around: bool):
@@ -173,17 +143,6 @@ class Stencil:
             if t > 1:
                 self, S = self._coarsen_axis(S, axis, t)
         return self, S
-
-    def coarse(self, tile: Shape) -> "Stencil":
-        """The layout that ``coarsen`` gives."""
-        grid = tuple(-(-g // t) for g, t in zip(self.grid, tile, strict=True))
-        # Across a last tile that is shorter than the reach, on a periodic grid, cells
-        # meet one tile further.
-        reach = tuple(
-            -(-k // t) + (0 < g % t < k)
-            for k, t, g in zip(self.reach, tile, self.grid, strict=True)
-        )
-        return Stencil(self.fields, grid, reach)
 
     def _coarsen_axis(self, S, axis, t):
         tile = [1] * len(self.grid)

@@ -1,0 +1,113 @@
+"""The layout of matrices on grids: which cells meet, and the levels below; static.
+
+A curvature whose entries meet only between near neighbours is an array of (2 reach +
+1)^dim numbers a cell instead of a matrix. Blocks of tiles make coarser cells, level by
+level, until a dense matrix costs nothing.
+"""
+
+import dataclasses
+import math
+from typing import Self, TypeVar
+
+from bma_optax.partitions._rules import Shape
+
+MAX_DENSE = 64
+_COARSENING = 4
+_MAX_EXACT = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The layout S[b, a, *offset, *cell]: the entry from field a at cell + offset to b.
+
+    Offsets along an axis of g cells are those from -reach to reach, kept modulo their
+    number m = 2 reach + 1; all g of them where the axis is shorter than that. Cells
+    wrap around: entries across the edge are zero unless the grid is periodic.
+    """
+
+    fields: int
+    grid: Shape
+    reach: Shape
+
+    @property
+    def width(self) -> Shape:
+        """m for each axis, the number of offsets."""
+        return tuple(
+            min(2 * k + 1, g) for k, g in zip(self.reach, self.grid, strict=True)
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of S."""
+        return (self.fields, self.fields, *self.width, *self.grid)
+
+    @property
+    def num_cells(self) -> int:
+        """The number of rows of the matrix."""
+        return self.fields * math.prod(self.grid)
+
+    def offset(self, axis: int, index: int) -> int:
+        """The offset at a position of the stencil."""
+        m, k = self.width[axis], self.reach[axis]
+        return index if index <= k or m == self.grid[axis] else index - m
+
+    def coarse(self, tile: Shape) -> Self:
+        """The layout of the Galerkin operator PᵀSP for the indicators P of tiles."""
+        grid = tuple(-(-g // t) for g, t in zip(self.grid, tile, strict=True))
+        # Across a last tile that is shorter than the reach, on a periodic grid, cells
+        # meet one tile further.
+        reach = tuple(
+            -(-k // t) + (0 < g % t < k)
+            for k, t, g in zip(self.reach, tile, self.grid, strict=True)
+        )
+        return type(self)(self.fields, grid, reach)
+
+
+AnyGrid = TypeVar("AnyGrid", bound=Grid)
+
+
+def levels_below(
+    grid: AnyGrid, first_tile: Shape, fields: tuple[int, ...], tiles
+) -> tuple[tuple[tuple[AnyGrid, Shape], ...], AnyGrid]:
+    """From the first level down to at most 64 blocks, or by the tiles given.
+
+    Axes that tiles of one element cut stay as they are while the dense matrix at the
+    bottom has no more than 1000 rows: with one-element tiles alone that is Newton's
+    method.
+
+    Args:
+      grid: the layout of the first level.
+      first_tile: the tile that is a cell of the first level.
+      fields: axes that are never coarsened, as their entries are not neighbours.
+      tiles: "auto", or the shapes of the tiles of each level.
+
+    Returns:
+      Each level with the tile of its cells that is a cell of the next; the last one.
+    """
+    levels = []
+    axes = [axis for axis in range(len(grid.grid)) if axis not in fields]
+    if tiles == "auto":
+        long = {axis for axis in axes if first_tile[axis] > 1}
+        while grid.num_cells > MAX_DENSE:
+            tile = _auto_tile(grid, long)
+            if math.prod(tile) == 1 and grid.num_cells > _MAX_EXACT:
+                tile = _auto_tile(grid, axes)
+            if math.prod(tile) == 1:
+                break
+            levels.append((grid, tile))
+            grid = grid.coarse(tile)
+    else:
+        for tile in tiles:
+            along = dict(zip(axes, tile, strict=False))
+            full = tuple(along.get(axis, 1) for axis in range(len(grid.grid)))
+            levels.append((grid, full))
+            grid = grid.coarse(full)
+    return tuple(levels), grid
+
+
+def _auto_tile(grid, axes) -> Shape:
+    """Tiles of 4 or the reach along some axes."""
+    return tuple(
+        min(max(_COARSENING, k), g) if axis in axes else 1
+        for axis, (k, g) in enumerate(zip(grid.reach, grid.grid, strict=True))
+    )
