@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import _networks_report
-import figure2
-import inverse_problems
-import step_cost
+from benchmarks.costs import step_cost
+from benchmarks.figures import figure2
+from benchmarks.grids import __main__ as inverse_problems
+from benchmarks.networks import report
 
 Content = dict[str, Any]
 REAL = tuple(inverse_problems.REAL)
@@ -41,7 +41,7 @@ def real(content: Content) -> str:
 
 
 def networks(content: Content) -> str:
-    tables = without_heading(_networks_report.summary(content["tasks"]))
+    tables = without_heading(report.summary(content["tasks"]))
     return tables + of_machine(content)
 
 
@@ -67,23 +67,23 @@ def nets(content: Content) -> str:
 
 # The file of each table, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
-    "grids": ("inverse_problems.json", grids),
-    "one_core": ("inverse_problems_one_core.json", grids),
-    "volumes": ("inverse_problems_volumes.json", grids),
-    "real": ("inverse_problems.json", real),
-    "networks": ("networks.json", networks),
-    "normalised": ("networks_normalised.json", networks),
-    "networks_mnist": ("networks_mnist.json", networks),
-    "costs": ("step_cost.json", costs),
-    "digits": ("figure2_digits.json", nets),
-    "mnist": ("figure2_mnist.json", nets),
-    "cifar10": ("figure2_cifar10.json", nets),
+    "grids": ("grids/results/grids.json", grids),
+    "one_core": ("grids/results/one_core.json", grids),
+    "volumes": ("grids/results/volumes.json", grids),
+    "real": ("grids/results/grids.json", real),
+    "networks": ("networks/results/networks.json", networks),
+    "normalised": ("networks/results/normalised.json", networks),
+    "networks_mnist": ("networks/results/mnist.json", networks),
+    "costs": ("costs/results/step_cost.json", costs),
+    "digits": ("figures/results/figure2_digits.json", nets),
+    "mnist": ("figures/results/figure2_mnist.json", nets),
+    "cifar10": ("figures/results/figure2_cifar10.json", nets),
 }
 
 
-def write(results: Path, folder: Path) -> None:
+def write(benchmarks: Path, folder: Path) -> None:
     """One Markdown file a table."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (file, make) in TABLES.items():
-        content = json.loads((results / file).read_text())
+        content = json.loads((benchmarks / file).read_text())
         (folder / f"{name}.md").write_text(make(content))

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "docs"))
 
 import _tables
@@ -45,4 +45,4 @@ autodoc_typehints = "none"  # The docstrings say more.
 napoleon_use_rtype = False
 
 # The pages' tables, from what the benchmarks wrote.
-_tables.write(ROOT / "benchmarks" / "results", ROOT / "docs" / "generated" / "tables")
+_tables.write(ROOT / "benchmarks", ROOT / "docs" / "generated" / "tables")

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).parent.parent
 
 
-def run(script, out, *options):
-    command = [sys.executable, str(BENCHMARKS / script), "--out", str(out), *options]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def run(part, out, *options):
+    command = [sys.executable, "-m", f"benchmarks.costs.{part}", "--out", str(out)]
+    printed = subprocess.run(
+        [*command, *options], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     return json.loads(out.read_text()), printed
 
 
 def test_step_cost(tmp_path):
     out = tmp_path / "step_cost.json"
-    content, printed = run("step_cost.py", out, "--trees", "50k", "--steps", "2")
+    content, printed = run("step_cost", out, "--trees", "50k", "--steps", "2")
     rows = content["trees"]["50k"]["methods"]
     d = content["trees"]["50k"]["parameters"]
     assert out.with_suffix(".png").stat().st_size > 0
@@ -33,7 +35,7 @@ def test_step_cost(tmp_path):
 def test_inverse_root(tmp_path):
     out = tmp_path / "inverse_root.json"
     options = "--sizes", "16", "40", "--conditions", "10", "1e3", "--repeats", "1"
-    content, printed = run("inverse_root.py", out, *options)
+    content, printed = run("inverse_root", out, *options)
     assert len(content["cells"]) == 4 and "| 40 | 1e+03 |" in printed
     for cell in content["cells"]:
         for name, found in cell["methods"].items():
@@ -43,7 +45,7 @@ def test_inverse_root(tmp_path):
 
 def test_compile_time(tmp_path):
     options = "--arrays", "1", "4", "--repeats", "1"
-    content, printed = run("compile_time.py", tmp_path / "times.json", *options)
+    content, printed = run("compile_time", tmp_path / "times.json", *options)
     assert len(content["methods"]) == printed.count("\n| `")
     for row in content["methods"].values():
         assert all(times["compile"] > 0 for times in row.values())

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "curvature.py"
+ROOT = Path(__file__).parent.parent
 METHODS = ["newton_bma_per_leaf", "newton_bma_per_unit", "newton_bma_diagonal"]
 METHODS += ["natural_bma", "lbfgs", "newton_cg", "adam", "sgd"]
 
@@ -13,8 +13,10 @@ METHODS += ["natural_bma", "lbfgs", "newton_cg", "adam", "sgd"]
 def test_curvature_runs(tmp_path):
     # A process of its own: the script wants other settings of JAX than the tests.
     options = "--problems net --repeats 1 --max-steps 3 --output-dir"
-    command = [sys.executable, SCRIPT, *options.split(), tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.curvature", *options.split(), tmp_path]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     for method in METHODS:
         assert f"| {method} |" in result.stdout

@@ -3,20 +3,18 @@
 import functools
 import json
 
-import _networks_methods as methods
-import _networks_peers as peers
-import _networks_shrinkage as networks_shrinkage
-import _networks_study as measuring
-import _networks_tasks as nets
-import _networks_variants as variants
 import jax
 import jax.numpy as jnp
-import networks
 import numpy as np
 import optax
 import pytest
 
 import bma_optax as bma
+from benchmarks.networks import __main__ as networks
+from benchmarks.networks import methods, peers, variants
+from benchmarks.networks import shrinkage as networks_shrinkage
+from benchmarks.networks import study as measuring
+from benchmarks.networks import tasks as nets
 
 
 @pytest.fixture(autouse=True)

@@ -80,12 +80,12 @@ def scale_by_bma(
         resolve beside the largest eigenvalue, 4 √L eps times it; at 1 the update along
         block means can shrink but not grow. The default bounds the growth by 1.8: below
         0.1 the second step, where M is nearly singular, can throw deeper nets off, and
-        on digits little changes (``benchmarks/min_eigenvalue.py``). To the letter of
+        on digits little changes (``benchmarks.costs``). To the letter of
         AdaGrad-Full take 0.
       form: "left" for :math:`F^{-1/2} Z^{-1} g`, "symmetric" for
         :math:`Z^{-1/2} F^{-1/2} Z^{-1/2} g`, always a descent direction but
         large where z is tiny and blocks are fine: with ``per_unit`` on digits its
-        largest entry was 13.5, that of "left" 2.0 (``benchmarks/min_eigenvalue.py``).
+        largest entry was 13.5, that of "left" 2.0 (``benchmarks.costs``).
       estimator: "report" for the M above; "projection" for
         :math:`M = S^{1/2} \frac{U}{v v^T} S^{1/2}`, S = diag(s), diagonal included:
         eq. (2) of :math:`Z^{-1} H Z^{-1}`, whose off-diagonal entries the report's M
@@ -95,7 +95,7 @@ def scale_by_bma(
         there is also one at steps 1, 2, 4, 8, ..., as the first gradients change M
         most. U and diag H take up every gradient whatever it is. With 1000 blocks and
         0.9 million parameters a step took 9.9 times AdaGrad's at 1, 2.4 times at 10
-        (``benchmarks/step_cost.py``).
+        (``benchmarks.costs``).
 
     Returns:
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleByBMAState`.

@@ -1,0 +1,1 @@
+"""Studies, a folder each: `python -m benchmarks.grids`. See README.md."""

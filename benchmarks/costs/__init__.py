@@ -1,0 +1,1 @@
+"""What an update costs, and what its parts cost."""

@@ -1,0 +1,1 @@
+"""Newton-BMA on problems without locality."""

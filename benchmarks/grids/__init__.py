@@ -1,0 +1,1 @@
+"""Newton-BMA where parameters have neighbours."""

@@ -1,0 +1,1 @@
+"""Mini-BMA, Adam-BMA and AdaGrad-BMA on networks."""

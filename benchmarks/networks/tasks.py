@@ -1,0 +1,311 @@
+"""The nets of networks.py and what they learn: digits, or MNIST and CIFAR-10, or text.
+
+Plain functions on nested dictionaries of Flax's layout: kernels are (inputs, outputs),
+those of convolutions (3, 3, inputs, outputs), embeddings (symbols, features).
+"""
+
+import functools
+import math
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.harness import datasets
+
+EMBEDDINGS = "embedding"  # In their paths: one unit a row, not a column.
+LETTERS = [chr(code) for code in range(32, 127)] + ["\n"]
+Arrays = tuple[np.ndarray, ...]
+
+
+class Task(NamedTuple):
+    """`forward`: params, examples -> the loss, and the input of each array by name."""
+
+    title: str
+    init: Callable[[jax.Array], Any]
+    forward: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+    train: Arrays  # Examples are rows of every array.
+    test: Arrays
+    steps: int
+    batch_size: int
+
+    def loss(self, params: Any, examples: Any) -> jax.Array:
+        return self.forward(params, examples)[0]
+
+    def batches(self, seed: int) -> np.ndarray:
+        """The rows of every step's examples, one permutation after the other."""
+        rng, count = np.random.default_rng(seed), self.steps * self.batch_size
+        rows = len(self.train[0])
+        orders = [rng.permutation(rows) for _ in range(math.ceil(count / rows))]
+        every = np.concatenate(orders)[:count].astype(np.int32)
+        return every.reshape(self.steps, self.batch_size)
+
+
+def kernel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.nn.initializers.lecun_normal()(key, shape)
+
+
+def dense_init(key: jax.Array, widths: tuple[int, ...], norm=False) -> dict[str, Any]:
+    pairs = zip(widths[:-1], widths[1:], strict=True)
+    params = {
+        f"dense{i}": {
+            "kernel": kernel(jax.random.fold_in(key, i), shape),
+            "bias": jnp.zeros(shape[-1]),
+        }
+        for i, shape in enumerate(pairs)
+    }
+    if norm:  # But for the output.
+        norms = enumerate(widths[1:-1])
+        params |= {f"norm{i}": norm_init(width) for i, width in norms}
+    return params
+
+
+def norm_init(width: int) -> dict[str, jax.Array]:
+    return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
+
+
+def dense(params: Any, name: str, x: jax.Array, seen: dict) -> jax.Array:
+    seen[name] = x
+    layer = params[name]
+    return x @ layer["kernel"] + layer.get("bias", 0)
+
+
+def mlp(params: Any, x: jax.Array, activation: Callable, seen: dict) -> jax.Array:
+    names = [name for name in sorted(params) if name.startswith("dense")]
+    for i, name in enumerate(names[:-1]):
+        x = activation(normalised(params, f"norm{i}", dense(params, name, x, seen)))
+    return dense(params, names[-1], x, seen)
+
+
+def mlp_forward(activation: Callable, params: Any, examples: Any):
+    images, labels = examples
+    logits = mlp(params, images, activation, seen := {})
+    return cross_entropy(logits, labels), seen
+
+
+def autoencoder_forward(params: Any, examples: Any):
+    (images,) = examples
+    output = jax.nn.sigmoid(mlp(params, images, jax.nn.sigmoid, seen := {}))
+    return jnp.mean(jnp.sum((output - images) ** 2, axis=-1)), seen
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def conv_init(shape: tuple[int, ...], channels: tuple[int, ...], norm: bool, key):
+    height, width, depth = shape
+    params: dict[str, Any] = {}
+    for i, count in enumerate(channels):
+        name = jax.random.fold_in(key, i)
+        params[f"conv{i}"] = {"kernel": kernel(name, (3, 3, depth, count))}
+        params[f"conv{i}"]["bias"] = jnp.zeros(count)
+        if norm:
+            params[f"norm{i}"] = norm_init(count)
+        depth = count
+        if i > 0:
+            height, width = math.ceil(height / 2), math.ceil(width / 2)
+    widths = height * width * depth, datasets.CLASSES
+    return params | dense_init(jax.random.fold_in(key, len(channels)), widths)
+
+
+def convolution(params: Any, name: str, x: jax.Array, stride: int, seen: dict):
+    """3 x 3, zeros around: XLA's own is slow in a loop on a CPU, a product is not."""
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [
+        x[:, i : i + height : stride, j : j + width : stride]
+        for i in range(3)
+        for j in range(3)
+    ]
+    seen[name] = jnp.concatenate(shifted, axis=-1)
+    layer = params[name]
+    weights = layer["kernel"].reshape(-1, layer["kernel"].shape[-1])
+    return seen[name] @ weights + layer["bias"]
+
+
+def group_norm(layer: Any, x: jax.Array, groups: int = 4) -> jax.Array:
+    parts = x.reshape(*x.shape[:-1], groups, -1)
+    axes = (1, 2, 4)
+    mean = parts.mean(axes, keepdims=True)
+    scaled = (parts - mean) * jax.lax.rsqrt(parts.var(axes, keepdims=True) + 1e-5)
+    return scaled.reshape(x.shape) * layer["scale"] + layer["bias"]
+
+
+def conv_forward(params: Any, examples: Any):
+    (x, labels), seen, i = examples, {}, 0
+    while f"conv{i}" in params:
+        x = convolution(params, f"conv{i}", x, stride=2 if i else 1, seen=seen)
+        if f"norm{i}" in params:
+            x = group_norm(params[f"norm{i}"], x)
+        x, i = jax.nn.relu(x), i + 1
+    logits = mlp(params, x.reshape(len(x), -1), jax.nn.relu, seen)
+    return cross_entropy(logits, labels), seen
+
+
+def transformer_init(length: int, width: int, layers: int, plain: bool, key):
+    params: dict[str, Any] = {}
+
+    def matrix(name, *shape):
+        layer = jax.random.fold_in(key, len(params))
+        params[name] = {"kernel": kernel(layer, shape)}
+
+    def norm(name):
+        if not plain:
+            params[name] = norm_init(width)
+
+    for i in range(layers):
+        norm(f"block{i}_norm")
+        for name in ("query", "key", "value", "out"):
+            matrix(f"block{i}_{name}", width, width)
+        norm(f"block{i}_mlp_norm")
+        matrix(f"block{i}_up", width, 4 * width)
+        matrix(f"block{i}_down", 4 * width, width)
+    norm("norm")
+    matrix("head", width, len(LETTERS) + 1)
+    keys = jax.random.split(jax.random.fold_in(key, len(params)))
+    params[EMBEDDINGS] = {
+        "token": 0.02 * jax.random.normal(keys[0], (len(LETTERS) + 1, width)),
+        "position": 0.02 * jax.random.normal(keys[1], (length, width)),
+    }
+    return params
+
+
+def normalised(params: Any, name: str, x: jax.Array) -> jax.Array:
+    """By the layer of that name, in nets that have one."""
+    return layer_norm(params[name], x) if name in params else x
+
+
+def layer_norm(layer: Any, x: jax.Array) -> jax.Array:
+    x = x - x.mean(-1, keepdims=True)
+    scaled = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5)
+    return scaled * layer["scale"] + layer["bias"]
+
+
+def transformer_forward(heads: int, params: Any, examples: Any):
+    (rows,), seen, i = examples, {}, 0
+    symbols, targets = rows[:, :-1].astype(jnp.int32), rows[:, 1:].astype(jnp.int32)
+    tables, shape = params[EMBEDDINGS], (*symbols.shape, heads, -1)
+    x = tables["token"][symbols] + tables["position"]
+    while f"block{i}_query" in params:
+        name = f"block{i}"
+        y = normalised(params, f"{name}_norm", x)
+        q, k, v = (
+            dense(params, f"{name}_{part}", y, seen).reshape(shape)
+            for part in ("query", "key", "value")
+        )
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+        x = x + dense(params, f"{name}_out", y, seen)
+        y = normalised(params, f"{name}_mlp_norm", x)
+        y = jax.nn.gelu(dense(params, f"{name}_up", y, seen))
+        x, i = x + dense(params, f"{name}_down", y, seen), i + 1
+    logits = dense(params, "head", normalised(params, "norm", x), seen)
+    return cross_entropy(logits, targets), seen
+
+
+def text(characters: int, length: int) -> Arrays:
+    """Windows of Python's own library, its largest modules in the order of names."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    parts, total = [], 0
+    for path in sorted(folder.glob("[a-z]*.py")):
+        part = path.read_text(encoding="utf-8", errors="replace")
+        if total < characters and len(part) > 30_000:
+            parts.append(part[: characters - total])
+            total += len(parts[-1])
+    codes = {letter: code for code, letter in enumerate(LETTERS)}
+    symbols = [codes.get(letter, len(LETTERS)) for letter in "".join(parts)]
+    rows = len(symbols) // (length + 1)
+    windows = np.array(symbols[: rows * (length + 1)], np.uint8).reshape(rows, -1)
+    held_out = max(1, rows // 10)  # The last modules.
+    return windows[:-held_out], windows[-held_out:]
+
+
+@functools.cache
+def images(source: str, scaling: str, data_dir: Path | None) -> datasets.Dataset:
+    data = datasets.load(source, data_dir)
+    train, test = data.train_images, data.test_images
+    low = train.min(axis=(0, 1, 2))
+    span = train.max(axis=(0, 1, 2)) - low
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    scale = {
+        "raw": lambda x: (x - low) / span,  # The file's pixels, from 0 to 1.
+        "global": lambda x: x,
+        "pixel": lambda x: (x - mean) / np.where(std > 0, std, 1),
+    }[scaling]
+    return data._replace(train_images=scale(train), test_images=scale(test))
+
+
+class Sizes(NamedTuple):
+    """Widths without those of the data, steps and examples a step."""
+
+    hidden: tuple[int, ...] = (256, 128)
+    code: tuple[int, ...] = (96, 48, 12)
+    channels: tuple[int, ...] = (16, 32, 32)
+    width: int = 32
+    length: int = 32
+    characters: int = 400_000
+    steps: dict[str, int] = {"mlp": 200, "conv": 200, "autoencoder": 600, "text": 250}
+    batch_size: int = 32
+
+
+FILES = Sizes((256, 128), (256, 64, 16), (16, 32, 32), batch_size=64)
+SMALL = Sizes((6,), (4,), (4, 4), 8, 6, 4000, dict.fromkeys(Sizes().steps, 12), 8)
+MLPS = {
+    "mlp_raw": ("raw", jax.nn.relu),
+    "mlp_global": ("global", jax.nn.relu),
+    "mlp_pixel": ("pixel", jax.nn.relu),
+    "mlp_sigmoid": ("global", jax.nn.sigmoid),
+}
+TASKS = (*MLPS, "conv", "conv_norm", "autoencoder", "transformer")
+# The same nets with normalisation layers, and the transformer without.
+OTHERS = (*(f"{name}_norm" for name in MLPS), "autoencoder_norm", "transformer_plain")
+
+
+def make(name: str, data_dir: Path | None, small: bool, times: int = 1) -> Task:
+    """A task of TASKS or OTHERS, with so many times its steps."""
+    sizes = SMALL if small else FILES if data_dir else Sizes()
+
+    def task(init, forward, train, test, kind):
+        steps = sizes.steps[kind] * times
+        title = name if times == 1 else f"{name}, {times} times the steps"
+        # A window of text is many examples.
+        examples = sizes.batch_size // 2 if kind == "text" else sizes.batch_size
+        return Task(title, init, forward, train, test, steps, examples)
+
+    kind, norm = name.removesuffix("_norm"), name.endswith("_norm")
+    if kind.startswith("transformer"):
+        plain = kind == "transformer_plain"
+        init = functools.partial(transformer_init, sizes.length, sizes.width, 2, plain)
+        forward = functools.partial(transformer_forward, 4)
+        train, test = text(sizes.characters, sizes.length)
+        return task(init, forward, (train,), (test,), "text")
+    source = "digits"
+    if data_dir:
+        source = "cifar10" if kind == "conv" else "mnist"
+    scaling, activation = MLPS.get(kind, ("global", None))
+    if kind == "autoencoder":
+        scaling = "raw"
+    data = images(source, scaling, data_dir)
+    train, test = (
+        [data.train_images, data.train_labels],
+        [data.test_images, data.test_labels],
+    )
+    if kind == "conv":
+        init = functools.partial(conv_init, train[0].shape[1:], sizes.channels, norm)
+        return task(init, conv_forward, tuple(train), tuple(test), "conv")
+    for part in (train, test):
+        part[0] = part[0].reshape(len(part[0]), -1)
+    pixels = train[0].shape[1]
+    if kind == "autoencoder":
+        widths = (pixels, *sizes.code, *sizes.code[-2::-1], pixels)
+        init = functools.partial(dense_init, widths=widths, norm=norm)
+        return task(init, autoencoder_forward, (train[0],), (test[0],), "autoencoder")
+    widths = (pixels, *sizes.hidden, datasets.CLASSES)
+    init = functools.partial(dense_init, widths=widths, norm=norm)
+    forward = functools.partial(mlp_forward, activation)
+    return task(init, forward, tuple(train), tuple(test), "mlp")
