@@ -12,7 +12,6 @@ from bma_optax.adaptive._mini import ScaleByMiniBMAState, mini_bma, scale_by_min
 from bma_optax.algebra._block_mean_matrix import BlockMeanMatrix
 from bma_optax.curvature._kinds import (
     Curvature,
-    EmpiricalFisher,
     Fisher,
     GaussNewton,
     Hessian,
@@ -28,7 +27,7 @@ from bma_optax.newton._quadratic_model import (
 )
 from bma_optax.partitions._blocks import Partition
 from bma_optax.partitions._build import partition
-from bma_optax.partitions._combinators import by_path, stacked
+from bma_optax.partitions._combinators import by_path, stacked, within
 from bma_optax.partitions._rules import (
     Rule,
     per_column,
@@ -44,7 +43,6 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMeanMatrix",
     "Curvature",
-    "EmpiricalFisher",
     "Fisher",
     "GaussNewton",
     "Hessian",
@@ -83,4 +81,5 @@ __all__ = [
     "scale_by_newton_bma",
     "scale_by_quadratic_model",
     "stacked",
+    "within",
 ]

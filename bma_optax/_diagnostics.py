@@ -15,8 +15,6 @@ def diagnostics(
     grads: Any = None,
     *,
     estimator: str = "report",
-    reach: int | tuple[int, ...] | None = None,
-    levels: str | tuple[tuple[int, ...], ...] = "auto",
 ) -> dict[str, jax.Array]:
     r"""Numbers to log, from the states of this library inside an optimiser's state.
 
@@ -65,13 +63,11 @@ def diagnostics(
     Args:
       state: the state of any optimiser, such as a chain or ``nnx.Optimizer``'s
         ``opt_state``.
-      blocks: :func:`bma_optax.partition` of the parameters by the rule and the
-        ``couple`` of the transformation ("block" for mini-BMA); for Flax's nnx, of
+      blocks: :func:`bma_optax.partition` of the parameters by the rule of the
+        transformation (within "block" for mini-BMA); for Flax's nnx, of
         ``nnx.state(model, nnx.Param)``. States that they do not fit give the rest.
       grads: a tree like the parameters: what the transformation is given.
       estimator: that of the transformation.
-      reach: that of the transformation.
-      levels: those of the transformation.
 
     Returns:
       A dictionary of scalars, shape (); ``correlations`` has shape (k,),
@@ -104,10 +100,10 @@ def diagnostics(
     if not isinstance(blocks, Partition | None):
         raise TypeError(
             f"`blocks` must be a partition, got {type(blocks).__name__}. Pass "
-            "bma.partition(params, rule, couple)."
+            "bma.partition(params, rule)."
         )
     if blocks is None and grads is not None:
-        raise ValueError("`grads` need `blocks`: bma.partition(params, rule, couple).")
+        raise ValueError("`grads` need `blocks`: bma.partition(params, rule).")
     found = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(
@@ -121,7 +117,7 @@ def diagnostics(
             "`init` or `update` returns, or an optimiser's state that holds that."
         )
     kinds = [type(leaf) for _, leaf in found]
-    options = _looks.Options(estimator, reach, levels)
+    options = _looks.Options(estimator)
     misfits, looks = [], 0
     result: dict[str, jax.Array] = {}
     for path, boxed in found:

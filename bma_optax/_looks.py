@@ -23,8 +23,6 @@ class Options(NamedTuple):
     """What a transformation was made with and its state does not say."""
 
     estimator: str
-    reach: Any
-    levels: Any
 
 
 def plain(state):
@@ -53,16 +51,16 @@ def misfit(blocks, grads, state, options) -> str:
         fits = fits and jax.tree.leaves(packed)[0].shape == blocks.matrix_shape
     if not fits:
         return (
-            f"`blocks` do not fit a {kind}. Pass bma.partition(params, rule, couple) "
-            f"with the rule and the `couple` of the transformation, and {_SEEN}."
+            f"`blocks` do not fit a {kind}. Pass bma.partition(params, rule) with the "
+            f"rule of the transformation, and {_SEEN}."
         )
     if isinstance(state, ScaleByNewtonBMAState):
-        systems = _coarse_systems.systems(blocks, options.reach, options.levels)
+        systems = _coarse_systems.systems(blocks)
         known = plain(state)
         if _two_level.shapes(systems) != (known.N.shape, known.K.shape):
             return (
-                f"`reach` and `levels` do not fit a {kind}. Pass those of the "
-                "transformation, and the rule and the `couple` of it in `blocks`."
+                f"`blocks` do not fit a {kind}. Pass bma.partition(params, rule) with "
+                "the rule of the transformation, its reach included."
             )
     given = {} if grads is None else dict(_names.named_leaves(grads))
     for path in {**given, **shapes} if grads is not None else ():
@@ -143,7 +141,7 @@ def _of_mini(state, blocks, grads, options):
 
 
 def _of_newton(state, blocks, grads, options):
-    systems = _coarse_systems.systems(blocks, options.reach, options.levels)
+    systems = _coarse_systems.systems(blocks)
     numbers = {}
     if all(isinstance(system, _coarse_systems.Dense) for system in systems):
         z2 = _two_level.diagonal_of(

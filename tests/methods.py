@@ -41,8 +41,7 @@ METHODS = [
         "adagrad_bma per_tile by layer",
         bma.adagrad_bma,
         learning_rate=1.0,
-        partition=bma.per_tile((2,)),
-        couple="layer",
+        partition=bma.within("layer", bma.per_tile((2,))),
         initial_accumulator_value=0.1,
     ),
     row(
@@ -66,8 +65,7 @@ METHODS = [
         bma.newton_bma,
         trees=3,
         learning_rate=None,
-        partition=bma.per_column,
-        couple="layer",
+        partition=bma.within("layer", bma.per_column),
         update_interval=2,
         damping=0.1,
         adaptive_damping=True,
@@ -79,9 +77,8 @@ METHODS = [
         bma.newton_bma,
         trees=2,
         learning_rate=None,
-        partition=bma.per_tile((2,)),
-        reach=(15,),  # The losses of the tests couple all elements of an array.
-        levels=((2,),),
+        # The losses of the tests couple all elements of an array.
+        partition=bma.per_tile((2,), reach=15),
     ),
     row(
         "natural_bma",

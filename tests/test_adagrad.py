@@ -53,7 +53,7 @@ def labels_and_groups(name_of, couple):
 def test_fifty_steps_equal_the_dense_reference(rule, form, mode):
     rng = np.random.default_rng(0)
     couple = "all"
-    tx = bma.scale_by_bma(rule, couple=couple, form=form, eps=0.3, min_eigenvalue=1e-3)
+    tx = bma.scale_by_bma(rule, form=form, eps=0.3, min_eigenvalue=1e-3)
     update = jax.jit(tx.update) if mode == "jit" else tx.update
     labels, groups = labels_and_groups(RULES[rule], couple)
     dense = DenseAdaGradBMA(labels, groups, eps=0.3, floor=1e-3, form=form)
@@ -70,7 +70,8 @@ def test_fifty_steps_equal_the_dense_reference(rule, form, mode):
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_coupled_groups_equal_the_dense_reference(rule, couple):
     rng = np.random.default_rng(1)
-    tx = bma.scale_by_bma(rule, couple=couple, initial_accumulator_value=0.3, eps=1e-3)
+    within = bma.within(couple, rule)
+    tx = bma.scale_by_bma(within, initial_accumulator_value=0.3, eps=1e-3)
     labels, groups = labels_and_groups(RULES[rule], couple)
     dense = DenseAdaGradBMA(labels, groups, initial=0.3, eps=1e-3, form="left")
     state = tx.init(random_tree(rng))
@@ -303,7 +304,6 @@ PARAMS = {"layer": {"w": jnp.ones((2, 2))}}
     [
         (lambda: bma.scale_by_bma(len), TypeError, "by_function"),
         (lambda: bma.scale_by_bma(form="right"), ValueError, "left.*symmetric"),
-        (lambda: bma.scale_by_bma(couple="some"), ValueError, "couple"),
         (lambda: bma.scale_by_bma(eps=-1.0), ValueError, "eps"),
         (lambda: bma.scale_by_bma(min_eigenvalue=float("nan")), ValueError, "min_eig"),
         (

@@ -130,7 +130,6 @@ def curvatures(activation, losses):
     return loss, {
         "Hessian": bma.Hessian(),
         "GaussNewton": bma.GaussNewton(model, lambda z: jnp.mean(losses(z))),
-        "EmpiricalFisher": bma.EmpiricalFisher(lambda params: losses(model(params))),
         "Fisher": bma.Fisher(model, jax.random.categorical, lambda z, y: losses(z)),
     }
 
@@ -155,7 +154,6 @@ def dense():
     return {
         "Hessian": gauss_newton + bend.reshape(12, 12),
         "GaussNewton": gauss_newton,
-        "EmpiricalFisher": fisher,
         "Fisher": fisher,  # Its labels are given here.
     }
 

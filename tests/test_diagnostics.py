@@ -137,12 +137,12 @@ def test_curvature(reach):
         return jnp.sum(jnp.diff(u) ** 2) / 2 + jnp.sum(jnp.cosh(u)) / 50
 
     u = jnp.asarray(np.random.default_rng(2).standard_normal(32))
-    rule = bma.per_tile((4,))
-    tx = bma.scale_by_newton_bma(rule, reach=reach, damping=0.01)
+    rule = bma.per_tile((4,), reach=reach)
+    tx = bma.scale_by_newton_bma(rule, damping=0.01)
     g = jax.grad(f)(u)
     update, state = tx.update(g, tx.init(u), u, value_fn=f)
     blocks = bma.partition(u, rule)
-    numbers = jax.jit(lambda s, g: bma.diagnostics(s, blocks, g, reach=reach))(state, g)
+    numbers = jax.jit(lambda s, g: bma.diagnostics(s, blocks, g))(state, g)
     G = np.asarray(jax.hessian(f)(u))
     z = np.sqrt(np.diag(G))
     E = np.repeat(np.eye(8), 4, axis=0) * z[:, None]
@@ -164,9 +164,8 @@ def options_of(method):
     kwargs = method.kwargs
     mini = method.factory is bma.mini_bma
     rule = kwargs.get("partition", bma.per_unit if mini else bma.per_leaf)
-    couple = "block" if mini else kwargs.get("couple", "all")
-    chosen = {k: kwargs[k] for k in ("estimator", "reach", "levels") if k in kwargs}
-    return rule, couple, chosen
+    chosen = {k: kwargs[k] for k in ("estimator",) if k in kwargs}
+    return bma.within("block", rule) if mini else rule, chosen
 
 
 MINE = (
@@ -244,8 +243,8 @@ def test_every_transformation(method):
         return jnp.sum(jnp.tanh(a) ** 2) + jnp.sum(b**2) + jnp.sum(a[0] - b) ** 2
 
     grads = jax.grad(loss)(params)
-    tx, (rule, couple, chosen) = method.build(), options_of(method)
-    blocks = bma.partition(params, rule, couple)
+    tx, (rule, chosen) = method.build(), options_of(method)
+    blocks = bma.partition(params, rule)
     extra = {"value_fn": loss, "loss_of": loss}
 
     @jax.jit
@@ -273,7 +272,7 @@ def test_every_transformation(method):
         )
         same(bma.diagnostics(wrapped, blocks, grads, **chosen))
     state, there, grads = boxed(method, arrays, grads, state)
-    same(bma.diagnostics(state, bma.partition(there, rule, couple), grads, **chosen))
+    same(bma.diagnostics(state, bma.partition(there, rule), grads, **chosen))
 
 
 def test_several_states():

@@ -122,12 +122,16 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 
 def case(name, most=None):
-    """Loss, parameters, rule and reach, with tiles no longer than ``most``."""
+    """Loss, parameters, and the rule without and with a reach.
+
+    Tiles are no longer than ``most``.
+    """
     f, params, tile, reach, *stacked = CASES[name]
-    rule = bma.per_tile(tuple(t if most is None or t == 1 else most for t in tile))
+    tile = tuple(t if most is None or t == 1 else most for t in tile)
+    rules = [bma.per_tile(tile), bma.per_tile(tile, reach=reach)]
     for axis in stacked:
-        rule = bma.stacked(rule, axis)
-    return f, jax.tree.map(jnp.asarray, params), rule, reach
+        rules = [bma.stacked(rule, axis) for rule in rules]
+    return f, jax.tree.map(jnp.asarray, params), *rules
 
 
 def as_matrix(make, like):
@@ -158,28 +162,18 @@ def inverse(f, like, *args, **kwargs):
 @every_case
 def test_colors_give_what_a_product_a_block_gives(name):
     """Up to 64 blocks the coarse matrix is dense: C must be the same to rounding."""
-    f, params, rule, reach = case(name)
+    f, params, rule, local = case(name)
     d = sum(x.size for x in jax.tree.leaves(params))
-    got = inverse(f, params, rule, reach=reach)
+    got = inverse(f, params, local)
     expected = inverse(f, params, rule, num_probes=d)
     assert len(bma.partition(params, rule).sizes) <= 64
     np.testing.assert_allclose(got, expected, atol=1e-10 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(
-    ("name", "levels"),
-    [
-        *((name, "auto") for name in CASES if not name.startswith("fields ")),
-        ("fields first", "by hand"),
-        ("1 dimension", "by hand"),
-        ("3 dimensions", "by hand"),
-    ],
-)
-def test_nested_operator_is_symmetric_and_positive_definite(name, levels):
-    f, params, rule, reach = case(name, most=2)  # more blocks, more levels
-    dim = len(CASES[name][2])
-    shapes = "auto" if levels == "auto" else ((2,) * dim, (2, 3, 2)[:dim])
-    matrix = inverse(f, params, rule, reach=reach, levels=shapes)
+@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("fields ")])
+def test_nested_operator_is_symmetric_and_positive_definite(name):
+    f, params, rule, local = case(name, most=2)  # more blocks, more levels
+    matrix = inverse(f, params, local)
     scale = np.abs(matrix).max()
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * scale)
     assert np.linalg.eigvalsh(matrix)[0] > 0
@@ -203,12 +197,15 @@ def laplacian(n):
     return f
 
 
-def condition(f, like, steps=30, rule=bma.per_tile((4, 4)), **kwargs):  # noqa: B008
+TILES = bma.per_tile((4, 4), reach=1)
+
+
+def condition(f, like, steps=30, rule=TILES, **kwargs):
     """κ of C G from the coefficients of conjugate gradients (Lanczos)."""
     r = np.random.default_rng(1).standard_normal(like.shape)
     linear = product(f, like)
     G = jax.jit(linear)
-    made = jax.jit(lambda: bma.preconditioner(linear, like, rule, reach=1, **kwargs))()
+    made = jax.jit(lambda: bma.preconditioner(linear, like, rule, **kwargs))()
     C = jax.jit(lambda x: made(x))
     z = np.asarray(C(jnp.asarray(r)))
     p, rz, a, b = z, np.vdot(r, z), [], []
@@ -234,8 +231,11 @@ def test_condition_number_does_not_grow():
     assert all(kappa < 32 for kappa in found.values()), found
 
 
+ONES = bma.per_tile((1, 1), reach=1)
+
+
 def test_many_one_element_tiles_have_levels():
-    assert condition(laplacian(36), jnp.zeros((36, 36)), 12, bma.per_element) < 4
+    assert condition(laplacian(36), jnp.zeros((36, 36)), 12, ONES) < 4
 
 
 def test_multiplicative_cycle():
@@ -243,7 +243,7 @@ def test_multiplicative_cycle():
     kwargs = {"cycle": "multiplicative"}
     assert condition(laplacian(32), like, steps=12, **kwargs) < 8
     f, like = smooth(3, (0, 1)), jnp.zeros((13, 18))
-    matrix = inverse(f, like, bma.per_tile((4, 4)), reach=1, **kwargs)
+    matrix = inverse(f, like, bma.per_tile((4, 4), reach=1), **kwargs)
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * np.abs(matrix).max())
     assert np.linalg.eigvalsh(matrix)[0] > 0
     with pytest.raises(ValueError, match="`cycle`"):
@@ -256,10 +256,10 @@ def test_multiplicative_cycle():
 def test_a_field_is_solved_in_twenty_steps(rate):
     f, start = laplacian(64), jnp.zeros((64, 64))
     if rate is None:
-        tx = bma.newton_bma(partition=bma.per_tile((4, 4)), reach=1)
+        tx = bma.newton_bma(bma.per_tile((4, 4), reach=1))
     else:
         direction = bma.scale_by_newton_bma(
-            bma.per_tile((4, 4)), reach=1, update_interval=100
+            bma.per_tile((4, 4), reach=1), update_interval=100
         )
         tx = optax.chain(direction, optax.trace(0.45), optax.scale(-rate))
 
@@ -296,16 +296,16 @@ def flow(n=32):
 
 
 LAYOUTS = {
-    "a dictionary": (lambda p: p, {"u": (32, 32), "v": (32, 32)}, bma.per_tile((4, 4))),
+    "a dictionary": (lambda p: p, {"u": (32, 32), "v": (32, 32)}, TILES),
     "the last axis": (
         lambda p: {"u": p[..., 0], "v": p[..., 1]},
         (32, 32, 2),
-        bma.per_tile((4, 4)),
+        TILES,
     ),
     "the first axis": (
         lambda p: {"u": p[0], "v": p[1]},
         (2, 32, 32),
-        bma.stacked(bma.per_tile((4, 4))),
+        bma.stacked(TILES),
     ),
 }
 
@@ -315,7 +315,7 @@ def test_a_flow_in_any_layout(layout):
     fields, shapes, rule = LAYOUTS[layout]
     f, least = flow()
     start = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
-    tx = bma.newton_bma(partition=rule, reach=1)
+    tx = bma.newton_bma(rule)
 
     def loss(p):
         return f(fields(p))
@@ -333,7 +333,7 @@ def test_a_flow_in_any_layout(layout):
 def test_products_do_not_depend_on_the_size():
     counts = set()
     for n in (16, 32):
-        tx = bma.scale_by_newton_bma(bma.per_tile((4, 4)), reach=1)
+        tx = bma.scale_by_newton_bma(bma.per_tile((4, 4), reach=1))
         u = jnp.zeros((n, n))
         update = functools.partial(tx.update, value_fn=laplacian(n))
         _, state = jax.jit(update)(u, tx.init(u), u)
@@ -363,7 +363,7 @@ def dense(f, params):
 def test_a_wrong_declaration_is_caught(name):
     f, params, tile, reach = BEYOND[name]
     params = jnp.asarray(params)
-    tx = bma.scale_by_newton_bma(bma.per_tile(tile), reach=reach, update_interval=1)
+    tx = bma.scale_by_newton_bma(bma.per_tile(tile, reach=reach), update_interval=1)
     with pytest.raises(ValueError, match="`reach`"):
         tx.update(params, tx.init(params), params, value_fn=f)
     # Within jit: a warning, a flag, and the inverse of a diagonal near that of G.
@@ -381,15 +381,16 @@ def test_a_wrong_declaration_is_caught(name):
 
 
 def test_a_wrong_declaration_is_caught_in_a_preconditioner():
-    like, rule = jnp.zeros(64), bma.per_tile((4,))
+    like, near = jnp.zeros(64), bma.per_tile((4,), reach=1)
     G = product(fourth_order, like)
     with pytest.raises(ValueError, match="`reach`"):
-        bma.preconditioner(G, like, rule, reach=1)
+        bma.preconditioner(G, like, near)
     with pytest.warns(UserWarning, match="further than `reach`"):
-        C = jax.jit(lambda: bma.preconditioner(G, like, rule, reach=1))()
+        C = jax.jit(lambda: bma.preconditioner(G, like, near))()
         jax.effects_barrier()
     assert not C.local
-    assert jax.jit(lambda: bma.preconditioner(G, like, rule, reach=2))().local
+    far = bma.per_tile((4,), reach=2)
+    assert jax.jit(lambda: bma.preconditioner(G, like, far))().local
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1.0, 1e12, 1e18, 1e25])
@@ -400,7 +401,7 @@ def test_the_check_holds_at_every_scale(scale):
         u = jnp.linspace(0, 1, 64, dtype=jnp.float32)
 
         def local(reach):
-            tx = bma.scale_by_newton_bma(bma.per_tile((4,)), reach=reach)
+            tx = bma.scale_by_newton_bma(bma.per_tile((4,), reach=reach))
             f = functools.partial(tx.update, value_fn=lambda u: scale * fourth_order(u))
             return jax.jit(f)(u, tx.init(u), u)[1].local
 
@@ -419,7 +420,7 @@ def test_the_check_allows_for_the_rounding_of_the_loss(of_loss, of_params):
     rng = np.random.default_rng(0)
     u = jnp.asarray(rng.standard_normal((32, 32)), of_params)
     for reach, true in ((1, True), (0, False)):
-        tx = bma.scale_by_newton_bma(bma.per_tile((4, 4)), reach=reach)
+        tx = bma.scale_by_newton_bma(bma.per_tile((4, 4), reach=reach))
         update = jax.jit(functools.partial(tx.update, value_fn=loss))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -439,7 +440,7 @@ def test_a_false_reach_is_found_in_a_field_of_any_unit(scale):
             warnings.simplefilter("ignore")
             C = jax.jit(
                 lambda reach=reach: bma.preconditioner(
-                    jax.grad(f), like, bma.per_tile((4, 4)), reach=reach
+                    jax.grad(f), like, bma.per_tile((4, 4), reach=reach)
                 )
             )()
         assert C.local == true
@@ -449,7 +450,7 @@ def test_a_step_with_a_reach_is_exported_where_warnings_are_ignored():
     from jax import export
 
     u = jnp.zeros((16, 16))
-    tx = bma.scale_by_newton_bma(bma.per_tile((4, 4)), reach=1)
+    tx = bma.scale_by_newton_bma(bma.per_tile((4, 4), reach=1))
     state = tx.init(u)
 
     def step(u, *leaves):
@@ -464,7 +465,7 @@ def test_a_step_with_a_reach_is_exported_where_warnings_are_ignored():
 def test_a_true_declaration_passes_in_float32():
     with jax.enable_x64(False):
         u = jnp.zeros((16, 16), jnp.float32)
-        tx = bma.scale_by_newton_bma(bma.per_tile((4, 4)), reach=1)
+        tx = bma.scale_by_newton_bma(bma.per_tile((4, 4), reach=1))
         update = functools.partial(tx.update, value_fn=laplacian(16))
         assert jax.jit(update)(u, tx.init(u), u)[1].local
 
@@ -474,7 +475,7 @@ def test_not_a_number_keeps_the_last_good_factor():
         return scale * laplacian(16)(u)
 
     u = jnp.ones((16, 16))
-    tx = bma.scale_by_newton_bma(bma.per_tile((4, 4)), reach=1, update_interval=1)
+    tx = bma.scale_by_newton_bma(bma.per_tile((4, 4), reach=1), update_interval=1)
     update = jax.jit(
         lambda state, scale: tx.update(u, state, u, value_fn=f, scale=scale)
     )
@@ -492,7 +493,7 @@ def test_indefinite_curvature_still_descends():
         return jnp.sum(weights * jnp.diff(u, axis=0) ** 2) - jnp.sum(u**2)
 
     u = jnp.asarray(rng.standard_normal((32, 32)))
-    tx = bma.scale_by_newton_bma(bma.per_tile((2, 2)), reach=1, update_interval=100)
+    tx = bma.scale_by_newton_bma(bma.per_tile((2, 2), reach=1), update_interval=100)
     state = tx.init(u)
     update = jax.jit(lambda g, s: tx.update(g, s, u, value_fn=f))
     for _ in range(20):
@@ -504,7 +505,7 @@ def test_indefinite_curvature_still_descends():
 def test_lineax_and_conjugate_gradients_take_nested_levels():
     f, like = laplacian(32), jnp.zeros((32, 32))
     G = product(f, like)
-    C = jax.jit(lambda: bma.preconditioner(G, like, bma.per_tile((2, 2)), reach=1))()
+    C = jax.jit(lambda: bma.preconditioner(G, like, bma.per_tile((2, 2), reach=1)))()
     b = jnp.asarray(np.random.default_rng(0).standard_normal((32, 32)))
     x, _ = jax.scipy.sparse.linalg.cg(G, b, M=C, tol=1e-8, maxiter=30)
     np.testing.assert_allclose(G(x), b, atol=1e-6)
@@ -524,46 +525,43 @@ def test_lineax_and_conjugate_gradients_take_nested_levels():
 )
 def test_errors(kwargs, error, match):
     with pytest.raises(error, match=match):
-        bma.newton_bma(partition=bma.per_tile((4,)), **kwargs)
+        bma.newton_bma(bma.per_tile((4,)), **kwargs)
 
 
 @pytest.mark.parametrize(
     ("shape", "rule", "megabytes"),
     [
-        ((10**5,), bma.per_tile((1,)), 5),
-        ((300, 300), bma.per_element, 9),
-        ((8, 100_000), bma.per_column, 5),
-        ((64, 64, 2), bma.per_tile((4, 4)), 0.1),
+        ((10**5,), bma.per_tile((1,), reach=1), 5),
+        ((300, 300), ONES, 9),
+        ((8, 100_000), bma.per_tile((8, 1), reach=1), 5),
+        ((64, 64, 2), TILES, 0.1),
     ],
     ids=str,
 )
 def test_what_a_reach_holds(shape, rule, megabytes):
     like = jax.ShapeDtypeStruct(shape, "float32")
-    state = jax.eval_shape(bma.scale_by_newton_bma(rule, reach=1).init, like)
+    state = jax.eval_shape(bma.scale_by_newton_bma(rule).init, like)
     assert 4 * (state.K.size + state.N.size) < megabytes * 1e6
 
 
 @pytest.mark.parametrize(
-    ("shape", "rule", "reach", "message"),
+    ("shape", "rule", "message"),
     [
-        ((64, 64, 2), bma.per_tile((4, 4)), (1, 1, 1), "3 numbers .* along 2 axes"),
-        ((64, 64), bma.per_tile((4, 4)), (1,), "1 numbers .* along 2 axes"),
-        ((2, 64), bma.stacked(bma.per_tile((4,))), (1, 1), "2 numbers .* 1 axes"),
-        ((4, 5, 5000), bma.per_tile((4, 4)), 1, "matrix of 5,000 rows.*larger tiles"),
-        ((256, 256, 256), bma.per_tile((4, 4)), 1, "held.*a tile for each axis"),
-        ((10**5,), bma.per_tile((1,)), 10**5, "held"),
+        ((4, 5, 5000), TILES, "matrix of 5,000 rows.*larger tiles"),
+        ((256, 256, 256), TILES, "held.*a tile for each axis"),
+        ((10**5,), bma.per_tile((1,), reach=10**5), "held"),
     ],
 )
-def test_what_does_not_fit_a_reach(shape, rule, reach, message):
+def test_what_does_not_fit_a_reach(shape, rule, message):
     like = {"u": jax.ShapeDtypeStruct(shape, "float32")}
-    tx = bma.scale_by_newton_bma(rule, reach=reach)
+    tx = bma.scale_by_newton_bma(rule)
     with pytest.raises(ValueError, match=f"^'u' of shape .*{message}"):
         jax.eval_shape(tx.init, like)
 
 
 def test_many_products_of_fields_are_said():
     like = jax.ShapeDtypeStruct((16, 16, 200), "float32")
-    tx = bma.scale_by_newton_bma(bma.per_tile((4, 4)), reach=1)
+    tx = bma.scale_by_newton_bma(bma.per_tile((4, 4), reach=1))
     with pytest.warns(UserWarning, match="each refresh costs 1,800 products") as caught:
         jax.eval_shape(tx.init, like)
     assert caught[0].filename == __file__
@@ -571,7 +569,7 @@ def test_many_products_of_fields_are_said():
 
 def test_whole_arrays_beside_a_reach_are_counted():
     many = dict.fromkeys(map(str, range(1001)), jax.ShapeDtypeStruct((), "float32"))
-    tx = bma.scale_by_newton_bma(bma.per_element, reach=1)
+    tx = bma.scale_by_newton_bma(bma.per_tile((1,), reach=1))
     with pytest.warns(UserWarning, match="1,001 blocks in one group"):
         jax.eval_shape(tx.init, many)
 
@@ -583,8 +581,8 @@ def mixed(p):
 
 def test_an_array_without_blocks_beside_a_field():
     params = {"u": jnp.ones(12), "c": jnp.ones(3)}
-    rule = bma.by_path({"u": bma.per_tile((4,)), "c": None})
-    tx = bma.scale_by_newton_bma(rule, reach=1)
+    rule = bma.by_path({"u": bma.per_tile((4,), reach=1), "c": None})
+    tx = bma.scale_by_newton_bma(rule)
     grads = jax.grad(mixed)(params)
     updates, _ = tx.update(grads, tx.init(params), params, value_fn=mixed)
     np.testing.assert_allclose(updates["c"], grads["c"] / 12, rtol=1e-5)
@@ -594,7 +592,7 @@ def test_one_element_tiles_are_newtons_method_however_many():
     """More than a dense matrix takes on, were there a coarser level."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal(100))
     params = {"u": x, "c": jnp.ones(1)}
-    tx = bma.scale_by_newton_bma(bma.per_element, reach=1)
+    tx = bma.scale_by_newton_bma(bma.per_tile((1,), reach=1))
     grads, H = jax.grad(mixed)(params), jax.hessian(lambda u: mixed({**params, "u": u}))
     updates, _ = tx.update(grads, tx.init(params), params, value_fn=mixed)
     expected = np.linalg.solve(H(x), grads["u"])
@@ -606,7 +604,7 @@ def test_a_diagonal_that_is_given_costs_no_products():
     given = bma.Hessian(diagonal_fn=lambda p: jax.tree.map(jnp.ones_like, p))
     states = []
     for curvature in (bma.Hessian(), given):
-        tx = bma.scale_by_newton_bma(bma.per_tile((4, 4)), curvature=curvature, reach=1)
+        tx = bma.scale_by_newton_bma(TILES, curvature=curvature)
         states.append(tx.update(x, tx.init(x), x, value_fn=lambda p: jnp.sum(p**2))[1])
     probed, known = (int(state.products) for state in states)
     assert known == 9 + 2 < probed  # The colours and the check of the reach.

@@ -333,7 +333,6 @@ def test_a_factor_of_one_does_nothing_and_a_traced_one_is_fine():
         (lambda: bma.scale_by_adam_bma(estimator="ridge"), ValueError, "projection"),
         (lambda: bma.scale_by_bma(estimator="ridge"), ValueError, "projection"),
         (lambda: bma.scale_by_adam_bma(b1=1.0), ValueError, "b1"),
-        (lambda: bma.scale_by_adam_bma(couple="none"), ValueError, "couple"),
         (lambda: bma.scale_block_mean(0.0, len), TypeError, "by_function"),
         (lambda: bma.scale_block_mean(0.0, weights="all"), ValueError, "constant"),
         (

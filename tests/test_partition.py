@@ -117,7 +117,9 @@ def test_block_sums_and_expand_against_brute_force(drawn, data):
     arrays = [rng.standard_normal(s).astype(np.float32) for s, _ in drawn]
     params = [jnp.asarray(a) for a in arrays]
     couple = data.draw(st.sampled_from(["all", "array", "layer"]))
-    blocks = bma.partition(params, rule, couple)
+    blocks = bma.partition(
+        params, rule if couple == "all" else bma.within(couple, rule)
+    )
     sums = np.asarray(blocks.block_sums(params))
     filled = blocks.expand(jnp.arange(blocks.num_blocks, dtype=jnp.float32), params)
     seen = []
@@ -154,7 +156,7 @@ def test_expand_to_many_arrays(arrays):
         for i in range(arrays)
     }
     rule = bma.by_path({"^a.*1$": None, "^b": bma.per_tile((1,))}, default=bma.per_leaf)
-    blocks = bma.partition(tree, rule, couple="array")
+    blocks = bma.partition(tree, bma.within("array", rule))
     values = jnp.arange(blocks.num_blocks, dtype=float)
     values = values.at[jnp.array([0, 5, -1])].set(jnp.array([jnp.inf, jnp.nan, -1e38]))
     filled = blocks.expand(values, tree, default=-7)
@@ -245,7 +247,7 @@ def test_a_field_called_value_keeps_its_name(kind):
     blocks = bma.partition(params)
     assert blocks.names == ("attention/query", "attention/value")
     assert bma.partition(params, bma.per_layer).names == ("attention",)
-    assert bma.partition(params, couple="layer").groups == ((0, 1),)
+    assert bma.partition(params, bma.within("layer", bma.per_leaf)).groups == ((0, 1),)
     rule = bma.by_path({"attention/value": None})
     assert bma.partition(params, rule).names == ("attention/query",)
 
@@ -318,7 +320,7 @@ MANY = bma.scale_by_bma(bma.per_element)
         lambda: MANY.init(LONG),
         lambda: optax.chain(optax.clip(1.0), MANY).init(LONG),
         lambda: jax.jit(optax.chain(optax.clip(1.0), MANY).init)(LONG),
-        lambda: bma.newton_bma(partition=bma.per_tile((1,))).init(LONG),
+        lambda: bma.newton_bma(bma.per_tile((1,))).init(LONG),
     ],
     ids=["partition", "init", "chain", "jitted", "newton_bma"],
 )
@@ -388,7 +390,7 @@ IN_STACK = bma.by_path({"v|w": None}, default=bma.stacked(bma.per_unit, axis=1))
         lambda: bma.partition(UNNAMED, IN_STACK),
         lambda: bma.mini_bma(0.1).init(UNNAMED),
         lambda: bma.scale_block_mean(0.0).init(UNNAMED),
-        lambda: bma.scale_by_newton_bma(bma.per_unit, reach=1).init(UNNAMED),
+        lambda: bma.scale_by_newton_bma(bma.per_unit).init(UNNAMED),
     ],
     ids=["partition", "stacked", "mini_bma", "scale_block_mean", "newton_bma"],
 )
@@ -414,7 +416,7 @@ def test_many_patterns_on_many_arrays():
     params = {f"a{i:04}": {"w": shape} for i in range(5000)}
     rule = bma.by_path({f"a{i:04}/": bma.per_unit for i in range(0, 5000, 25)})
     start = time.process_time()
-    blocks = bma.partition(params, rule, couple="array")
+    blocks = bma.partition(params, bma.within("array", rule))
     assert time.process_time() - start < 10
     assert blocks.num_blocks == 200 * 3 + 4800
     assert len(repr(rule)) < 400
@@ -425,7 +427,7 @@ def test_many_patterns_on_many_arrays():
     [
         (lambda: bma.partition(PARAMS, lambda path: 1), TypeError, "by_function"),
         (lambda: bma.partition(PARAMS, bma.per_tile), TypeError, "per_tile"),
-        (lambda: bma.partition(PARAMS, couple="none"), ValueError, "couple"),
+        (lambda: bma.within("none", bma.per_leaf), ValueError, "`bounds`"),
         (lambda: bma.per_tile((0,)), ValueError, "positive"),
         (lambda: bma.per_tile((1.5,)), ValueError, "positive"),
         (lambda: bma.per_tile((True, 2)), ValueError, "positive"),

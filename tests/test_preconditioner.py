@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 N = 16
 TILES = bma.per_tile((4, 4))
+LOCAL = bma.per_tile((4, 4), reach=1)
 
 
 def neumann(u, weights=(1.0, 1.0)):
@@ -80,13 +81,13 @@ def iterations(A, C, b, tolerance=1e-8, most=1000):
 # Units --------------------------------------------------------------------------------
 
 PARTITIONS = {
-    "nested": {"partition": TILES, "reach": 1},
+    "nested": {"partition": LOCAL},
     "dense": {"partition": TILES},
-    "layers alone": {"partition": TILES, "couple": "array"},
+    "layers alone": {"partition": bma.within("array", TILES)},
     "per leaf": {},
     "per unit": {"partition": bma.per_column},
     "no blocks": {"partition": bma.by_function(lambda path, shape: None)},
-    "multiplicative": {"partition": TILES, "reach": 1, "cycle": "multiplicative"},
+    "multiplicative": {"partition": LOCAL, "cycle": "multiplicative"},
 }
 
 
@@ -128,7 +129,7 @@ def test_units_of_arrays_do_not_matter(name, dtype):
 @pytest.mark.parametrize("layout", ["last axis", "first axis"])
 def test_units_of_fields_in_one_array_do_not_matter(layout):
     axis = -1 if layout == "last axis" else 0
-    rule = TILES if layout == "last axis" else bma.stacked(TILES)
+    rule = LOCAL if layout == "last axis" else bma.stacked(LOCAL)
 
     def A(v):
         u, w = (jnp.take(v, i, axis=axis) for i in (0, 1))
@@ -140,7 +141,7 @@ def test_units_of_fields_in_one_array_do_not_matter(layout):
     @jax.jit
     def apply(large):
         D = jnp.stack([jnp.ones((N, N)), jnp.full((N, N), large)], axis=axis)
-        C = bma.preconditioner(scaled(A, D), like, rule, reach=1)
+        C = bma.preconditioner(scaled(A, D), like, rule)
         return D * C(D * like)
 
     np.testing.assert_allclose(apply(2.0**20), apply(1.0), rtol=1e-8, atol=1e-9)
@@ -153,9 +154,7 @@ def test_units_of_elements_cost_no_more_than_jacobi_does():
     A = scaled(dirichlet, D)
     jacobi = iterations(A, lambda r: r / (4 * D**2), b)
     for cycle, most in (("additive", 1.4), ("multiplicative", 0.8)):
-        C = jax.jit(
-            lambda cycle=cycle: bma.preconditioner(A, b, TILES, reach=1, cycle=cycle)
-        )()
+        C = jax.jit(lambda cycle=cycle: bma.preconditioner(A, b, LOCAL, cycle=cycle))()
         assert iterations(A, C, b) < most * jacobi
 
 
@@ -212,11 +211,11 @@ def varying(seed, dtype=None):
 SINGULAR = {
     "default": {},
     "tiles": {"partition": TILES},
-    "tiles, a reach": {"partition": TILES, "reach": 1},
+    "tiles, a reach": {"partition": LOCAL},
     "nested levels": {"partition": bma.per_tile((1, 2)), "reach": 1},
     "units": {"partition": bma.per_column},
-    "units alone": {"partition": bma.per_column, "couple": "block"},
-    "multiplicative": {"partition": TILES, "reach": 1, "cycle": "multiplicative"},
+    "units alone": {"partition": bma.within("block", bma.per_column)},
+    "multiplicative": {"partition": LOCAL, "cycle": "multiplicative"},
 }
 
 

@@ -90,9 +90,9 @@ def springs(fields):
 @pytest.mark.parametrize(
     ("shape", "tile", "mesh", "specs", "jit"),
     [
-        ((8,), (3,), (2, 4), [(("x", "y"),), ()], False),
-        ((4, 8), (2, 3), (8,), [(None, "x"), ()], True),
-        ((4, 4, 4), (1, 2, 3), (2, 4), [("x", None, "y"), (None, "y", "x")], True),
+        ((136,), (3,), (2, 4), [(("x", "y"),), ()], False),
+        ((16, 24), (2, 5), (8,), [(None, "x"), ()], True),
+        ((8, 8, 8), (2, 3, 2), (2, 4), [("x", None, "y"), (None, "y", "x")], True),
     ],
     ids=["1-D without jit", "2-D", "3-D"],
 )
@@ -106,10 +106,7 @@ def test_newton_with_a_reach_on_explicit_axes(shape, tile, mesh, specs, jit):
         name: jax.NamedSharding(mesh, jax.P(*spec))
         for name, spec in zip("ab", specs, strict=True)
     }
-    levels = ((2,) * len(shape),)
-    tx = bma.newton_bma(
-        partition=bma.per_tile(tile), reach=1, levels=levels, update_interval=1
-    )
+    tx = bma.newton_bma(bma.per_tile(tile, reach=1), update_interval=1)
 
     def run(params, loss, jit, grads):
         def update(grads, state, params):

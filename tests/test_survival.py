@@ -209,7 +209,7 @@ def test_killed_during_a_save_the_last_whole_one_restores(tmp_path):
     ("tx", "other"),
     [
         (bma.scale_by_bma(), bma.scale_by_bma(bma.per_unit)),
-        (bma.scale_by_bma(couple="layer"), bma.scale_by_bma()),
+        (bma.scale_by_bma(bma.within("layer", bma.per_leaf)), bma.scale_by_bma()),
         (bma.scale_by_adam_bma(), bma.scale_by_adam_bma(partition=bma.per_unit)),
         (bma.scale_by_mini_bma(), bma.scale_by_mini_bma(partition=bma.per_row)),
         (bma.scale_by_newton_bma(), bma.scale_by_newton_bma(bma.per_unit)),

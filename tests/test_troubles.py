@@ -47,7 +47,7 @@ def nonlocal_loss(u):
 
 def far():
     u = jnp.ones(32)
-    tx = bma.newton_bma(partition=bma.per_tile((4,)), reach=1)
+    tx = bma.newton_bma(bma.per_tile((4,), reach=1))
     tx.update(jax.grad(nonlocal_loss)(u), tx.init(u), u, value_fn=nonlocal_loss)
 
 
@@ -90,7 +90,7 @@ CASES = {
         jnp.ones((2, 16, 16)), bma.per_tile((4, 4))
     ),
     "a reach of another length than the tile": lambda: bma.newton_bma(
-        partition=bma.per_tile((4, 4)), reach=(1,)
+        bma.per_tile((4, 4), reach=(1,))
     ).init(jnp.ones((16, 16))),
     "units whose axis the name does not tell": lambda: bma.mini_bma(1.0).init(
         {"theta": jnp.ones((4, 3))}
@@ -105,7 +105,7 @@ CASES = {
         jax.ShapeDtypeStruct((1001,), "float32"), bma.per_element
     ),
     "more fields than fit, with a reach": lambda: jax.eval_shape(
-        bma.scale_by_newton_bma(bma.per_tile((4, 4)), reach=1).init,
+        bma.scale_by_newton_bma(bma.per_tile((4, 4), reach=1)).init,
         jax.ShapeDtypeStruct((4, 5, 5000), "float32"),
     ),
     "units of two shapes, in mini-BMA": lambda: bma.scale_by_mini_bma(

@@ -16,8 +16,8 @@ _FORMS = ("left", "symmetric")
 class ScaleByBMAState(NamedTuple):
     """State of :func:`scale_by_bma`, for L blocks.
 
-    With several groups (``couple``) the L x L arrays hold the groups' small matrices
-    one after the other, shape (Σ L_group²,).
+    With several groups (:func:`within`) the L x L arrays hold the groups' small
+    matrices one after the other, shape (Σ L_group²,).
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -37,7 +37,6 @@ class ScaleByBMAState(NamedTuple):
 def scale_by_bma(
     partition: _rules.Rule = _rules.per_leaf,
     *,
-    couple: str = "all",
     initial_accumulator_value: jax.typing.ArrayLike = 0.0,
     eps: jax.typing.ArrayLike = 1e-7,
     min_eigenvalue: jax.typing.ArrayLike = 0.3,
@@ -69,8 +68,6 @@ def scale_by_bma(
     Args:
       partition: the rule that cuts parameters into blocks, ``bma.per_leaf`` and so on;
         see :func:`bma_optax.partition`. An array without blocks gets plain AdaGrad.
-      couple: which blocks see each other: "all", those of one "array", of one "layer",
-        or none, every "block" alone.
       initial_accumulator_value: the start of diag H, >= 0. It is 0 here, not Optax's
         0.1: a large start swamps z, and M then stays at the identity.
       eps: added to diag H inside the root, and to the squared block means of that root,
@@ -105,7 +102,7 @@ def scale_by_bma(
     Raises:
       TypeError: if ``partition`` is no rule or a number is none, or of 16 bits; at
         ``init`` and ``update``, if a leaf is no real floating array.
-      ValueError: if ``form``, ``couple`` or ``estimator`` is unknown or a number is
+      ValueError: if ``form`` or ``estimator`` is unknown or a number is
         negative or NaN; at ``init``, if the rule does not fit the parameters; at
         ``update``, if the gradients are not of the structure and shapes that ``init``
         saw, or the state is of parameters of another dtype.
@@ -131,7 +128,6 @@ def scale_by_bma(
     Hartley and Pascanu, `arXiv 1804.05484 <https://arxiv.org/abs/1804.05484>`_, 2018.
     """
     _rules.check_rule(partition)
-    _build.check_couple(couple)
     _inverse_root.check_estimator(estimator)
     if form not in _FORMS:
         raise ValueError(f"`form` must be one of {_FORMS}, got {form!r}.")
@@ -145,7 +141,7 @@ def scale_by_bma(
 
     def init_fn(params):
         params = _tree.parameters(params)
-        blocks = _build.partition(params, partition, couple)
+        blocks = _build.dense_partition(params, partition)
         sum_of_squares = jax.tree.map(
             lambda p: jnp.full_like(
                 p, initial_accumulator_value, dtype=_tree.statistic_dtype(p)
@@ -168,7 +164,7 @@ def scale_by_bma(
         updates = _tree.like_init(updates, state.sum_of_squares)
         state = _tree.whole(state, "count", "failures")
         updates, state = _tree.arrays((updates, state))
-        blocks = _build.layout(updates, partition, couple)
+        blocks = _build.layout(updates, partition)
         blocks.check_state(state.U.shape)
 
         # The passes over memory: g and h to h; sums of g and of √h; g and h to r, in
@@ -233,7 +229,6 @@ def adagrad_bma(
     learning_rate: optax.ScalarOrSchedule,
     partition: _rules.Rule = _rules.per_leaf,
     *,
-    couple: str = "all",
     initial_accumulator_value: jax.typing.ArrayLike = 0.0,
     eps: jax.typing.ArrayLike = 1e-7,
     min_eigenvalue: jax.typing.ArrayLike = 0.3,
@@ -248,7 +243,6 @@ def adagrad_bma(
     Args:
       learning_rate: a number or a schedule.
       partition: see :func:`scale_by_bma`, as for the arguments below.
-      couple: which blocks see each other.
       initial_accumulator_value: the start of diag H.
       eps: added to diag H inside the root.
       min_eigenvalue: the least eigenvalue of M.
@@ -282,7 +276,6 @@ def adagrad_bma(
     return optax.chain(
         scale_by_bma(
             partition,
-            couple=couple,
             initial_accumulator_value=initial_accumulator_value,
             eps=eps,
             min_eigenvalue=min_eigenvalue,

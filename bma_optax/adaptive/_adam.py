@@ -15,8 +15,8 @@ from bma_optax.partitions import _build, _rules
 class ScaleByAdamBMAState(NamedTuple):
     """State of :func:`scale_by_adam_bma`, for L blocks.
 
-    With several groups (``couple``) the L x L arrays hold the groups' small matrices
-    one after the other, shape (Σ L_group²,).
+    With several groups (:func:`within`) the L x L arrays hold the groups' small
+    matrices one after the other, shape (Σ L_group²,).
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -43,7 +43,6 @@ def scale_by_adam_bma(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     partition: _rules.Rule = _rules.per_leaf,
-    couple: str = "all",
     estimator: str = "report",
     min_eigenvalue: jax.typing.ArrayLike = 0.3,
     update_interval: jax.typing.ArrayLike = 1,
@@ -70,7 +69,6 @@ def scale_by_adam_bma(
       mu_dtype: the dtype of the momentum; that of the parameters if None.
       partition: the rule that cuts parameters into blocks. An array without blocks gets
         plain Adam.
-      couple: which blocks see each other, see :func:`bma_optax.partition`.
       estimator: "report" for the M above, "projection" for S^½ U / (v vᵀ) S^½, diagonal
         included, as in :func:`scale_by_bma`.
       min_eigenvalue: the least eigenvalue of M, >= 0; at 1 the update along block means
@@ -88,7 +86,7 @@ def scale_by_adam_bma(
     Raises:
       TypeError: if ``partition`` is no rule or a number is none, or of 16 bits; at
         ``init`` and ``update``, if a leaf is no real floating array.
-      ValueError: if ``couple`` or ``estimator`` is unknown or a number is out of its
+      ValueError: if ``estimator`` is unknown or a number is out of its
         range; at ``init``, if the rule does not fit the parameters; at ``update``, if
         the gradients are not of the structure and shapes that ``init`` saw, or the
         state is of parameters of another dtype.
@@ -114,7 +112,6 @@ def scale_by_adam_bma(
     <https://arxiv.org/abs/1412.6980>`_, 2014.
     """
     _rules.check_rule(partition)
-    _build.check_couple(couple)
     _inverse_root.check_estimator(estimator)
     _checks.below_one(b1=b1, b2=b2)
     _checks.not_negative(eps=eps, eps_root=eps_root, min_eigenvalue=min_eigenvalue)
@@ -124,7 +121,7 @@ def scale_by_adam_bma(
 
     def init_fn(params):
         params = _tree.parameters(params)
-        blocks = _build.partition(params, partition, couple)
+        blocks = _build.dense_partition(params, partition)
         nu = jax.tree.map(
             lambda p: jnp.zeros_like(p, dtype=_tree.statistic_dtype(p)), params
         )
@@ -145,7 +142,7 @@ def scale_by_adam_bma(
         updates = _tree.like_init(updates, state.nu)
         state = _tree.whole(state, "count", "failures")
         updates, state = _tree.arrays((updates, state))
-        blocks = _build.layout(updates, partition, couple)
+        blocks = _build.layout(updates, partition)
         blocks.check_state(state.U.shape)
         count = optax.safe_increment(state.count)
 
@@ -218,7 +215,6 @@ def adam_bma(
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     partition: _rules.Rule = _rules.per_leaf,
-    couple: str = "all",
     estimator: str = "report",
     min_eigenvalue: jax.typing.ArrayLike = 0.3,
     update_interval: jax.typing.ArrayLike = 1,
@@ -240,7 +236,6 @@ def adam_bma(
       weight_decay_mask: a tree of booleans like the parameters, or a function of them
         that gives one: where weights decay. Everywhere if None.
       partition: the rule that cuts parameters into blocks.
-      couple: which blocks see each other.
       estimator: "report" or "projection".
       min_eigenvalue: the least eigenvalue of M.
       update_interval: steps from one inverse root to the next.
@@ -278,7 +273,6 @@ def adam_bma(
             eps_root,
             mu_dtype,
             partition=partition,
-            couple=couple,
             estimator=estimator,
             min_eigenvalue=min_eigenvalue,
             update_interval=update_interval,

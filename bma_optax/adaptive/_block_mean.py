@@ -8,6 +8,7 @@ import optax
 
 from bma_optax import _checks, _tree
 from bma_optax.partitions import _build, _rules, _units
+from bma_optax.partitions._combinators import Within
 
 
 class ScaleBlockMeanState(NamedTuple):
@@ -93,7 +94,7 @@ def scale_block_mean(
 
     def init_fn(params):
         params = _tree.parameters(params)
-        arrays = _build.partition(params, partition, "block").arrays
+        arrays = _build.partition(params, Within("block", partition)).arrays
         if weights == "constant":
             return ScaleBlockMeanState(None)
         return start(params, arrays)
@@ -103,7 +104,7 @@ def scale_block_mean(
         _tree.check_vectors(updates, "The update of")
         if weights == "learned":
             _tree.check_statistics(params, state.direction)
-            arrays = _build.layout(updates, partition, "block").arrays
+            arrays = _build.layout(updates, Within("block", partition)).arrays
             shapes = jax.eval_shape(lambda u: start(u, arrays), updates)
             _check_directions(shapes, state)
             updates = _tree.same_order(updates, state.direction)
@@ -122,7 +123,7 @@ def scale_block_mean(
             scaled = matrix + change * a * q
             return _Array(units.join(scaled, x), direction)
 
-        blocks = _build.layout(x, partition, "block")
+        blocks = _build.layout(x, Within("block", partition))
         if weights == "constant":
             sums = blocks.block_sums(x)
             means = sums / jnp.asarray(blocks.sizes, sums.dtype)

@@ -10,6 +10,7 @@ import optax
 from bma_optax import _checks, _rates, _tree
 from bma_optax.adaptive import _moments
 from bma_optax.partitions import _build, _rules, _units
+from bma_optax.partitions._combinators import Within
 
 _MIN_LAMBDA = 1e-3  # times a block's mean square: the least Λ.
 
@@ -85,8 +86,9 @@ def scale_by_mini_bma(
         PyTorch) and ``embedding``. Where a name does not tell, ``init`` takes the last
         axis and warns: pass ``bma.per_column`` (last axis) or ``bma.per_row`` (first
         axis) then, and ``bma.stacked(rule)`` where a leading axis counts layers.
-        ``print(bma.partition(params, rule, "block"))`` shows what is a unit, and the
-        bytes of state. Adam for arrays whose rule is None in ``bma.by_path``.
+        ``print(bma.partition(params, bma.within("block", rule)))`` shows what is a
+        unit, and the bytes of state. Adam for arrays whose rule is None in
+        ``bma.by_path``.
       weights: "learned" for the q above, "constant" for plain means.
       b3: the decay of the direction, in [0, 1).
       factor: None for the factor above along q, which M gives; a number is the control
@@ -141,7 +143,7 @@ def scale_by_mini_bma(
 
     def init_fn(params):
         params = _tree.parameters(params)
-        arrays = _build.partition(params, partition, "block").arrays
+        arrays = _build.partition(params, Within("block", partition)).arrays
         start = _units.map_arrays(
             _Array, lambda units, p: _start(units, p, weights), arrays, params
         )
@@ -159,7 +161,7 @@ def scale_by_mini_bma(
         updates = _tree.like_init(updates, state.mu)
         state = _tree.whole(state, "count")
         updates, state = _tree.arrays((updates, state))
-        arrays = _build.layout(updates, partition, "block").arrays
+        arrays = _build.layout(updates, Within("block", partition)).arrays
         _units.check_state(arrays, state.nu, partition)
         count = optax.safe_increment(state.count)
 

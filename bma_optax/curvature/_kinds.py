@@ -170,41 +170,6 @@ class GaussNewton(Curvature):
 
 
 @dataclasses.dataclass(frozen=True)
-class EmpiricalFisher(Curvature):
-    r"""The mean of outer products of per-example gradients, :math:`J^T J / n`.
-
-    Not the Fisher matrix, for the labels are those of the data: see :class:`Fisher`.
-
-    Args:
-      losses_fn: ``params -> losses``, shape (n,): one loss an example, whose mean is
-        the loss. Keywords of ``update`` that it names are passed on.
-      diagonal_fn, num_probes: see :class:`Curvature`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, bma_optax as bma
-      >>> x = jnp.array([[1.0, 2.0], [0.0, 2.0]])
-      >>> curvature = bma.EmpiricalFisher(lambda w: x @ w)
-      >>> G = curvature.linearize(jnp.zeros(2), jax.random.key(0), None, {})
-      >>> print(G(jnp.array([1.0, 0.0])))
-      [0.5 1. ]
-
-    Source: Kunstner, Balles and Hennig, Limitations of the empirical Fisher
-    approximation, 2019.
-    """
-
-    losses_fn: Callable[..., jax.Array]
-
-    def linearize(self, params, key, value_fn, extra_args):
-        """v -> Jᵀ J v / n, see :meth:`Curvature.linearize`."""
-        del key, value_fn
-        return _gram(
-            _user_functions.bind(self.losses_fn, extra_args, "losses_fn"),
-            params,
-            "losses_fn",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class Fisher(Curvature):
     r"""The Fisher information matrix, by labels drawn from the model: natural gradient.
 

@@ -7,21 +7,20 @@ K r = (N^-1 - (Λ n²)^-1) r costs little: dense, or nested where G has a reach.
 import dataclasses
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _names
-from bma_optax._checks import is_integer
+from bma_optax import _control_flow
 from bma_optax.algebra import _symmetric_power
 from bma_optax.algebra._expansions import diagonal_matrix
 from bma_optax.multilevel._hierarchy import Levels
 from bma_optax.multilevel._stencil import Stencil
-from bma_optax.partitions import _grids
 from bma_optax.partitions._blocks import Partition
-from bma_optax.partitions._rules import Shape
+from bma_optax.partitions._grids import Grid
+from bma_optax.partitions._systems import GridFields
 
 # F has a unit diagonal: Λ, a mean of its eigenvalues, is far above this but for noise.
 _MIN_LAMBDA = 1e-3
@@ -161,66 +160,32 @@ class Nested:
 System = Dense | Nested
 
 
-def systems(blocks: Partition, reach, levels) -> tuple[System, ...]:
+def systems(blocks: Partition) -> tuple[System, ...]:
     """The coarse systems of a partition."""
-    if reach is None:
-        starts = itertools.accumulate((c * n for c, n in blocks.buckets), initial=0)
-        return tuple(
-            Dense(((start, start + count * n),), count, n, sizes)
-            for start, (count, n), sizes in zip(
-                starts, blocks.buckets, blocks.split_sizes(), strict=False
-            )
-        )
-    grids: dict[Any, list[int]] = {}
-    for position, array in enumerate(blocks.arrays):
-        if array.num_blocks > 1:
-            group = blocks.group_of(array)
-            kind = (array.shape, array.tile, array.stacked_axes, group)
-            grids.setdefault(kind, []).append(position)
-    dense = [
-        Dense(
-            tuple((i, i + 1) for i in starts),
-            1,
-            len(starts),
-            (tuple(blocks.sizes[i] for i in starts),),
-        )
-        for starts in blocks.single_tiles
-    ]
-    return (*dense, *(_nested_system(blocks, g, reach, levels) for g in grids.values()))
-
-
-def _nested_system(blocks, positions, reach, levels) -> Nested:
-    array = blocks.arrays[positions[0]]
-    elements = Stencil(len(positions), array.shape, _reach_of(array, reach))
-    tiles = elements.coarse(array.tile)
-    starts = [blocks.arrays[i].start for i in positions]
-    spans = tuple((start, start + array.num_blocks) for start in starts)
-    return Nested(
-        spans,
-        tuple(positions),
-        tuple(size for a, b in spans for size in blocks.sizes[a:b]),
-        elements,
-        tiles,
-        Levels(*_grids.levels_below(tiles, array.tile, array.stacked_axes, levels)),
-    )
-
-
-def _reach_of(array, reach) -> Shape:
-    """The reach along each axis; along one that is no grid all elements meet."""
-    axes = [i for i in range(len(array.shape)) if i not in array.stacked_axes]
-    given = (reach,) * len(axes) if is_integer(reach) else reach
-    if len(given) != len(axes):
-        raise ValueError(
-            f"{_names.name_of(array.path)!r} of shape {array.shape}: `reach`={reach} "
-            f"has {len(given)} numbers for tiles along {len(axes)} axes. Pass one "
-            "number for each of these, or a single one for all, instead; a reach holds "
-            "neither along axes after a tile nor along those of bma.stacked."
-        )
-    along = dict(zip(axes, map(int, given), strict=True))
     return tuple(
-        n if g == 1 or axis not in along else along[axis]
-        for axis, (n, g) in enumerate(zip(array.shape, array.grid, strict=True))
+        _nested(system)
+        if isinstance(system, GridFields)
+        else Dense(system.spans, system.count, system.n, system.sizes)
+        for system in blocks.systems
     )
+
+
+def _nested(fields: GridFields) -> Nested:
+    levels, bottom = fields.levels
+    return Nested(
+        fields.spans,
+        fields.positions,
+        tuple(fields.sizes.ravel().tolist()),
+        _stencil(fields.elements),
+        _stencil(fields.tiles),
+        Levels(
+            tuple((_stencil(grid), tile) for grid, tile in levels), _stencil(bottom)
+        ),
+    )
+
+
+def _stencil(grid: Grid) -> Stencil:
+    return Stencil(grid.fields, grid.grid, grid.reach)
 
 
 def take(system: System, values):
@@ -248,37 +213,6 @@ def split(systems, packed, size):
     bounds = itertools.accumulate((size(system) for system in systems), initial=0)
     flat = packed.reshape(-1)
     return [flat[a:b] for a, b in itertools.pairwise(bounds)]
-
-
-def check_reach(reach, levels, couple) -> None:
-    """Raises a TypeError or ValueError for a reach or levels of another form."""
-    if reach is not None and couple == "block":
-        raise ValueError(
-            '`couple`="block" leaves every block alone, and a `reach` is about blocks '
-            'that see each other. Pass couple="array" instead, or reach=None.'
-        )
-    numbers = (reach,) if is_integer(reach) else reach
-    if numbers is not None and not (
-        isinstance(numbers, tuple) and all(map(is_integer, numbers))
-    ):
-        raise TypeError(
-            f"`reach` is {reach!r}. Pass an integer, a tuple of them or None instead; "
-            "a tuple under optax.inject_hyperparams."
-        )
-    if numbers is not None and any(k < 0 for k in numbers):
-        raise ValueError(f"`reach` must not be negative, got {reach}.")
-    valid = isinstance(levels, str) and levels == "auto"
-    valid = valid or (
-        isinstance(levels, tuple)
-        and all(
-            isinstance(tile, tuple) and all(isinstance(t, int) and t > 0 for t in tile)
-            for tile in levels
-        )
-    )
-    if not valid:
-        raise ValueError(
-            f'`levels` is {levels!r}. Pass "auto" or a tuple of tiles\' shapes instead.'
-        )
 
 
 def _lambda(s, M_diagonal):

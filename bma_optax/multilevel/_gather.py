@@ -9,19 +9,13 @@ import numpy as np
 from bma_optax import _alarm, _control_flow, _tree
 from bma_optax.curvature import _probing
 from bma_optax.multilevel import _coarse_systems, _coloring, _diagonal, _two_level
-from bma_optax.partitions import _build, _sizes
+from bma_optax.partitions import _build
 
 
-def plan(params, rule, couple, reach, levels, warn=False):
+def plan(params, rule, warn=False):
     """The partition of parameters and its coarse systems; static."""
-    blocks = _build.layout(params, rule, couple)
-    if warn:
-        _build.warn_of_guesses(blocks)
-        _sizes.check_dense(blocks, reach is not None)
-    systems = _coarse_systems.systems(blocks, reach, levels)
-    if warn:
-        _sizes.check_nested(systems, blocks)
-    return blocks, systems
+    blocks = (_build.partition if warn else _build.layout)(params, rule)
+    return blocks, _coarse_systems.systems(blocks)
 
 
 class Gathered(NamedTuple):

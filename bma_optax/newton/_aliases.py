@@ -13,13 +13,10 @@ from bma_optax.partitions import _rules
 
 
 def newton_bma(
-    learning_rate: optax.ScalarOrSchedule | None = None,
     partition: _rules.Rule = _rules.per_leaf,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     *,
     curvature: Curvature = _kinds.Hessian(),  # noqa: B008 - a frozen value.
-    reach: int | tuple[int, ...] | None = None,
-    levels: str | tuple[tuple[int, ...], ...] = "auto",
-    couple: str = "all",
     update_interval: jax.typing.ArrayLike = 10,
     b2: jax.typing.ArrayLike = 0.0,
     damping: jax.typing.ArrayLike = 0.0,
@@ -33,13 +30,10 @@ def newton_bma(
     .. math:: \theta \leftarrow \theta - a \, C g + b \, (\theta - \theta_{previous})
 
     Args:
+      partition: the rule, see :func:`scale_by_newton_bma`, as for the arguments below.
       learning_rate: None for a and b by :func:`scale_by_quadratic_model`, which needs
         no tuning; a number or a schedule for a, with b = 0.
-      partition: see :func:`scale_by_newton_bma`, as for the arguments below.
       curvature: what G is.
-      reach: how far entries that meet are apart.
-      levels: the nested levels.
-      couple: which blocks see each other.
       update_interval: steps from one refresh of the factor to the next.
       b2: the decay of the averages over refreshes.
       damping: μ >= 0.
@@ -81,9 +75,6 @@ def newton_bma(
         _newton.scale_by_newton_bma(
             partition,
             curvature=curvature,
-            reach=reach,
-            levels=levels,
-            couple=couple,
             update_interval=update_interval,
             b2=b2,
             damping=damping,
@@ -100,10 +91,9 @@ def newton_bma(
 
 def natural_bma(
     curvature: Curvature,
-    learning_rate: optax.ScalarOrSchedule | None = None,
     partition: _rules.Rule = _rules.per_leaf,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     *,
-    couple: str = "all",
     update_interval: jax.typing.ArrayLike = 10,
     b2: jax.typing.ArrayLike = 0.95,
     damping: jax.typing.ArrayLike = 1e-2,
@@ -118,10 +108,9 @@ def natural_bma(
 
     Args:
       curvature: ``bma.Fisher(...)`` or another, see :func:`scale_by_natural_bma`.
+      partition: the rule, see :func:`scale_by_natural_bma`, as for the arguments below.
       learning_rate: None for a and b by :func:`scale_by_quadratic_model`; a number or a
         schedule for a, with b = 0.
-      partition: see :func:`scale_by_natural_bma`, as for the arguments below.
-      couple: which blocks see each other.
       update_interval: steps from one refresh of the factor to the next.
       b2: the decay of the averages over refreshes.
       damping: μ >= 0.
@@ -161,7 +150,6 @@ def natural_bma(
         _natural.scale_by_natural_bma(
             curvature,
             partition,
-            couple=couple,
             update_interval=update_interval,
             b2=b2,
             damping=damping,

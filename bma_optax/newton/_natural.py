@@ -12,7 +12,6 @@ def scale_by_natural_bma(
     curvature: Curvature,
     partition: _rules.Rule = _rules.per_leaf,
     *,
-    couple: str = "all",
     update_interval: jax.typing.ArrayLike = 10,
     b2: jax.typing.ArrayLike = 0.95,
     damping: jax.typing.ArrayLike = 1e-2,
@@ -27,10 +26,8 @@ def scale_by_natural_bma(
 
     Args:
       curvature: ``bma.Fisher(...)``; or ``bma.GaussNewton(...)``, which is the Fisher
-        matrix without sampling for log likelihoods of an exponential family; or
-        ``bma.EmpiricalFisher(...)``.
+        matrix without sampling for log likelihoods of an exponential family.
       partition: see :func:`scale_by_newton_bma`, as for the arguments below.
-      couple: which blocks see each other.
       update_interval: steps from one refresh of the factor to the next.
       b2: the decay of the averages over refreshes.
       damping: μ >= 0.
@@ -69,7 +66,6 @@ def scale_by_natural_bma(
     return _newton.scale_by_newton_bma(
         partition,
         curvature=curvature,
-        couple=couple,
         update_interval=update_interval,
         b2=b2,
         damping=damping,

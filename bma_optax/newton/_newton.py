@@ -9,16 +9,16 @@ import optax
 from bma_optax import _checks, _refresh, _tree, _xla
 from bma_optax.curvature import _kinds, _probing, _user_functions
 from bma_optax.curvature._kinds import Curvature
-from bma_optax.multilevel import _coarse_systems, _gather, _two_level
+from bma_optax.multilevel import _gather, _two_level
 from bma_optax.newton import _damping
-from bma_optax.partitions import _build, _rules
+from bma_optax.partitions import _rules
 
 
 class ScaleByNewtonBMAState(NamedTuple):
     """State of :func:`scale_by_newton_bma`, for L blocks.
 
-    With several groups (``couple``) the L x L arrays hold the groups' small matrices
-    one after the other, shape (Σ L_group²,).
+    With several groups (:func:`within`) the L x L arrays hold the groups' small
+    matrices one after the other, shape (Σ L_group²,).
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -47,9 +47,6 @@ def scale_by_newton_bma(
     partition: _rules.Rule = _rules.per_leaf,
     *,
     curvature: Curvature = _kinds.Hessian(),  # noqa: B008 - a frozen value.
-    reach: int | tuple[int, ...] | None = None,
-    levels: str | tuple[tuple[int, ...], ...] = "auto",
-    couple: str = "all",
     update_interval: jax.typing.ArrayLike = 10,
     b2: jax.typing.ArrayLike = 0.0,
     damping: jax.typing.ArrayLike = 0.0,
@@ -76,28 +73,14 @@ def scale_by_newton_bma(
 
     Args:
       partition: the rule that cuts parameters into blocks, ``bma.per_leaf`` and so on.
-        An array without blocks is scaled by its diagonal.
+        An array without blocks is scaled by its diagonal. Each refresh checks a
+        ``reach`` that the rule declares (:func:`per_tile`) by products with a random
+        vector, to what the arithmetic of the loss resolves. Where it is not true,
+        ``update`` raises a ValueError outside ``jax.jit``; within it warns once, at
+        run time, takes the diagonal alone, by random signs, and sets ``state.local``
+        to False. ``jax.export`` cannot write such a warning: trace under
+        ``warnings.simplefilter("ignore")`` for it.
       curvature: what G is: ``bma.Hessian()``, ``bma.GaussNewton(...)``, ...
-      reach: a declaration, on which M costs (2k + 1)^dim products whatever its size:
-        entries of G further apart than this along an axis do not meet, in arrays that
-        the rule cuts into several tiles. An integer, or one for each axis of the tile
-        (a tuple also under ``optax.inject_hyperparams``, which traces integers). All
-        elements may meet along an axis of one tile, along the axes after a tile of
-        ``per_tile`` and along those of ``stacked``, which count fields: each field
-        takes products of its own. Arrays of one shape are fields on one grid too, and
-        see each other; M between these and other arrays is taken for zero. Periodic
-        grids may be of any size; where 2k + 1 does not divide their number of tiles, M
-        takes a few products more. Each refresh checks the declaration by products with
-        a random vector, to what the arithmetic of the loss resolves. Where it is not
-        true, ``update`` raises a ValueError outside ``jax.jit``; within it warns once,
-        at run time, takes the diagonal alone, by random signs, and sets
-        ``state.local`` to False. ``jax.export`` cannot write such a warning: trace
-        under ``warnings.simplefilter("ignore")`` for it.
-      levels: with ``reach``, how M is inverted: by nested levels of tiles of 4 (or the
-        reach) down to 64 blocks, or by tiles of the shapes given here; then densely.
-        Axes cut into tiles of 1 have levels beyond 1000 blocks, fields never.
-      couple: which blocks see each other: "all", those of one "array", of one "layer",
-        or none, every "block" alone.
       update_interval: steps from one refresh of the factor to the next; the first step
         has one. A constant curvature needs no other; each costs all products anew.
       b2: the decay of the averages of N and diag G over refreshes, in [0, 1); for
@@ -156,22 +139,18 @@ def scale_by_newton_bma(
     """
     _rules.check_rule(partition)
     _kinds.check_curvature(curvature)
-    _build.check_couple(couple)
     _checks.not_negative(damping=damping, min_eigenvalue=min_eigenvalue)
     _checks.below_one(b2=b2)
     _checks.at_least_one(update_interval=update_interval)
     _checks.random_key(key)
     update_interval = _checks.plain(update_interval)
-    _coarse_systems.check_reach(reach, levels, couple)
     _checks.boolean(adaptive_damping=adaptive_damping)
     if adaptive_damping and _checks.is_zero(damping):
         raise ValueError("`adaptive_damping` needs a `damping` above 0 to start from.")
 
     def init_fn(params):
         params = _tree.parameters(params)
-        blocks, systems = _gather.plan(
-            params, partition, couple, reach, levels, warn=True
-        )
+        blocks, systems = _gather.plan(params, partition, warn=True)
         inverse = _two_level.identity(systems, blocks, params)
 
         def zero():  # A new one each time: donated buffers must not be shared.
@@ -211,7 +190,7 @@ def scale_by_newton_bma(
             *("count", "refreshes", "products", "failures", "floored"),
             flags=("local",),
         )
-        blocks, systems = _gather.plan(updates, partition, couple, reach, levels)
+        blocks, systems = _gather.plan(updates, partition)
         blocks.check_state(
             state.N.shape,
             state.K.shape,

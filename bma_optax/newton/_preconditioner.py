@@ -128,10 +128,7 @@ def preconditioner(
     partition: _rules.Rule = _rules.per_leaf,
     *,
     diagonal: Any = None,
-    reach: int | tuple[int, ...] | None = None,
-    levels: str | tuple[tuple[int, ...], ...] = "auto",
     cycle: str = "additive",
-    couple: str = "all",
     damping: jax.typing.ArrayLike = 0.0,
     min_eigenvalue: jax.typing.ArrayLike = 0.0,
     num_probes: int = 32,
@@ -147,15 +144,12 @@ def preconditioner(
     Args:
       product_fn: ``v -> A v`` on trees like ``like``.
       like: a tree of floating arrays; its values do not matter.
-      partition: the rule that cuts it into blocks.
+      partition: the rule that cuts it into blocks; its ``reach`` is how far entries of
+        A that meet are apart.
       diagonal: the diagonal of A, a tree like ``like``, if it is known.
-      reach: how far entries of A that meet are apart, and
-      levels: the nested levels, see :func:`scale_by_newton_bma`.
       cycle: "additive" for C, or with a reach "multiplicative" for the symmetric cycle
         smooth, correct, smooth: fewer iterations at two more products each. It calls
         ``product_fn``, which must then not close over traced arrays.
-      couple: which blocks see each other: "all", "array", "layer" or
-        "block".
       damping: μ >= 0.
       min_eigenvalue: the least eigenvalue of M, >= 0.
       num_probes: products for the diagonal, see :class:`Curvature`.
@@ -190,7 +184,6 @@ def preconditioner(
         raise ValueError(f"`cycle` must be one of {_CYCLES}, got {cycle!r}.")
     _checks.functions(product_fn=product_fn)
     _checks.random_key(key)
-    _coarse_systems.check_reach(reach, levels, couple)
     like = _tree.parameters(like)
     if diagonal is not None:
         diagonal = _user_functions.like_params(diagonal, like, "diagonal")
@@ -200,7 +193,7 @@ def preconditioner(
         diagonal_fn=None if diagonal is None else lambda _: diagonal,
         num_probes=num_probes,
     )
-    blocks, systems = _gather.plan(like, partition, couple, reach, levels, warn=True)
+    blocks, systems = _gather.plan(like, partition, warn=True)
     zeros = _tree.zeros_like(like)
     key = _probing.typed_key(_probing.key_data(key))
     N, z2, rounding, local, _ = _gather.gather(

@@ -6,6 +6,6 @@ owns the operators of the mathematics: Eᵀ sums over blocks, E fills blocks wit
     _rules, _tile_rules, _combinators   path and shape -> tile
     _tiles, _units                      the blocks of one array; as units x inputs
     _build, _blocks                     parameters and a rule -> the partition, a value
-    _grids                              cells that meet, and the levels below
+    _systems, _grids                    who sees whom: groups, and cells of grids
     _table, _sizes                      what it would hold and cost, for people
 """

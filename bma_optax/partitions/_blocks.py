@@ -12,7 +12,8 @@ import numpy as np
 
 from bma_optax import _tree, _xla
 from bma_optax.partitions import _table
-from bma_optax.partitions._rules import Path, Rule, Shape
+from bma_optax.partitions._rules import Rule, Shape
+from bma_optax.partitions._systems import DenseGroups, GridFields, System
 from bma_optax.partitions._tiles import Tiles
 
 _FEW_ARRAYS = 8  # Too few for compilation to take long.
@@ -23,10 +24,10 @@ class Partition:
     """The blocks of a parameter pytree: a static, hashable, printable value.
 
     Made by :func:`partition`. It owns the operator E of the mathematics on pytrees,
-    which entries are in a block and with which weights: :meth:`block_sums` sums over
-    blocks, :meth:`expand` broadcasts back, and with ``weights`` that have norm 1 in
-    each block these are Eᵀ and E. Blocks that see each other form a group, one small
-    matrix each.
+    which entries are in a block: :meth:`block_sums` sums over blocks and :meth:`expand`
+    broadcasts back; where blocks have one element, or their weights have norm 1, these
+    are Eᵀ and E. Blocks that see each other form a group: a dense
+    matrix each, or a grid where the rule gives a reach.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -36,9 +37,10 @@ class Partition:
     """
 
     rule: Rule
-    couple: str
     arrays: tuple[Tiles, ...]
-    buckets: tuple[tuple[int, int], ...]  # (groups, blocks of each), blocks ascending.
+    # (groups, blocks of each) of the dense ones, blocks ascending. They come first.
+    buckets: tuple[tuple[int, int], ...]
+    grids: tuple[GridFields, ...]
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -60,39 +62,50 @@ class Partition:
     @property
     def num_blocks(self) -> int:
         """L, over all groups."""
+        return self._num_dense + sum(grid.tiles.num_cells for grid in self.grids)
+
+    @property
+    def _num_dense(self) -> int:
         return sum(count * blocks for count, blocks in self.buckets)
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The positions of the blocks of each group."""
+        """The positions of the blocks of each group; the grids' come last."""
         bounds = np.cumsum([0] + [n for count, n in self.buckets for _ in range(count)])
-        return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds.tolist()))
+        dense = [tuple(range(a, b)) for a, b in itertools.pairwise(bounds.tolist())]
+        grids = [
+            tuple(itertools.chain.from_iterable(range(a, b) for a, b in grid.spans))
+            for grid in self.grids
+        ]
+        return (*dense, *grids)
 
     @property
-    def single_tiles(self) -> tuple[tuple[int, ...], ...]:
-        """The positions in each group of the blocks that are whole arrays."""
-        groups: dict[Path, set[int]] = {}
-        for array in self.arrays:
-            if array.num_blocks == 1:
-                groups.setdefault(self.group_of(array), set()).add(array.start)
-        return tuple(tuple(sorted(starts)) for starts in groups.values())
+    def systems(self) -> tuple[System, ...]:
+        """The groups as systems: dense ones of one size together, and the grids."""
+        ends = itertools.accumulate(count * n for count, n in self.buckets)
+        dense = [
+            DenseGroups(((end - count * n, end),), count, n, sizes)
+            for end, (count, n), sizes in zip(
+                ends, self.buckets, self.split_sizes(), strict=True
+            )
+        ]
+        return (*dense, *self.grids)
 
     @property
     def matrix_shape(self) -> Shape:
-        """The shape in which one array holds the small matrices of all groups.
+        """The shape in which one array holds the small matrices of all dense groups.
 
         (L, L) for one group, else the matrices one after the other, (Σ L_group²,).
         """
         if sum(count for count, _ in self.buckets) <= 1:
-            return (self.num_blocks, self.num_blocks)
+            return (self._num_dense, self._num_dense)
         return (sum(count * n * n for count, n in self.buckets),)
 
-    def block_sums(self, tree: Any, weights: Any = None) -> jax.Array:
+    def block_sums(self, tree: Any) -> jax.Array:
         """Sums over the elements of each block, shape (L,).
 
         Args:
           tree: floating arrays, in the structure and shapes of the partition.
-          weights: a tree like it by which the elements are weighted.
 
         Returns:
           Shape (L,), float64 if a dtype is, else float32.
@@ -106,8 +119,6 @@ class Partition:
           >>> print(bma.partition(tree).block_sums(tree))
           [3. 6.]
         """
-        if weights is not None:
-            tree = jax.tree.map(jnp.multiply, tree, weights)
         leaves = jax.tree.leaves(tree)
         dtype = _tree.common_statistic_dtype(tree)
         sums: dict[int, jax.Array] = {}
@@ -186,9 +197,9 @@ class Partition:
         expected = expected or (self.matrix_shape,)
         if found != expected:
             raise ValueError(
-                f"The state has small matrices of shape {found[0]}; {self.rule} with "
-                f"couple={self.couple!r} makes {self.num_blocks} blocks and the shape "
-                f"{expected[0]}. Pass a state of the same partition instead."
+                f"The state has small matrices of shape {found[0]}; {self.rule} makes "
+                f"{self.num_blocks} blocks and the shape {expected[0]}. Pass a state "
+                "of the same partition instead."
             )
 
     def split(self, values: jax.Array) -> list[jax.Array]:
@@ -219,10 +230,6 @@ class Partition:
         ]
         return self.join(products, values.shape, values.dtype)
 
-    def group_of(self, array: Tiles) -> Path:
-        """A name for the group that the blocks of an array are in."""
-        return group_of(array, self.couple)
-
     def join(self, parts: list[jax.Array], shape: Shape, dtype: Any) -> jax.Array:
         """The inverse of :meth:`split` and :meth:`split_matrix`."""
         if not parts:
@@ -231,13 +238,6 @@ class Partition:
 
     def __repr__(self) -> str:
         return _table.table(self)
-
-
-def group_of(array: Tiles, couple: str) -> Path:
-    """Blocks of arrays with one name see each other."""
-    if couple == "all":
-        return ()
-    return array.path[:-1] if couple == "layer" else array.owner
 
 
 def _split(flat: Any, shapes: list[Shape]) -> list[Any]:

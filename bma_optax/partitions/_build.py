@@ -10,35 +10,31 @@ import numpy as np
 
 from bma_optax import _names, _warn
 from bma_optax.partitions import _rules, _sizes
-from bma_optax.partitions._blocks import Partition, group_of
-from bma_optax.partitions._combinators import ByPath, Stacked
+from bma_optax.partitions._blocks import Partition
+from bma_optax.partitions._combinators import ByPath, Stacked, Within
 from bma_optax.partitions._rules import Path, Rule, Shape
+from bma_optax.partitions._systems import GridFields
 from bma_optax.partitions._tiles import Tiles
 
-_COUPLES = ("all", "array", "layer", "block")
 _FEW_NAMES = 5
 
 
-def partition(
-    params: Any, rule: Rule = _rules.per_leaf, couple: str = "all"
-) -> Partition:
+def partition(params: Any, rule: Rule = _rules.per_leaf) -> Partition:
     """The blocks that ``rule`` cuts a parameter pytree into, for a look beforehand.
 
     Args:
       params: a pytree of arrays, or of anything with a shape, such as
         ``jax.ShapeDtypeStruct``: nothing is allocated.
-      rule: a :class:`Rule`.
-      couple: which blocks see each other: "all" in one matrix, those of one "array",
-        those of one "layer" (arrays whose paths differ in the last part only), or none,
-        every "block" alone. A solve costs Σ L_group³.
+      rule: a :class:`Rule`. It also says which blocks see each other: all of them, or
+        those :func:`within` bounds, or on a grid those up to a ``reach`` apart.
 
     Returns:
       A :class:`Partition`; print it to read it as a table.
 
     Raises:
       TypeError: if ``rule`` is not a rule.
-      ValueError: if ``couple`` is unknown, if the rule returns something other than a
-        tile, if a pattern of it matches nothing, or if a small matrix could not exist.
+      ValueError: if the rule returns something other than a tile, if a pattern of it
+        matches nothing, or if a small matrix could not exist.
 
     Warns:
       UserWarning: if more than a thousand blocks are in one group, or if ``per_unit``
@@ -49,15 +45,34 @@ def partition(
       >>> params = {"kernel": jax.ShapeDtypeStruct((784, 32), "float32"),
       ...           "bias": jax.ShapeDtypeStruct((32,), "float32")}
       >>> print(bma.partition(params, bma.per_leaf))
-      Partition per_leaf, couple='all': 25,120 parameters in 2 blocks
+      Partition per_leaf: 25,120 parameters in 2 blocks
       array   shape      tile       blocks  block size  bytes of diag H
       bias    (32,)      (32,)      1       32          128
       kernel  (784, 32)  (784, 32)  1       25,088      100,352
       small matrices: 1 of 2 × 2; float32 state 100,480 bytes of diag H and 40 of U, v and the inverse root; a solve costs O(8)
+      >>> field = jax.ShapeDtypeStruct((1024, 1024), "float32")
+      >>> print(bma.partition(field, bma.per_tile((4, 4), reach=1)))
+      Partition per_tile((4, 4), reach=1): 1,048,576 parameters in 65,536 blocks
+      array   shape         tile    blocks  block size  bytes of diag H
+      params  (1024, 1024)  (4, 4)  65,536  16          4,194,304
+      grid of 1 field: tiles meet up to (1, 1) apart; levels of 256 × 256, 64 × 64, 16 × 16, 4 × 4, the last one dense; float32 state 4,194,304 bytes of diag G and 5,680,128 of the levels; 9 products a refresh for N
     """  # noqa: E501
-    result = layout(params, rule, couple)
+    result = layout(params, rule)
     _sizes.check_dense(result)
+    _sizes.check_grids(result)
     warn_of_guesses(result)
+    return result
+
+
+def dense_partition(params: Any, rule: Rule) -> Partition:
+    """As :func:`partition`, for methods of running sums, which know no reach."""
+    result = partition(params, rule)
+    for grid in result.grids:
+        raise ValueError(
+            f"{_names.name_of(grid.arrays[0].path)!r}: {rule} has a reach, which is "
+            "about a curvature. Running sums of gradients have none: pass the rule "
+            "without `reach`, or take bma.newton_bma or bma.preconditioner instead."
+        )
     return result
 
 
@@ -73,61 +88,100 @@ def warn_of_guesses(result: Partition) -> None:
         )
 
 
-def layout(params: Any, rule: Rule, couple: str) -> Partition:
+def layout(params: Any, rule: Rule) -> Partition:
     """As :func:`partition`, without the checks of its size: for use in ``update``."""
     _rules.check_rule(rule)
-    check_couple(couple)
     leaves = tuple(
         (path, tuple(np.shape(leaf))) for path, leaf in _names.named_leaves(params)
     )
-    return _layout(leaves, rule, couple)
-
-
-def check_couple(couple: str) -> None:
-    """Raises a ValueError for an unknown ``couple``."""
-    if not isinstance(couple, str) or couple not in _COUPLES:
-        raise ValueError(f"`couple` must be one of {_COUPLES}, got {couple!r}.")
+    return _layout(leaves, rule)
 
 
 @functools.lru_cache(maxsize=128)
-def _layout(leaves, rule, couple) -> Partition:
-    arrays = [
-        Tiles(
-            path,
-            shape,
-            _tile(rule, path, shape),
-            rule.owner(path),
-            stacked_axes=rule.stacked_axes(path, shape),
-        )
-        for path, shape in leaves
-    ]
+def _layout(leaves, rule) -> Partition:
+    arrays = [_tiles(rule, path, shape) for path, shape in leaves]
     _check_patterns(rule, [path for path, _ in leaves])
-    groups: dict[Path, dict[Path, int]] = {}
-    for array in arrays:
-        if array.owner != array.path and array.num_blocks > 1:
-            raise ValueError(
-                f"{_names.name_of(array.path)!r}: {rule} merges it with other arrays "
-                f"but cuts it into {array.num_blocks} tiles; only whole arrays can be "
-                f"merged. Return the whole shape, {array.shape}, as its tile instead."
-            )
-        if array.num_blocks:
-            key = group_of(array, couple)
-            groups.setdefault(key, {})[array.owner] = array.num_blocks
+    dense: dict[Path, dict[Path, int]] = {}
+    grids: dict[Any, list[int]] = {}
+    for position, array in enumerate(arrays):
+        if array.is_grid:
+            kind = (array.group, array.shape, array.tile, array.reach)
+            grids.setdefault((*kind, array.stacked_axes), []).append(position)
+        elif array.num_blocks:
+            dense.setdefault(array.group, {})[array.owner] = array.num_blocks
+    alone = {array.group for array in arrays if array.alone}
     # Groups of equal size lie side by side, so that one batched eigh serves them all.
-    ordered = sorted(groups.values(), key=lambda owners: sum(owners.values()))
-    counts = [sum(owners.values()) for owners in ordered]
-    if couple == "block":
-        counts = [1] * sum(counts)
-    buckets = tuple((len(list(same)), n) for n, same in itertools.groupby(counts))
-    starts, position = {}, 0
-    for owners in ordered:
-        for owner, num_blocks in owners.items():
-            starts[owner] = position
+    counts = {key: sum(owners.values()) for key, owners in dense.items()}
+    ordered = sorted(dense, key=lambda key: 1 if key in alone else counts[key])
+    groups: list[int] = []
+    for key in ordered:
+        groups += [1] * counts[key] if key in alone else [counts[key]]
+    buckets = tuple((len(list(same)), n) for n, same in itertools.groupby(groups))
+    starts: dict[Any, int] = {}
+    position = 0
+    for key in ordered:
+        for owner, num_blocks in dense[key].items():
+            starts[key, owner] = position
             position += num_blocks
+    for fields in grids.values():
+        for i in fields:
+            starts[arrays[i].group, arrays[i].owner] = position
+            position += arrays[i].num_blocks
     placed = tuple(
-        dataclasses.replace(array, start=starts.get(array.owner, 0)) for array in arrays
+        dataclasses.replace(array, start=starts.get((array.group, array.owner), 0))
+        for array in arrays
     )
-    return Partition(rule, couple, placed, buckets)
+    return Partition(
+        rule,
+        placed,
+        buckets,
+        tuple(
+            GridFields(tuple(fields), tuple(placed[i] for i in fields))
+            for fields in grids.values()
+        ),
+    )
+
+
+def _tiles(rule: Rule, path: Path, shape: Shape) -> Tiles:
+    """One array, without the place of its blocks among others."""
+    scope, owner = rule.scope(path), rule.owner(path)
+    name = {"all": (), "layer": path[:-1]}.get(scope, owner)
+    array = Tiles(
+        path,
+        shape,
+        _tile(rule, path, shape),
+        owner,
+        stacked_axes=rule.stacked_axes(path, shape),
+        group=(scope, *name),
+        alone=scope == "block",
+    )
+    if owner != path and array.num_blocks > 1:
+        raise ValueError(
+            f"{_names.name_of(path)!r}: {rule} merges it with other arrays but cuts it "
+            f"into {array.num_blocks} tiles; only whole arrays can be merged. Return "
+            f"the whole shape, {shape}, as its tile instead."
+        )
+    reach = rule.reach(path, shape)
+    if reach is None or array.num_blocks <= 1:
+        return array
+    if not isinstance(reach, tuple) or len(reach) != len(shape):
+        raise ValueError(
+            f"{_names.name_of(path)!r} of shape {shape}: {rule} gave {reach!r} for its "
+            f"reach. Return a tuple of {len(shape)} integers, or None, instead."
+        )
+    if array.alone:
+        raise ValueError(
+            f"{_names.name_of(path)!r}: {rule} leaves every block alone, and a reach "
+            "is about blocks that see each other. Pass a tile without a reach, or "
+            'bma.within("array", ...), instead.'
+        )
+    # Along an axis of one tile, and along one that is no grid, all elements meet.
+    axes = zip(shape, array.grid, reach, strict=True)
+    every = (
+        n if g == 1 or i in array.stacked_axes else int(k)
+        for i, (n, g, k) in enumerate(axes)
+    )
+    return dataclasses.replace(array, reach=tuple(every))
 
 
 def _tile(rule: Rule, path: Path, shape: Shape) -> Shape | None:
@@ -150,7 +204,7 @@ def _check_patterns(rule: Rule | None, paths: list[Path]) -> None:
 
     Optax calls ``init`` on a placeholder without leaves: nothing can match there.
     """
-    while isinstance(rule, Stacked):
+    while isinstance(rule, (Stacked, Within)):
         rule = rule.rule
     if not isinstance(rule, ByPath) or not paths:
         return

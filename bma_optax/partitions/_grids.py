@@ -7,7 +7,7 @@ level, until a dense matrix costs nothing.
 
 import dataclasses
 import math
-from typing import Self, TypeVar
+from typing import Self
 
 from bma_optax.partitions._rules import Shape
 
@@ -63,13 +63,10 @@ class Grid:
         return type(self)(self.fields, grid, reach)
 
 
-AnyGrid = TypeVar("AnyGrid", bound=Grid)
-
-
 def levels_below(
-    grid: AnyGrid, first_tile: Shape, fields: tuple[int, ...], tiles
-) -> tuple[tuple[tuple[AnyGrid, Shape], ...], AnyGrid]:
-    """From the first level down to at most 64 blocks, or by the tiles given.
+    grid: Grid, first_tile: Shape, fields: tuple[int, ...]
+) -> tuple[tuple[tuple[Grid, Shape], ...], Grid]:
+    """From the first level down to at most 64 blocks, by tiles of 4 or the reach.
 
     Axes that tiles of one element cut stay as they are while the dense matrix at the
     bottom has no more than 1000 rows: with one-element tiles alone that is Newton's
@@ -79,33 +76,25 @@ def levels_below(
       grid: the layout of the first level.
       first_tile: the tile that is a cell of the first level.
       fields: axes that are never coarsened, as their entries are not neighbours.
-      tiles: "auto", or the shapes of the tiles of each level.
 
     Returns:
       Each level with the tile of its cells that is a cell of the next; the last one.
     """
     levels = []
     axes = [axis for axis in range(len(grid.grid)) if axis not in fields]
-    if tiles == "auto":
-        long = {axis for axis in axes if first_tile[axis] > 1}
-        while grid.num_cells > MAX_DENSE:
-            tile = _auto_tile(grid, long)
-            if math.prod(tile) == 1 and grid.num_cells > _MAX_EXACT:
-                tile = _auto_tile(grid, axes)
-            if math.prod(tile) == 1:
-                break
-            levels.append((grid, tile))
-            grid = grid.coarse(tile)
-    else:
-        for tile in tiles:
-            along = dict(zip(axes, tile, strict=False))
-            full = tuple(along.get(axis, 1) for axis in range(len(grid.grid)))
-            levels.append((grid, full))
-            grid = grid.coarse(full)
+    long = [axis for axis in axes if first_tile[axis] > 1]
+    while grid.num_cells > MAX_DENSE:
+        tile = _coarsening(grid, long)
+        if math.prod(tile) == 1 and grid.num_cells > _MAX_EXACT:
+            tile = _coarsening(grid, axes)
+        if math.prod(tile) == 1:
+            break
+        levels.append((grid, tile))
+        grid = grid.coarse(tile)
     return tuple(levels), grid
 
 
-def _auto_tile(grid, axes) -> Shape:
+def _coarsening(grid: Grid, axes: list[int]) -> Shape:
     """Tiles of 4 or the reach along some axes."""
     return tuple(
         min(max(_COARSENING, k), g) if axis in axes else 1

@@ -1,6 +1,10 @@
-"""Partition rules: which tile of each array is a block, from path and shape alone.
+"""Partition rules: which parameters form a block, and which blocks see each other.
 
-Here those of whole arrays and of units; the axis of units comes from an array's name.
+A rule knows nothing but the path and the shape of an array. It says which tile of the
+array is a block (:meth:`Rule.tile`), within which bounds blocks see each other
+(:meth:`Rule.scope`), and how far apart entries of a curvature may be that meet
+(:meth:`Rule.reach`). Here are the rules of whole arrays and of units, whose axis comes
+from the name of an array.
 """
 
 import dataclasses
@@ -15,16 +19,16 @@ class Rule:
     """A partition rule: the base class of every rule, to be subclassed or not.
 
     A rule gives each array a *tile* shape, from the array's path and shape alone, and
-    every tile of the array is a block. Rules are frozen values, comparable, printable
-    and deliberately not callable: ``optax.inject_hyperparams`` takes callables for
-    schedules.
+    every tile of the array is a block. It also says which blocks see each other, all of
+    them by default. Rules are frozen values, comparable, printable and deliberately not
+    callable: ``optax.inject_hyperparams`` takes callables for schedules.
 
     Ready-made: ``per_leaf`` (one block an array), ``per_layer`` (the arrays of one
     module merged into one block), ``per_unit`` (one block for each output unit, on the
     axis that the names of Flax, Haiku, Equinox and PyTorch tell), ``per_column`` and
     ``per_row`` (one block for each index of the last or the first axis),
-    ``per_element`` (AdaGrad-Full), and :func:`per_tile`, :func:`stacked`,
-    :func:`by_path`, :func:`by_function`.
+    ``per_element`` (AdaGrad-Full), and :func:`per_tile`, :func:`within`,
+    :func:`stacked`, :func:`by_path`, :func:`by_function`.
 
     Example:
       >>> import bma_optax as bma
@@ -84,6 +88,40 @@ class Rule:
           (0,)
         """
         return ()
+
+    def scope(self, path: Path) -> str:
+        """Within what the blocks of an array see others, see :func:`within`.
+
+        Args:
+          path: the keys to the array, as strings.
+
+        Returns:
+          "all", "layer", "array" or "block": by default "all".
+
+        Example:
+          >>> import bma_optax as bma
+          >>> bma.within("layer", bma.per_leaf).scope(("dense", "kernel"))
+          'layer'
+        """
+        return "all"
+
+    def reach(self, path: Path, shape: Shape) -> Shape | None:
+        """How far apart entries of a curvature are that meet, see :func:`per_tile`.
+
+        Args:
+          path: the keys to the array, as strings.
+          shape: its shape.
+
+        Returns:
+          A number of elements >= 0 for each axis; None, the default, where all entries
+          may meet.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> bma.per_tile((4, 4), reach=1).reach(("u",), (64, 64))
+          (1, 1)
+        """
+        return None
 
     def _guesses(self, path: Path, shape: Shape) -> bool:
         """Whether the tile is a guess, of which the user is told."""

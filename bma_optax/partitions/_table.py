@@ -1,18 +1,15 @@
 """A partition as a table for people."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 from bma_optax import _names
 from bma_optax.partitions import _units
 
-if TYPE_CHECKING:
-    from bma_optax.partitions._blocks import Partition
 
-
-def table(blocks: "Partition") -> str:
+def table(blocks: Any) -> str:
     """Arrays, blocks, bytes of state and the cost of a solve, line by line."""
-    alone = blocks.couple == "block"
+    alone = bool(blocks.arrays) and all(array.alone for array in blocks.arrays)
     last = "bytes of mini-BMA" if alone else "bytes of diag H"
     rows = [("array", "shape", "tile", "blocks", "block size", last)]
     numbers = 0
@@ -36,26 +33,45 @@ def table(blocks: "Partition") -> str:
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    matrices = ", ".join(f"{count} of {n} × {n}" for count, n in blocks.buckets)
-    entries = sum(count * n * n for count, n in blocks.buckets)
-    cost = sum(count * n**3 for count, n in blocks.buckets)
     d = sum(math.prod(array.shape) for array in blocks.arrays)
     if alone:
-        state = (
+        lines.append(
             f"mini-BMA: float32 state {4 * numbers:,} bytes beside the momentum, "
             f"{(d + numbers) / max(d, 1):.3f} numbers a parameter with it"
         )
     else:
-        state = (
-            f"small matrices: {matrices or 'none'}; float32 state {4 * d:,} bytes "
-            f"of diag H and {8 * entries + 4 * blocks.num_blocks:,} of U, v and the "
-            f"inverse root; a solve costs O({cost:,})"
-        )
-    return "\n".join(
-        [
-            f"Partition {blocks.rule}, couple={blocks.couple!r}: {d:,} parameters in "
-            f"{blocks.num_blocks:,} blocks",
-            *lines,
-            state,
-        ]
+        lines += [_grid(fields) for fields in blocks.grids]
+        if blocks.buckets or not blocks.grids:
+            lines.append(_dense(blocks))
+    head = f"Partition {blocks.rule}: {d:,} parameters in {blocks.num_blocks:,} blocks"
+    return "\n".join([head, *lines])
+
+
+def _dense(blocks) -> str:
+    """The small matrices of all dense groups."""
+    matrices = ", ".join(f"{count} of {n} × {n}" for count, n in blocks.buckets)
+    entries = sum(count * n * n for count, n in blocks.buckets)
+    cost = sum(count * n**3 for count, n in blocks.buckets)
+    num_blocks = sum(count * n for count, n in blocks.buckets)
+    d = sum(math.prod(array.shape) for array in blocks.arrays if not array.is_grid)
+    return (
+        f"small matrices: {matrices or 'none'}; float32 state {4 * d:,} bytes of diag "
+        f"H and {8 * entries + 4 * num_blocks:,} of U, v and the inverse root; a solve "
+        f"costs O({cost:,})"
+    )
+
+
+def _grid(fields) -> str:
+    """The levels of one grid; a solve costs a few passes over them."""
+    levels, bottom = fields.levels
+    names = [" × ".join(map(str, grid.grid)) for grid, _ in levels]
+    names.append(" × ".join(map(str, bottom.grid)))
+    count, d = len(fields.arrays), fields.elements.num_cells
+    state = 4 * (fields.num_statistics + fields.tiles.num_cells)
+    return (
+        f"grid of {count:,} field{'s' * (count > 1)}: tiles meet up to "
+        f"{fields.tiles.reach} apart; levels of {', '.join(names)}, the last one "
+        "dense; "
+        f"float32 state {4 * d:,} bytes of diag G and {state:,} of the levels; "
+        f"{fields.num_products:,} products a refresh for N"
     )

@@ -35,6 +35,7 @@ class _PerElement(Rule):
 @dataclasses.dataclass(frozen=True)
 class _PerTile(Rule):
     leading: Shape
+    distance: Shape | None  # The reach along each of the leading axes.
 
     def tile(self, path, shape):
         if math.prod(shape) <= 1:  # A number has no neighbours; or there is none.
@@ -56,8 +57,18 @@ class _PerTile(Rule):
             return ()
         return tuple(range(len(self.leading), len(shape)))
 
+    def reach(self, path, shape):
+        if self.distance is None or math.prod(shape) <= 1:
+            return None
+        return (*self.distance, *shape[len(self.leading) :])
+
     def __repr__(self):
-        return f"per_tile({self.leading})"
+        if self.distance is None:
+            return f"per_tile({self.leading})"
+        one = len(set(self.distance)) == 1
+        return (
+            f"per_tile({self.leading}, reach={self.distance[0 if one else slice(9)]})"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +86,9 @@ per_element: Rule = _PerElement()
 without_parentheses(per_element)
 
 
-def per_tile(tile: int | tuple[int, ...]) -> Rule:
+def per_tile(
+    tile: int | tuple[int, ...], *, reach: int | tuple[int, ...] | None = None
+) -> Rule:
     """Blocks are tiles of the leading axes of each array.
 
     The axes after them count fields (the channels of an image, the components of a
@@ -87,14 +100,27 @@ def per_tile(tile: int | tuple[int, ...]) -> Rule:
     Args:
       tile: the positive length of a tile along each leading axis; an integer where
         there is one.
+      reach: for methods with curvature, a declaration: entries of G further apart than
+        this along an axis of the tile do not meet. An integer >= 0, or one for each of
+        these axes. 1 for a loss of differences between neighbours, r for a filter of
+        2 r + 1 elements applied once in a residual (2 r for its square). Then M costs
+        (2 k + 1)^dim products whatever its size, where k is the reach in tiles, and is
+        inverted by nested levels of tiles of tiles. All entries may meet along axes
+        after the tile and those of ``stacked``, which count fields: each field takes
+        products of its own. Arrays of one shape are fields on one grid too, and see
+        each other; M between these and other arrays is taken for zero. Periodic grids
+        may be of any size; where 2 k + 1 does not divide their number of tiles, M
+        takes a few products more. Methods check the declaration, see
+        :func:`scale_by_newton_bma`. None where all entries may meet.
 
     Returns:
       A :class:`Rule`. Partitioning raises a ValueError for an array with fewer axes
       than the tile, or with an axis shorter than it.
 
     Raises:
-      TypeError: if ``tile`` is not an integer or a tuple of them.
-      ValueError: if one is not positive.
+      TypeError: if ``tile`` or ``reach`` is not an integer or a tuple of them.
+      ValueError: if a number of ``tile`` is not positive or one of ``reach`` negative,
+        or their numbers differ.
 
     Example:
       >>> import jax, bma_optax as bma
@@ -102,6 +128,8 @@ def per_tile(tile: int | tuple[int, ...]) -> Rule:
       >>> blocks = bma.partition(image, bma.per_tile((4, 4)))
       >>> blocks.names[:2], blocks.sizes
       (('params[0:4, :, 0]', 'params[0:4, :, 1]'), (16, 16, 8, 8))
+      >>> bma.per_tile((4, 4), reach=1)
+      per_tile((4, 4), reach=1)
     """
     lengths: Any = (tile,) if is_integer(tile) else tile
     if not isinstance(lengths, (tuple, list)):
@@ -111,7 +139,27 @@ def per_tile(tile: int | tuple[int, ...]) -> Rule:
         )
     if not all(is_integer(t) and t > 0 for t in lengths):
         raise ValueError(f"`tile` must hold positive integers, got {tile}.")
-    return _PerTile(tuple(map(int, lengths)))
+    lengths = tuple(map(int, lengths))
+    return _PerTile(lengths, None if reach is None else _distance(reach, lengths))
+
+
+def _distance(reach: Any, tile: Shape) -> Shape:
+    """A reach along each axis of the tile."""
+    distance = (reach,) * len(tile) if is_integer(reach) else reach
+    if not isinstance(distance, (tuple, list)) or not all(map(is_integer, distance)):
+        raise TypeError(
+            f"`reach` must be an integer or a tuple of them, got {reach!r}. Pass "
+            "bma.per_tile((4, 4), reach=1), or None where all entries may meet."
+        )
+    if any(k < 0 for k in distance):
+        raise ValueError(f"`reach` must not be negative, got {reach}.")
+    if len(distance) != len(tile):
+        raise ValueError(
+            f"`reach`={reach} has {len(distance)} numbers for a tile along {len(tile)} "
+            "axes. Pass one number for each of these, or a single one for all; a reach "
+            "does not apply along axes after a tile."
+        )
+    return tuple(map(int, distance))
 
 
 def by_function(function: Callable[[Path, Shape], Shape | None]) -> Rule:

@@ -25,6 +25,9 @@ class Tiles:
     owner: Path
     start: int = 0  # The position of its first block.
     stacked_axes: tuple[int, ...] = ()  # Their entries are arrays of their own.
+    group: Path = ()  # Blocks of arrays with the same group see each other.
+    alone: bool = False  # Whether none of its blocks sees another.
+    reach: Shape | None = None  # Along each axis; None: all entries may meet.
 
     @property
     def grid(self) -> Shape:
@@ -37,6 +40,11 @@ class Tiles:
     def num_blocks(self) -> int:
         """The number of tiles."""
         return math.prod(self.grid)
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether its blocks are cells of a grid, with a stencil for a matrix."""
+        return self.reach is not None and self.num_blocks > 1
 
     @property
     def block_sizes(self) -> np.ndarray:

@@ -1,0 +1,81 @@
+"""Which blocks see each other: dense groups of them, and fields on grids; static.
+
+A dense group of L blocks has an L × L matrix. A grid has a stencil, a few numbers a
+cell, and nested levels of coarser ones, so that it is never a dense matrix.
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from bma_optax.partitions import _grids
+from bma_optax.partitions._grids import Grid
+from bma_optax.partitions._rules import Shape
+from bma_optax.partitions._tiles import Tiles
+
+Spans = tuple[tuple[int, int], ...]  # Positions of consecutive blocks.
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseGroups:
+    """Groups of equally many blocks, one after the other."""
+
+    spans: Spans
+    count: int  # The number of groups.
+    n: int  # The number of blocks of each.
+    sizes: tuple[tuple[int, ...], ...]  # The sizes of each group's blocks.
+
+
+@dataclasses.dataclass(frozen=True)
+class GridFields:
+    """Arrays of one shape, tile and reach: fields on one grid."""
+
+    positions: tuple[int, ...]  # Those of the arrays in the tree.
+    arrays: tuple[Tiles, ...]
+
+    @property
+    def spans(self) -> Spans:
+        """The positions of the blocks of each field."""
+        return tuple((a.start, a.start + a.num_blocks) for a in self.arrays)
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """The number of elements of each block, shape (fields, *grid)."""
+        array = self.arrays[0]
+        one = array.block_sizes.reshape(array.grid)
+        return np.broadcast_to(one, (len(self.arrays), *array.grid))
+
+    @functools.cached_property
+    def elements(self) -> Grid:
+        """The grid whose cells are the elements."""
+        array = self.arrays[0]
+        return Grid(len(self.arrays), array.shape, array.reach or ())
+
+    @functools.cached_property
+    def tiles(self) -> Grid:
+        """The grid whose cells are the blocks: the first level."""
+        return self.elements.coarse(self.arrays[0].tile or ())
+
+    @functools.cached_property
+    def levels(self) -> tuple[tuple[tuple[Grid, Shape], ...], Grid]:
+        """Each level with the tile that is a cell of the next; and the last, dense."""
+        array = self.arrays[0]
+        return _grids.levels_below(self.tiles, array.tile or (), array.stacked_axes)
+
+    @property
+    def num_products(self) -> int:
+        """The products that the stencil costs, without those that check the reach."""
+        return self.tiles.fields * math.prod(self.tiles.width)
+
+    @property
+    def num_statistics(self) -> int:
+        """The numbers that a state holds: the stencil, and all that inverts it."""
+        levels, bottom = self.levels
+        below = sum(math.prod(grid.shape) + grid.num_cells for grid, _ in levels)
+        cells = self.tiles.num_cells
+        return math.prod(self.tiles.shape) + cells + below + bottom.num_cells**2
+
+
+System = DenseGroups | GridFields
