@@ -27,7 +27,7 @@ MAKERS = {
     "eps_root": lambda x: bma.scale_by_adam_bma(eps_root=x),
     "damping": lambda x: bma.newton_bma(damping=x),
     "factor": lambda x: bma.mini_bma(0.1, factor=x),
-    "max_norm": lambda x: bma.newton_bma(0.1, max_norm=x),
+    "max_norm": lambda x: bma.newton_bma(learning_rate=0.1, max_norm=x),
     "update_interval": lambda x: bma.scale_by_newton_bma(update_interval=x),
     "learning_rate": lambda x: bma.adagrad_bma(x),
     "weight_decay": lambda x: bma.adam_bma(0.1, weight_decay=x),
@@ -80,12 +80,12 @@ def test_numbers(name):
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: bma.newton_bma(bma.per_tile((4, 4))), TypeError, r"partition=bma.per"),
-        (lambda: bma.natural_bma(bma.Hessian(), bma.per_unit), TypeError, "`learning"),
+        (lambda: bma.newton_bma(0.1), TypeError, "and a rate as `learning_rate`"),
+        (lambda: bma.natural_bma(bma.Hessian(), 0.1), TypeError, "`learning_rate`"),
         (lambda: bma.mini_bma(bma.per_unit), TypeError, "`learning_rate`"),
         (lambda: bma.adagrad_bma(None), TypeError, "`learning_rate`"),
         (lambda: bma.adagrad_bma(0.1, 0.9), TypeError, "`partition`.*`learning_rate`"),
-        (lambda: bma.newton_bma(0.1, bma.per_tile), TypeError, r"per_tile\(\("),
+        (lambda: bma.newton_bma(bma.per_tile), TypeError, r"per_tile\(\("),
         (lambda: bma.scale_by_bma(lambda p, s: s), TypeError, "bma.by_function"),
         (lambda: bma.mini_bma(0.1, mu_dtype="float33"), TypeError, "`mu_dtype`"),
         (lambda: bma.adam_bma(0.1, mu_dtype="int32"), TypeError, "`mu_dtype`"),
@@ -114,9 +114,8 @@ def test_numbers_of_numpy_do_not_decide_dtypes():
     """Where x64 is on they are float64, and int64."""
     params = jnp.linspace(-1, 1, 16, dtype=jnp.float32)
     kwargs = {
-        "partition": bma.per_tile(np.int64(4)),
+        "partition": bma.per_tile(np.int64(4), reach=np.int64(1)),
         "curvature": bma.Hessian(num_probes=np.int64(4)),
-        "reach": np.int64(1),
         "update_interval": np.int64(2),
         "b2": np.float64(0.5),
         "max_norm": np.float64(1.0),
@@ -224,7 +223,7 @@ def traced(tx, params=TREE, **kwargs):
     ],
 )
 def test_losses(value_fn, match):
-    damped = bma.newton_bma(0.1, damping=1.0, adaptive_damping=True)
+    damped = bma.newton_bma(learning_rate=0.1, damping=1.0, adaptive_damping=True)
     for tx in (bma.newton_bma(), bma.scale_by_quadratic_model(), damped):
         with pytest.raises(TypeError, match=f"`value_fn`.*{match}"):
             traced(tx, value_fn=value_fn)

@@ -187,7 +187,7 @@ def test_what_the_error_advises_works():
         return lambda v: (jnp.asarray(G, v.dtype) @ v.reshape(-1)).reshape(4, 3)
 
     def step(curvature, params):
-        tx = bma.newton_bma(0.5, curvature=curvature)
+        tx = bma.newton_bma(learning_rate=0.5, curvature=curvature)
         grads = jax.grad(loss)(params)
         return tx.update(grads, tx.init(params), params, value_fn=loss)[0]
 

@@ -117,7 +117,7 @@ def test_two_numbers_a_unit(weights):
         grads = {"bias": jnp.asarray(rng.standard_normal(3)), "kernel": kernel}
         updates, state = tx.update(jax.tree.map(jnp.asarray, grads), state)
         dense.update(kernel.T)
-    blocks = bma.partition(params, bma.per_unit, "block")
+    blocks = bma.partition(params, bma.within("block", bma.per_unit))
     numbers = jax.jit(lambda state: bma.diagnostics(state, blocks))(state)
     ratios = dense.M / ((dense.h - dense.M) / 3)
     np.testing.assert_allclose(numbers["min_eigenvalue"], ratios.min(), rtol=1e-6)

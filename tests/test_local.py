@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -514,18 +515,20 @@ def test_lineax_and_conjugate_gradients_take_nested_levels():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "error", "match"),
+    ("tile", "reach", "error", "match"),
     [
-        ({"reach": 1.0}, TypeError, "`reach`"),
-        ({"reach": [1]}, TypeError, "`reach`"),
-        ({"reach": -1}, ValueError, "`reach`"),
-        ({"reach": 1, "levels": "many"}, ValueError, "`levels`"),
-        ({"reach": 1, "levels": ((0,),)}, ValueError, "`levels`"),
+        ((4,), 1.0, TypeError, "`reach` must be an integer"),
+        ((4,), True, TypeError, "`reach` must be an integer"),
+        ((4,), (1.5,), TypeError, "`reach` must be an integer"),
+        ((4,), -1, ValueError, "`reach` must not be negative"),
+        ((4, 4), (1, 1, 1), ValueError, "3 numbers .* along 2 axes"),
+        ((4, 4), (1,), ValueError, "1 numbers .* along 2 axes"),
+        ((4,), (1, 1), ValueError, "2 numbers .* along 1 axes"),
     ],
 )
-def test_errors(kwargs, error, match):
+def test_errors(tile, reach, error, match):
     with pytest.raises(error, match=match):
-        bma.newton_bma(bma.per_tile((4,)), **kwargs)
+        bma.per_tile(tile, reach=reach)
 
 
 @pytest.mark.parametrize(
@@ -586,6 +589,34 @@ def test_an_array_without_blocks_beside_a_field():
     grads = jax.grad(mixed)(params)
     updates, _ = tx.update(grads, tx.init(params), params, value_fn=mixed)
     np.testing.assert_allclose(updates["c"], grads["c"] / 12, rtol=1e-5)
+
+
+def test_fields_with_two_reaches_beside_a_layer():
+    """Each has the inverse that it has alone."""
+    params = {"net": {"b": jnp.ones(3), "w": jnp.ones((2, 3))}, "u": jnp.ones((12, 12))}
+    params["v"] = jnp.ones(40)
+    rules = {
+        "net": bma.within("layer", bma.per_column),
+        "u": bma.per_tile((4, 4), reach=1),
+        "v": bma.per_tile((4,), reach=2),
+    }
+
+    def net(p):
+        return jnp.sum((p["w"] @ jnp.arange(1.0, 4.0)) ** 2) + jnp.sum(
+            (p["b"] - 1) ** 4
+        )
+
+    losses = {"net": net, "u": smooth(1, (0, 1)), "v": fourth_order}
+    together = bma.preconditioner(
+        product(lambda p: sum(f(p[name]) for name, f in losses.items()), params),
+        params,
+        bma.by_path(rules),
+        num_probes=9,
+    )(params)
+    for name, rule in rules.items():
+        G = product(losses[name], params[name])
+        alone = bma.preconditioner(G, params[name], rule, num_probes=9)
+        chex.assert_trees_all_close(together[name], alone(params[name]), rtol=1e-6)
 
 
 def test_one_element_tiles_are_newtons_method_however_many():

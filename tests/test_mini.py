@@ -157,7 +157,7 @@ def test_bytes_of_state_and_the_report():
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
     d = sum(x.size for x in jax.tree.leaves(params))
     assert sum(sizes) <= 1.05 * 4 * d
-    report = repr(bma.partition(params, rule, "block"))
+    report = repr(bma.partition(params, bma.within("block", rule)))
     beside = sum(x.size for x in jax.tree.leaves((state.nu, state.mean_nu)))
     beside += sum(x.size for x in jax.tree.leaves(state.direction))
     unused = 2 * 2  # One for each of two arrays in mean_nu and direction.

@@ -652,7 +652,7 @@ def test_step_norm_limit():
     f = quadratic(positive_definite(0), 100 * np.ones(D))
     params = tree_of(np.zeros(D))
     for rate in (None, 1.0):
-        tx = bma.newton_bma(rate, max_norm=0.25)
+        tx = bma.newton_bma(learning_rate=rate, max_norm=0.25)
         updates, _ = one_update(tx, params, f)
         np.testing.assert_allclose(np.linalg.norm(flat(updates)), 0.25)
 

@@ -176,14 +176,14 @@ def test_groups():
     whole = bma.partition(params, bma.per_unit)
     assert whole.groups == ((0, 1, 2, 3, 4),)
     assert whole.matrix_shape == (5, 5)
-    by_layer = bma.partition(params, bma.per_unit, "layer")
+    by_layer = bma.partition(params, bma.within("layer", bma.per_unit))
     named = [{by_layer.names[i] for i in group} for group in by_layer.groups]
     assert named == [{"c/w"}, {"a/b", "a/w[:, 0]", "a/w[:, 1]", "a/w[:, 2]"}]
     assert by_layer.matrix_shape == (1 + 16,)
-    by_array = bma.partition(params, bma.per_unit, "array")
+    by_array = bma.partition(params, bma.within("array", bma.per_unit))
     assert sorted(map(len, by_array.groups)) == [1, 1, 3]
     assert by_array.buckets == ((2, 1), (1, 3))
-    alone = bma.partition(params, bma.per_unit, "block")
+    alone = bma.partition(params, bma.within("block", bma.per_unit))
     assert alone.groups == ((0,), (1,), (2,), (3,), (4,))
     assert alone.matrix_shape == (5,)
 
@@ -518,3 +518,116 @@ def test_what_a_subclass_has_to_give():
         bma.Rule().tile(("w",), (2, 3))
     with pytest.raises(NotImplementedError):
         bma.Curvature().linearize(jnp.ones(2), jax.random.key(0), None, {})
+
+
+# Who sees whom ------------------------------------------------------------------------
+
+
+def test_bounds_narrow_and_go_along_with_every_combinator():
+    path = ("dense", "kernel")
+    narrow = bma.within("array", bma.per_unit)
+    assert bma.within("layer", narrow).scope(path) == "array"
+    assert bma.within("block", narrow).scope(path) == "block"
+    assert bma.stacked(narrow).scope(path) == "array"
+    by_path = bma.by_path({"dense": narrow}, default=None)
+    assert by_path.scope(path) == "array" and by_path.scope(("other",)) == "all"
+    assert (
+        repr(bma.within("layer", narrow))
+        == "within('layer', within('array', per_unit))"
+    )
+    near = bma.per_tile((4, 4), reach=(1, 2))
+    for rule in (near, bma.within("array", near), bma.by_path({"dense": near})):
+        assert rule.reach(path, (8, 8, 3)) == (1, 2, 3)
+        assert rule.reach(path, ()) is None
+    assert bma.stacked(near).reach(path, (5, 8, 8)) == (5, 1, 2)
+    assert bma.by_path({"other": None}, default=None).reach(path, (8, 8)) is None
+
+
+def test_one_tree_with_fields_and_a_network():
+    params = {
+        "image": jnp.ones((12, 12)),
+        "net": {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))},
+        "scale": jnp.ones(()),
+        "volume": jnp.ones((4, 4, 4)),
+    }
+    rule = bma.by_path(
+        {
+            "image": bma.per_tile((4, 4), reach=1),
+            "volume": bma.per_tile((2, 2, 2), reach=1),
+            "net": bma.within("layer", bma.per_unit),
+        }
+    )
+    blocks = bma.partition(params, rule)
+    named = [{blocks.names[i].split("[")[0] for i in group} for group in blocks.groups]
+    assert named == [{"scale"}, {"net/bias", "net/kernel"}, {"image"}, {"volume"}]
+    assert blocks.num_blocks == sum(map(len, blocks.groups)) == len(blocks.sizes)
+    assert blocks.matrix_shape == (1 + 4**2,)
+    sums = blocks.block_sums(params)
+    np.testing.assert_array_equal(sums, blocks.sizes)
+    filled = blocks.expand(jnp.arange(blocks.num_blocks, dtype="float32"), params)
+    expected = [len(g) * g[0] + len(g) * (len(g) - 1) / 2 for g in blocks.groups]
+    assert expected[2] == np.sum(filled["image"]) / 16
+    assert expected[3] == np.sum(filled["volume"]) / 8
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape"),
+    [
+        (bma.per_tile((4, 4), reach=1), (256, 256)),
+        (bma.stacked(bma.per_tile((4, 4), reach=2)), (2, 50, 60)),
+        (bma.per_tile((2, 2, 2), reach=1), (16, 16, 16)),
+        (bma.per_leaf, (16, 16)),
+        (bma.per_column, (16, 16)),
+    ],
+    ids=str,
+)
+def test_the_table_tells_what_newton_bma_holds(rule, shape):
+    like = jax.ShapeDtypeStruct(shape, "float32")
+    state = jax.eval_shape(bma.scale_by_newton_bma(rule).init, like)
+    arrays = jax.tree.leaves((state.N, state.K, state.Lambda))
+    text = repr(bma.partition(like, rule))
+    diagonal, rest = (4 * sum(x.size for x in xs) for xs in ([like], arrays))
+    assert f"float32 state {diagonal:,} bytes of diag" in text
+    assert f" and {rest:,} of " in text
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda u: bma.scale_by_bma(bma.per_tile((2, 2), reach=1)).init(u),
+            r"^'params': per_tile.* reach, .*without `reach`, or take bma.newton_bma",
+        ),
+        (
+            lambda u: bma.scale_by_adam_bma(
+                partition=bma.per_tile((2, 2), reach=1)
+            ).init(u),
+            "^'params': .* without `reach`",
+        ),
+        (
+            lambda u: bma.mini_bma(0.1, partition=bma.per_tile((2,), reach=1)).init(u),
+            "^'params': .* leaves every block alone",
+        ),
+        (
+            lambda u: bma.partition(
+                u, bma.within("block", bma.per_tile((2, 2), reach=1))
+            ),
+            "^'params': .* leaves every block alone.*within",
+        ),
+        (
+            lambda u: bma.partition(u, Reaching()),
+            r"^'params' of shape \(4, 4\): .* gave \(1,\) for its reach",
+        ),
+    ],
+)
+def test_reaches_that_do_not_fit(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.ones((4, 4)))
+
+
+class Reaching(bma.Rule):
+    def tile(self, path, shape):
+        return (2,) * len(shape)
+
+    def reach(self, path, shape):
+        return (1,)

@@ -212,7 +212,7 @@ SINGULAR = {
     "default": {},
     "tiles": {"partition": TILES},
     "tiles, a reach": {"partition": LOCAL},
-    "nested levels": {"partition": bma.per_tile((1, 2)), "reach": 1},
+    "nested levels": {"partition": bma.per_tile((1, 2), reach=1)},
     "units": {"partition": bma.per_column},
     "units alone": {"partition": bma.within("block", bma.per_column)},
     "multiplicative": {"partition": LOCAL, "cycle": "multiplicative"},
@@ -279,8 +279,8 @@ def test_newton_takes_factors_of_a_softmax_layer():
 # Holes, and what is not finite --------------------------------------------------------
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"reach": 1}])
-def test_elements_without_curvature_disturb_nothing(kwargs):
+@pytest.mark.parametrize("rule", [TILES, LOCAL], ids=str)
+def test_elements_without_curvature_disturb_nothing(rule):
     """A mask with holes, a block of them and a field of another unit beside it."""
     mask = np.ones((N, N))
     mask[3:6, 3:14] = 0
@@ -291,9 +291,7 @@ def test_elements_without_curvature_disturb_nothing(kwargs):
         return {"u": 1e-9 * inside, "v": 1e9 * dirichlet(v["v"])}
 
     b = {"u": mask * field(0), "v": field(1)}
-    C = jax.jit(
-        lambda: bma.preconditioner(A, b, TILES, num_probes=2 * N * N, **kwargs)
-    )()
+    C = jax.jit(lambda: bma.preconditioner(A, b, rule, num_probes=2 * N * N))()
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(C(b)))
     # 43 with both in one unit, where the residual is weighted otherwise.
     assert iterations(A, C, b, tolerance=1e-10) < 80

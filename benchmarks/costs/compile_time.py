@@ -23,7 +23,9 @@ METHODS = {
     "`optax.scale_by_rss` (AdaGrad)": optax.scale_by_rss(),
     "`optax.scale_by_adam`": optax.scale_by_adam(),
     "`scale_by_bma()`": bma.scale_by_bma(),
-    '`scale_by_bma(couple="layer")`': bma.scale_by_bma(couple="layer"),
+    '`scale_by_bma(within("layer", per_leaf))`': bma.scale_by_bma(
+        bma.within("layer", bma.per_leaf)
+    ),
     "`scale_by_adam_bma()`": bma.scale_by_adam_bma(),
     "`scale_by_mini_bma()`": bma.scale_by_mini_bma(),
 }

@@ -68,11 +68,12 @@ METHODS = {
     ),
     "symmetric": Method('... `form="symmetric"`', bma.scale_by_bma(form="symmetric")),
     "per_unit": Method(
-        '`per_unit`, `couple="block"`', bma.scale_by_bma(bma.per_unit, couple="block")
+        '`within("block", per_unit)`',
+        bma.scale_by_bma(bma.within("block", bma.per_unit)),
     ),
     "tiles": Method(
-        'tiles of 8 x 8, `couple="block"`',
-        bma.scale_by_bma(bma.by_function(tiles_of_8), couple="block"),
+        "tiles of 8 x 8, each alone",
+        bma.scale_by_bma(bma.within("block", bma.by_function(tiles_of_8))),
     ),
     "adam_bma": Method("`scale_by_adam_bma()`", bma.scale_by_adam_bma()),
     "mini_bma": Method("`scale_by_mini_bma()`", bma.scale_by_mini_bma()),

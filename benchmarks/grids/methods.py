@@ -65,7 +65,6 @@ def from_optax(make_tx: Callable[..., optax.GradientTransformation]):
 def settings_of(problem: Problem) -> dict[str, Any]:
     return {
         "partition": problem.partition,
-        "reach": problem.reach,
         "update_interval": problem.update_interval,
     }
 

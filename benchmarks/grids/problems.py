@@ -25,7 +25,6 @@ class Problem:
     loss: Callable[..., jax.Array]
     diagonal: Callable[..., jax.Array]  # Of the Hessian, for Jacobi: params, data.
     partition: bma.Rule
-    reach: int | tuple[int, ...] | None = 1
     update_interval: int = 10_000  # A constant curvature needs one refresh.
     quadratic: bool = True
     matrix: Callable[[Any], tuple[Any, np.ndarray]] | None = None
@@ -126,7 +125,7 @@ def paint(n: int, dimensions: int = 2, count: int = 40) -> Problem:
     title = f"{size} in-painting, {count} seen"
     # In three dimensions a factorisation fills up.
     more = {"direct": None} if dimensions > 2 else {}
-    return inpainting(f"{kind}_{n}", title, make, bma.per_tile(tile), **more)
+    return inpainting(f"{kind}_{n}", title, make, bma.per_tile(tile, reach=1), **more)
 
 
 def terrain(shape=(344, 403)) -> Problem:
@@ -143,7 +142,7 @@ def terrain(shape=(344, 403)) -> Problem:
         return np.zeros(heights.shape), (mask, mask * heights)
 
     title = f"gridding {shape[0]} x {shape[1]} elevations, 2 % seen"
-    rule = bma.per_tile((4, 4))
+    rule = bma.per_tile((4, 4), reach=1)
     return inpainting("terrain", title, make, rule, picture=np.asarray)
 
 
@@ -172,9 +171,8 @@ def photo(stride: int = 2) -> Problem:
         "photo",
         f"a photograph from 5 % of its pixels, {427 // stride} x {640 // stride} x 3",
         make,
-        bma.per_tile((4, 4, 1)),
+        bma.per_tile((4, 4, 1), reach=(1, 1, 0)),
         picture=lambda u: np.clip((np.asarray(u) + 1) / 2, 0, 1),
-        **{"reach": (1, 1, 0)},
     )
 
 
@@ -199,7 +197,7 @@ def plasma(n: int = 128) -> Problem:
         make,
         loss,
         diagonal,
-        bma.per_tile((4, 4)),
+        bma.per_tile((4, 4), reach=1),
         update_interval=5,
         quadratic=False,
         picture=np.asarray,

@@ -185,7 +185,6 @@ class Study:
             "title": self.problem.title,
             "parameters": int(self.instance[0].size),
             "partition": repr(self.problem.partition),
-            "reach": self.problem.reach,
             "update_interval": self.problem.update_interval,
             "methods": self.rows,
         }
