@@ -1,4 +1,10 @@
-"""Checks of arguments: what is known is checked, traced values pass."""
+"""Checks of scalar arguments, made when a transformation is built.
+
+Each check takes keywords, name=value, and raises an error that names the argument, says
+what is wrong and what to pass. Values are Python or NumPy numbers or JAX arrays of
+shape (). A traced value, as ``optax.inject_hyperparams`` passes under ``jax.jit``, is
+not known yet: only its dtype and shape are checked.
+"""
 
 import math
 import numbers
@@ -11,35 +17,36 @@ import numpy as np
 
 
 def is_integer(value: Any) -> bool:
-    """Whether ``value`` is an integer of Python or NumPy."""
+    """Whether ``value`` is a Python or NumPy integer; booleans are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def not_negative(**arguments: Any) -> None:
-    """Raises a ValueError for a number below 0."""
+    """Raises a ValueError if a number is below 0, infinite or NaN."""
     _check(arguments, "a number >= 0", lambda x: 0 <= x < math.inf)
 
 
 def positive(**arguments: Any) -> None:
-    """Raises a ValueError for a number that is not above 0."""
+    """Raises a ValueError if a number is not above 0, or infinite or NaN."""
     _check(arguments, "a number > 0", lambda x: 0 < x < math.inf)
 
 
 def below_one(**arguments: Any) -> None:
-    """Raises a ValueError for a number outside [0, 1)."""
+    """Raises a ValueError if a number is outside [0, 1)."""
     _check(arguments, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def finite(**arguments: Any) -> None:
-    """Raises a ValueError for an infinite number or NaN."""
+    """Raises a ValueError if a number is infinite or NaN."""
     _check(arguments, "a finite number", math.isfinite)
 
 
 def rates(**arguments: Any) -> None:
-    """As :func:`not_negative`; a schedule passes, and a number of 16 bits.
+    """Raises a ValueError if a rate is below 0, infinite or NaN; schedules pass.
 
-    ``optax.inject_hyperparams`` gives rates the dtype of the parameters. A decay of
-    .999 is 1 there, but a rate is only rounded.
+    Numbers of 16 bits pass too, unlike in the other checks:
+    ``optax.inject_hyperparams`` gives rates the dtype of the parameters. In 16 bits a
+    decay of .999 becomes 1, but a rate is only rounded.
     """
     for name, value in arguments.items():
         if not callable(value):
@@ -48,35 +55,38 @@ def rates(**arguments: Any) -> None:
 
 
 def at_least_one(**arguments: Any) -> None:
-    """Raises a ValueError for a number that is no integer of at least 1."""
+    """Raises an error if a number is not an integer in [1, 2^31)."""
     wanted = "an integer >= 1, of 32 bits"
     for name, value in arguments.items():
         _check({name: value}, wanted, lambda x: is_integer(x) and 1 <= x < 2**31)
         dtype = getattr(value, "dtype", np.dtype(int))
-        if not jnp.issubdtype(dtype, jnp.integer):  # A traced float.
+        if not jnp.issubdtype(dtype, jnp.integer):  # The value is a traced float.
             raise TypeError(f"`{name}` must be {wanted}, got {value!r}.")
 
 
 def boolean(**arguments: Any) -> None:
-    """Raises a TypeError for what is neither True nor False."""
+    """Raises a TypeError if a value is neither True nor False."""
     for name, value in arguments.items():
         if not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
 
 def is_zero(value: Any) -> bool:
-    """Whether ``value`` is 0 in Python or NumPy, and so will stay."""
+    """Whether ``value`` is a Python or NumPy number 0, which cannot change later."""
     return isinstance(value, (int, float, np.number)) and value == 0
 
 
 def plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, which take the dtype of what they meet."""
+    """Returns a NumPy number as a Python number, other values as they are.
+
+    JAX gives a Python number the dtype of the array that it meets.
+    """
     is_numpy = isinstance(value, (np.number, np.ndarray)) and value.ndim == 0
     return value.item() if is_numpy else value
 
 
 def random_key(key: Any) -> None:
-    """Raises an error for what is neither a seed nor one random key."""
+    """Raises an error if ``key`` is neither a seed nor a single random key."""
     dtype: Any = getattr(key, "dtype", None)
     shape = getattr(key, "shape", None)
     if is_integer(key):
@@ -95,7 +105,7 @@ def random_key(key: Any) -> None:
 
 
 def mu_dtype(dtype: Any) -> None:
-    """Raises a TypeError for a dtype that no momentum can have."""
+    """Raises a TypeError if ``dtype`` is neither a floating dtype nor None."""
     try:
         valid = dtype is None or jnp.issubdtype(np.dtype(dtype), jnp.floating)
     except TypeError:
@@ -108,7 +118,7 @@ def mu_dtype(dtype: Any) -> None:
 
 
 def functions(**arguments: Any) -> None:
-    """Raises a TypeError for what cannot be called."""
+    """Raises a TypeError if a value cannot be called."""
     for name, value in arguments.items():
         if callable(value):
             continue
@@ -121,6 +131,7 @@ def functions(**arguments: Any) -> None:
 
 
 def _check(arguments, wanted, holds: Callable[[Any], bool], narrow=False) -> None:
+    """Raises a ValueError "must be ``wanted``" for known numbers if not ``holds``."""
     for name, value in arguments.items():
         number = _number(name, value, wanted, narrow)
         if number is not None and not holds(number):
@@ -128,7 +139,10 @@ def _check(arguments, wanted, holds: Callable[[Any], bool], narrow=False) -> Non
 
 
 def _number(name, value, wanted, narrow):
-    """``value`` as a number of Python's, None where it is traced; else a TypeError."""
+    """Returns ``value`` as a Python number, None if it is traced.
+
+    Raises a TypeError if it is not a real number, or one of 16 bits and not ``narrow``.
+    """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
     dtype: Any = getattr(value, "dtype", None)
@@ -139,7 +153,8 @@ def _number(name, value, wanted, narrow):
         or not any(jnp.issubdtype(dtype, d) for d in (jnp.integer, jnp.floating))
     ):
         advice = ""
-        if hasattr(value, "stacked_axes"):  # A rule; rules lie above this module.
+        # Only rules have `stacked_axes`; this module may not import their class.
+        if hasattr(value, "stacked_axes"):
             ours = type(value).__module__.startswith("bma_optax.")
             advice = f" Pass the rule as partition={'bma.' * ours}{value!r}."
         raise TypeError(f"`{name}` must be {wanted}, got {value!r}.{advice}")

@@ -1,8 +1,10 @@
-"""Branches and loops, by Python where nothing is traced and by JAX otherwise.
+"""Branches and loops that use Python outside ``jax.jit`` and ``jax.lax`` inside it.
 
-Outside ``jax.jit`` a ``lax.cond`` or ``lax.scan`` compiles its functions, which are new
-ones at each update, each time anew. There the predicate is known, and a loop of Python
-compiles nothing that it has met before.
+Outside ``jax.jit``, ``lax.cond`` and ``lax.scan`` would compile their functions anew at
+each update, because each update makes new functions. There the predicate is known and
+Python can branch and loop; operations that have been compiled once are then reused.
+Inside ``jax.shard_map``, the functions here also make both branches, and a loop's carry
+before and after a step, vary along the same axes, as JAX requires.
 """
 
 import functools
@@ -12,19 +14,23 @@ import jax.numpy as jnp
 
 from bma_optax import _tree
 
-# A method of a static layout as one program: un-jitted, it is compiled once for each
-# layout. Under ``jit`` it is a part of the caller's, as if it were not here.
+# Decorates a method of a static, hashable object. Outside ``jax.jit`` the method is
+# compiled as one program, once for each object. Inside, ``inline`` makes it part of the
+# caller's program.
 compiled = functools.partial(jax.jit, static_argnums=0, inline=True)
 
 
 def is_traced(*trees) -> bool:
-    """Whether JAX traces what is computed of these: under ``jit`` also of constants."""
+    """Whether JAX traces operations on ``trees``.
+
+    Under ``jax.jit`` it traces operations on constants, too.
+    """
     leaves = jax.tree.leaves((trees, jnp.zeros(())))
     return any(isinstance(x, jax.core.Tracer) for x in leaves)
 
 
 def cond(predicate, true_fn, false_fn, *operands):
-    """``true_fn(*operands)`` if the predicate holds, else ``false_fn(*operands)``."""
+    """Returns ``true_fn(*operands)`` if the predicate holds, else ``false_fn``'s."""
     if not isinstance(predicate, jax.core.Tracer):
         return true_fn(*operands) if predicate else false_fn(*operands)
     if _in_shard_map():
@@ -34,7 +40,10 @@ def cond(predicate, true_fn, false_fn, *operands):
 
 
 def scan(f, init, xs=None, length=None, operands=()):
-    """``jax.lax.scan``; ``operands`` are what ``f`` closes over and may be traced."""
+    """Scans as ``jax.lax.scan`` does: ``f(carry, x)`` returns ``(carry, y)``.
+
+    ``operands`` are the trees that ``f`` closes over: if one is traced, JAX loops.
+    """
     if is_traced(init, xs, operands):
         if _in_shard_map():
             first = jax.tree.map(lambda x: x[0], xs)
@@ -49,7 +58,10 @@ def scan(f, init, xs=None, length=None, operands=()):
 
 
 def map(f, xs, batch_size, operands=()):  # noqa: A001 - as in jax.lax.
-    """``jax.lax.map``, ``batch_size`` at a time; ``operands`` as for :func:`scan`."""
+    """Maps as ``jax.lax.map`` does, ``batch_size`` elements of ``xs`` at a time.
+
+    ``operands`` are the trees that ``f`` closes over, as in :func:`scan`.
+    """
     if is_traced(xs, operands):
         return jax.lax.map(f, xs, batch_size=batch_size)
     parts = [
@@ -68,4 +80,5 @@ def _in_shard_map() -> bool:
 
 
 def _varying(fn, like):
+    """Returns ``fn`` with results that vary along the axes of ``like`` as well."""
     return lambda *operands: jax.tree.map(_tree.varying_like, fn(*operands), like)

@@ -1,4 +1,10 @@
-"""Names of the arrays of a parameter pytree, the same however a library boxes them."""
+"""Names of the arrays in a parameter pytree.
+
+A path is a tuple of strings, ("layer", "kernel"); a name is the path as people read it,
+"layer/kernel". Rules and error messages use both. Flax puts an array into a box with a
+field ``value`` in some calls and not in others; both spellings give the same path here,
+so that a partition cannot change between ``init`` and ``update``.
+"""
 
 import functools
 import sys
@@ -17,21 +23,17 @@ _BOXES = (
 
 
 def path_of(keys: tuple) -> Path:
-    """A leaf's path in plain strings."""
+    """Returns JAX's path of a leaf as plain strings."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def name_of(path: Path) -> str:
-    """A path as people read it."""
+    """Returns a path as people read it: "layer/kernel"."""
     return "/".join(path) or "params"
 
 
 def named_leaves(tree) -> list[tuple[Path, Any]]:
-    """(path, leaf) of each array, the same however Flax spells the tree.
-
-    Flax puts a parameter into a box whose field ``value`` is the array, in some calls
-    and not in others: the field of a box is no part of the name.
-    """
+    """Returns (path, leaf) of each array; the field ``value`` of a box adds no name."""
     if "flax" not in sys.modules:
         found = jax.tree_util.tree_leaves_with_path(tree)
         return [(path_of(keys), leaf) for keys, leaf in found]
@@ -42,7 +44,7 @@ def named_leaves(tree) -> list[tuple[Path, Any]]:
         if not _is_box(leaf):
             leaves.append((path, leaf))
             continue
-        # The field of the box is its only child; the array may be a tree in its turn.
+        # A box has one child, its field. The field may hold a tree of arrays.
         for (key,), inside in jax.tree_util.tree_leaves_with_path(
             leaf, is_leaf=lambda x, box=leaf: x is not box
         ):
@@ -58,7 +60,10 @@ def _is_box(x) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _is_box_type(kind) -> bool:
-    """Whether Flax boxes parameters in objects of this type, found without Flax."""
+    """Whether Flax boxes parameters in objects of this type.
+
+    Only modules that are already imported are asked, because Flax is no dependency.
+    """
     found = [
         vars(sys.modules[module]).get(name)
         for module, name in _BOXES

@@ -1,7 +1,10 @@
-"""The end of a chain, in the dtype of updates: decay, learning rate, largest norm.
+"""The end of an alias's chain: weight decay, learning rate and the largest norm.
 
-Where numbers are arrays, as under ``optax.inject_hyperparams``, Optax's own lets their
-dtype decide that of the updates.
+    u <- u + λ θ,    u <- -η u,    u <- u min(1, c / ‖u‖)
+
+Each function does what Optax's own does and keeps the dtype of the updates u, trees
+like params. Optax's own would return the dtype of the numbers where these are arrays,
+as under ``optax.inject_hyperparams``.
 """
 
 from typing import Any
@@ -14,7 +17,11 @@ from bma_optax import _checks, _tree
 
 
 def scale(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """``optax.scale_by_learning_rate``."""
+    """Multiplies updates by -η, as ``optax.scale_by_learning_rate`` does.
+
+    Args:
+      learning_rate: η, a number >= 0 or a schedule.
+    """
     _checks.rates(learning_rate=learning_rate)
     if callable(learning_rate):
         return optax.scale_by_learning_rate(learning_rate)
@@ -30,9 +37,15 @@ def scale(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation
 def decay(
     weight_decay: optax.ScalarOrSchedule, mask: Any
 ) -> optax.GradientTransformation:
-    """``optax.add_decayed_weights``; nothing, without parameters, where it is 0.
+    """Adds λ θ to updates, as ``optax.add_decayed_weights`` does.
 
-    Only a number of Python or NumPy can be known to stay 0.
+    If λ is a Python or NumPy number 0, it does nothing and needs no parameters. Other
+    values may change later.
+
+    Args:
+      weight_decay: λ, a number >= 0 or a schedule.
+      mask: a tree of booleans like params, or a function that returns one from params:
+        where weights decay; None: everywhere.
     """
     _checks.rates(weight_decay=weight_decay)
     if _checks.is_zero(weight_decay):
@@ -53,12 +66,16 @@ def decay(
 
 
 def clip(max_norm: jax.typing.ArrayLike) -> optax.GradientTransformation:
-    """``optax.clip_by_global_norm``."""
+    """Scales updates down to a norm of at most c, as ``optax.clip_by_global_norm``.
+
+    Args:
+      max_norm: c, a number > 0.
+    """
     return _in_statistics(optax.clip_by_global_norm(_checks.plain(max_norm)))
 
 
 def _in_statistics(inner):
-    """``inner`` computed in the dtype of statistics."""
+    """Returns ``inner`` computed in float32 at least, with updates in their dtype."""
 
     def wide(tree):
         return jax.tree.map(lambda x: jnp.asarray(x, _tree.statistic_dtype(x)), tree)

@@ -1,13 +1,23 @@
-"""What is made anew every so many steps."""
+"""When an expensive quantity, such as a factorisation, is computed anew.
+
+A quantity is refreshed at steps 0, k, 2k, ... and kept in the state between: its arrays
+have the same shapes and dtypes at every step. ``count``, int32 of shape (), numbers the
+steps from 0.
+"""
 
 from bma_optax import _control_flow
 
 
 def every(interval, count, refresh, last, young=False):
-    """``refresh()`` at the first step and then at each so many, else ``last``.
+    """Returns ``refresh()`` at every ``interval``-th step, else ``last``.
 
-    Where statistics are ``young``, also at steps 2, 4, 8, ... below the interval: the
-    first gradients change them most.
+    Args:
+      interval: the number of steps from one refresh to the next, at least 1.
+      count: the number of steps before this one, shape ().
+      refresh: a function without arguments that returns a tree like ``last``.
+      last: the result of the last refresh.
+      young: whether to refresh also after 1, 3, 7, 15, ... steps (that is at steps 2,
+        4, 8, 16, ...) below the interval. The first gradients change statistics most.
     """
     if isinstance(interval, int) and interval == 1:
         return refresh()

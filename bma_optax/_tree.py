@@ -1,4 +1,10 @@
-"""Parameter pytrees: dtypes of statistics, types on meshes, checks."""
+"""Operations on parameter pytrees: dtypes, zeros, inner products, checks.
+
+Statistics have a leaf's shape and the dtype ``statistic_dtype(leaf)``: float32 at
+least, float64 for float64. The checks compare what ``update`` is given with what
+``init`` saw. They look at paths, shapes and dtypes, which are known at trace time, and
+their errors name the first leaf that differs.
+"""
 
 from typing import Any
 
@@ -10,13 +16,16 @@ from bma_optax._names import name_of, named_leaves
 
 
 def dtype_of(leaf) -> jnp.dtype:
-    """The dtype of a leaf as a JAX array: NumPy's float64 is float32 without x64."""
+    """Returns the dtype that a leaf has as a JAX array.
+
+    For instance, NumPy's float64 becomes float32 where x64 is off.
+    """
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.dtype(type(leaf))
     return jax.dtypes.canonicalize_dtype(dtype)
 
 
 def statistic_dtype(leaf) -> jnp.dtype:
-    """float32 at least, float64 for float64."""
+    """Returns the dtype of a leaf's statistics: float64 for float64, else float32."""
     return _at_least_32_bits(dtype_of(leaf))
 
 
@@ -25,16 +34,16 @@ def _at_least_32_bits(dtype) -> jnp.dtype:
 
 
 def common_statistic_dtype(tree) -> jnp.dtype:
-    """The dtype in which statistics of different arrays meet."""
+    """Returns the dtype for numbers made of several arrays: the widest of theirs."""
     dtypes = [statistic_dtype(leaf) for leaf in jax.tree.leaves(tree)]
     return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
 def typed_like(x, leaf):
-    """``x`` on a mesh as ``leaf`` is, where that is part of its type.
+    """Returns ``x`` with the sharding that is part of the type of ``leaf``.
 
-    That is its sharding along explicit axes, and in ``jax.shard_map`` the axes along
-    which devices hold different values.
+    This is the sharding over a mesh's explicit axes, and inside ``jax.shard_map`` the
+    axes along which devices hold different values. ``x`` has the shape of ``leaf``.
     """
     sharding = jax.typeof(leaf).sharding
     if not sharding.mesh.empty and jax.typeof(x).sharding.spec != sharding.spec:
@@ -43,16 +52,20 @@ def typed_like(x, leaf):
 
 
 def varying_like(x, leaf):
-    """``x`` typed as varying at least along the axes along which ``leaf`` does."""
+    """Returns ``x`` marked as varying over the mesh axes over which ``leaf`` varies.
+
+    Inside ``jax.shard_map``, the type of an array says along which axes devices hold
+    different values. Elsewhere ``x`` is returned as it is.
+    """
     missing = jax.typeof(leaf).mat.varying - jax.typeof(x).mat.varying
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 def zeros_like(tree, dtype=dtype_of):
-    """Zeros typed like the leaves of ``tree``, which may be abstract; none is weak.
+    """Returns zeros in the shapes and shardings of ``tree``; leaves may be abstract.
 
-    Of an array that a traced function closes over, ``jnp.zeros_like`` alone would lose
-    the sharding.
+    ``dtype`` maps a leaf to the dtype of its zeros. ``jnp.zeros_like`` alone loses the
+    sharding of an array that a traced function closes over.
     """
     return jax.tree.map(
         lambda x: typed_like(jnp.zeros_like(x, dtype=dtype(x)), x), tree
@@ -60,9 +73,10 @@ def zeros_like(tree, dtype=dtype_of):
 
 
 def arrays(tree):
-    """``tree`` with leaves of NumPy and Python as JAX's arrays, of its dtypes.
+    """Returns ``tree`` with every leaf as a JAX array of dtype ``dtype_of(leaf)``.
 
-    So are arrays of float64 where x64 has been switched off since.
+    Converts NumPy's arrays, Python's numbers, and float64 arrays that were made before
+    x64 was switched off.
     """
 
     def array(x):
@@ -74,9 +88,9 @@ def arrays(tree):
 
 
 def whole(state, *integers, flags=()):
-    """A state whose counters and flags are integers and booleans.
+    """Returns a state with the fields ``integers`` as int32 and ``flags`` as bool.
 
-    Those of an average of states are not.
+    An average of states holds counters and flags as floating numbers.
     """
     changes = {name: getattr(state, name).astype(jnp.int32) for name in integers}
     changes |= {name: getattr(state, name).astype(bool) for name in flags}
@@ -84,14 +98,15 @@ def whole(state, *integers, flags=()):
 
 
 def astype(tree, like):
-    """``tree`` in the dtypes of ``like``."""
+    """Returns ``tree`` in the dtypes of ``like``."""
     return jax.tree.map(lambda x, y: x.astype(dtype_of(y)), tree, like)
 
 
 def zero_like(tree, like):
-    """``tree``, with 0 in the arrays that are 0 as a whole in ``like``.
+    """Returns ``tree`` with 0 in each array that is 0 everywhere in ``like``.
 
-    Not where there is one array alone: no other would move in its place.
+    The gradient ``like`` is 0 everywhere in an array that the user froze. A tree of one
+    array is returned as it is, because nothing could move in its place.
     """
     if len(jax.tree.leaves(like)) < 2:
         return tree
@@ -101,21 +116,21 @@ def zero_like(tree, like):
 
 
 def size(tree) -> int:
-    """The number of elements."""
+    """Returns the number of elements in all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def all_finite(tree) -> jax.Array:
-    """Whether every element of every leaf is finite.
+    """Whether every element of every leaf is finite: a boolean array, shape ().
 
-    By sums of zeros or NaN: XLA on CPU takes far longer to reduce booleans.
+    It sums 0 * x, which is 0 or NaN: XLA on CPU takes far longer to reduce booleans.
     """
     finite = [jnp.isfinite(jnp.sum(0 * x)) for x in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
 
 
 def vdot(a, b) -> jax.Array:
-    """The inner product of two trees, in the dtype of statistics."""
+    """Returns the inner product of two trees, shape (), in the dtype of statistics."""
     dtype = common_statistic_dtype(a)
     products = jax.tree.map(
         lambda x, y: jnp.sum(x.astype(dtype) * y.astype(dtype)), a, b
@@ -124,9 +139,10 @@ def vdot(a, b) -> jax.Array:
 
 
 def parameters(tree):
-    """What ``init`` makes a state of: real floating arrays, of JAX or abstract.
+    """Returns ``tree`` as ``init`` needs it: every leaf real, floating, with a shape.
 
-    Raises a TypeError that names the first leaf that is something else.
+    JAX's arrays and ``jax.ShapeDtypeStruct`` stay; other leaves become the latter.
+    Raises a TypeError that names the first leaf that is not real floating.
     """
     for path, leaf in named_leaves(tree):
         name = f"Parameter {name_of(path)!r}"
@@ -160,15 +176,18 @@ def parameters(tree):
 
 
 def is_floating(leaf) -> bool:
-    """Whether it is a real floating array, or a float of Python."""
+    """Whether ``leaf`` is a real floating array or a Python float."""
     dtype = getattr(leaf, "dtype", bool)
     return isinstance(leaf, float) or jnp.issubdtype(dtype, jnp.floating)
 
 
 def check_vectors(tree, what: str) -> None:
-    """Raises a TypeError that names the first leaf that is no real floating array."""
+    """Raises a TypeError that names the first leaf that is not real floating.
+
+    The error begins with ``what`` and the leaf's name: "The gradient of 'w'".
+    """
     if all(map(is_floating, jax.tree.leaves(tree))):
-        return  # Names cost more than all the rest.
+        return  # Finding the names costs more than the check itself.
     path, leaf = next(pair for pair in named_leaves(tree) if not is_floating(pair[1]))
     dtype = getattr(leaf, "dtype", type(leaf).__name__)
     advice = "a real floating array instead, such as x.astype(jnp.float32)"
@@ -178,15 +197,16 @@ def check_vectors(tree, what: str) -> None:
 
 
 def unlike(tree, like) -> tuple[str, Any, Any] | None:
-    """The first leaf whose path or shape is in one tree only, by name; None if none is.
+    """Returns (name, leaf, other leaf) of the first leaf in which two trees differ.
 
-    With it come both leaves, None for one that is missing.
+    Leaves differ if their shapes do, or if one is missing: it is then None. Returns
+    None if the trees have the same paths and shapes.
     """
     structure: Any = jax.tree.structure(like)
     if structure == jax.tree.structure(tree):
         pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
         if all(np.shape(x) == np.shape(y) for x, y in pairs):
-            return None  # Names cost more than all the rest.
+            return None  # Finding the names costs more than the check itself.
     found, wanted = dict(named_leaves(tree)), dict(named_leaves(like))
     for path in [*found, *wanted]:
         x, y = found.get(path), wanted.get(path)
@@ -196,7 +216,7 @@ def unlike(tree, like) -> tuple[str, Any, Any] | None:
 
 
 def in_order(tree, like):
-    """``tree`` in the structure of ``like``, whose names its leaves have."""
+    """Returns ``tree`` in the structure of ``like``; both have the same paths."""
     structure: Any = jax.tree.structure(like)
     if jax.tree.structure(tree) == structure:
         return tree
@@ -205,9 +225,10 @@ def in_order(tree, like):
 
 
 def same_order(tree, like):
-    """``tree``, in the structure of ``like`` if its leaves come in another order.
+    """Returns ``tree``, in ``like``'s structure if its leaves come in another order.
 
-    Containers may differ otherwise, as a box of Flax does.
+    Trees whose containers differ but whose leaves have one order, such as trees with
+    and without Flax's boxes, keep their own structure.
     """
     structure: Any = jax.tree.structure(like)
     if jax.tree.structure(tree) == structure:
@@ -217,9 +238,10 @@ def same_order(tree, like):
 
 
 def like_init(updates, state):
-    """``updates`` in the order of ``state``, a tree like the parameters.
+    """Returns ``updates`` in the order of ``state``, a tree like the parameters.
 
-    Raises an error that names the first gradient unlike what init saw.
+    Raises an error that names the first gradient that ``init`` did not see, or saw with
+    another shape.
     """
     check_vectors(updates, "The gradient of")
     if (difference := unlike(updates, state)) is None:
@@ -238,10 +260,10 @@ def like_init(updates, state):
 
 
 def check_statistics(params, statistics) -> None:
-    """Raises a ValueError for a state whose statistics are not those of ``params``.
+    """Raises a ValueError if ``params`` need statistics of another dtype.
 
-    So is one that was saved under another setting of x64. Statistics are trees like the
-    parameters, of any number of elements.
+    This happens to a state of other parameters, or one saved under another setting of
+    x64. ``statistics`` is a tree like ``params``; shapes may differ.
     """
     leaves, like = jax.tree.leaves(params), jax.tree.leaves(statistics)
     for path, x in () if leaves else named_leaves(statistics):
@@ -250,7 +272,7 @@ def check_statistics(params, statistics) -> None:
                 f"{name_of(path)!r}: the state has {x.dtype}, which jax_enable_x64 "
                 "does not allow. Pass a state that is cast to the one that init makes."
             )
-    if len(leaves) != len(like):  # Parameters that are not used may be any.
+    if len(leaves) != len(like):  # An ``update`` without use for params takes any.
         return
     for position, (p, x) in enumerate(zip(leaves, like, strict=True)):
         if (dtype := statistic_dtype(p)) != _at_least_32_bits(x.dtype):

@@ -1,6 +1,9 @@
-"""Functions of the block mean matrix, and of the small symmetric matrices in it.
+"""The block mean matrix and its functions (Lu et al. 2018, eq. 2 to 4 and figure 1).
 
-_block_mean_matrix   the pair (Λ, M) of eq. (2), its inverse and root, eq. (3), (4)
-_expansions          figure 1: a number a block -> a number an element
-_symmetric_power     powers of small symmetric matrices, with all derivatives
+A symmetric d x d matrix is kept as Λ̄ + B̄, two small matrices of L rows each, and every
+function of it costs O(L³ + d).
+
+_block_mean_matrix   the pair (Λ, M): projection, eq. 2; inverse and root, eq. 3 and 4
+_expansions          figure 1: one number for each block -> one for each element
+_symmetric_power     powers of small symmetric matrices, with derivatives of any order
 """

@@ -1,4 +1,13 @@
-"""The block mean matrix: eq. (2), (3), (4) and figure 1 of the report."""
+"""The block mean matrix Λ̄ + B̄ of Lu et al. 2018: eq. 2, 3, 4 and figure 1.
+
+The class keeps Λ, shape (..., L), and M = Λ + S^½ B S^½, shape (..., L, L), because
+they give every function of the d x d matrix:
+
+    f(Λ̄ + B̄) = f(Λ)‾ + E (f(M) - f(Λ)) Eᵀ
+
+with E the d x L matrix of normalised block indicators. f(x) = 1/x gives eq. 3 and
+f(x) = x^-½ gives eq. 4. Sizes of blocks are static: shapes are known at trace time.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,29 +32,30 @@ from bma_optax.algebra._expansions import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMeanMatrix:
-    r"""A d x d matrix that keeps two numbers a block: the pair (Λ, M).
+    r"""A symmetric d x d matrix Λ̄ + B̄, kept as two small ones: the pair (Λ, M).
 
-    With a partition of d indices into L blocks of sizes s, S = diag(s), and E the
-    d x L matrix whose column i is 1/√s_i on block i (or any weights there, normalised),
-    the matrix is
+    A partition cuts d indices into L blocks of sizes s. Let S = diag(s), and let E be
+    the d x L matrix whose column i is 1/√s_i on block i and 0 elsewhere; other weights,
+    normalised in each block, may stand in the place of 1/√s_i. The matrix is
 
     .. math:: \bar\Lambda + \bar B = \bar\Lambda (I - E E^T) + E M E^T,
               \qquad M = \Lambda + S^{1/2} B S^{1/2}.
 
-    It acts as Λ on vectors with Eᵀ x = 0, those that sum to zero inside each block, and
-    as the small matrix M on block means, hence for any function of a symmetric matrix
+    On vectors that sum to zero inside each block (Eᵀ x = 0) it multiplies block i by
+    Λ_i; on block means it acts as the small matrix M. Therefore any function of the
+    matrix is a function of the pair:
     :math:`f(\bar\Lambda + \bar B) = \overline{f(\Lambda)} + E (f(M) - f(\Lambda)) E^T`.
-    No method but :meth:`to_dense` builds anything of size d x d.
+    Only :meth:`to_dense` builds a d x d array.
 
-    A pytree with the leaves ``Lambda`` and ``M``; ``sizes`` is static. Leading axes of
-    the leaves are a batch (``sizes`` may then be nested to match); :meth:`matvec` and
-    :meth:`eigenvalues` take one matrix, under ``jax.vmap`` for a batch. Derivatives of
-    every order are finite, also where eigenvalues repeat.
+    The class is a pytree with the leaves ``Lambda`` and ``M``; ``sizes`` is static.
+    Leading axes of the leaves are a batch, and ``sizes`` may be nested to match them.
+    :meth:`matvec` and :meth:`eigenvalues` take one matrix: use ``jax.vmap`` for a
+    batch. Derivatives of every order are finite, also where eigenvalues repeat.
 
     Args:
-      Lambda: floating array of shape (..., L), the diagonal Λ. Its entry does not
-        matter where a block has one element.
-      M: floating array of shape (..., L, L), symmetric.
+      Lambda: the diagonal of Λ, floating, shape (..., L). The entry of a block of one
+        element is not used.
+      M: the small matrix M, floating and symmetric, shape (..., L, L).
       sizes: L positive integers, the number of elements of each block.
 
     Raises:
@@ -59,9 +69,9 @@ class BlockMeanMatrix:
       >>> print(matrix.to_dense()[0], matrix.inverse().trace())
       [3.5 1.  1.  1. ] 1.3538462
 
-    Source: the report's eq. (2) to (4), figure 1; Lu, Harandi, Hartley and Pascanu,
-    `Block Mean Approximation for Efficient Second Order Optimization
-    <https://arxiv.org/abs/1804.05484>`_, 2018.
+    Source: Lu, Harandi, Hartley and Pascanu, `Block Mean Approximation for Efficient
+    Second Order Optimization <https://arxiv.org/abs/1804.05484>`_, 2018, eq. 2 to 4
+    and figure 1.
     """
 
     Lambda: jax.Array
@@ -69,7 +79,7 @@ class BlockMeanMatrix:
     sizes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self):
-        # Transformations of pytrees put other things than arrays into the leaves.
+        # JAX's transformations build this class with leaves that are no arrays.
         if not (hasattr(self.Lambda, "shape") and hasattr(self.M, "shape")):
             return
         if np.any(np.asarray(self.sizes) < 1):
@@ -89,19 +99,21 @@ class BlockMeanMatrix:
         sizes: Sequence[int],
         weights: jax.Array | None = None,
     ) -> "BlockMeanMatrix":
-        r"""The nearest block mean matrix to a symmetric one, eq. (2).
+        r"""Projects a symmetric matrix G to its nearest block mean matrix, eq. 2.
 
         .. math:: \arg\min_{B, \Lambda} \| G - (\bar\Lambda + \bar B) \|_F^2
 
-        that is M = Eᵀ G E, Λ_i = (tr G_ii - M_ii) / (s_i - 1), and Λ_i = G_ii where
-        the block has one element. A positive semi-definite G projects to one.
+        The minimum is M = Eᵀ G E and Λ_i = (tr G_ii - M_ii) / (s_i - 1); a block of one
+        element has Λ_i = G_ii. A positive semi-definite G has a positive semi-definite
+        projection.
 
         Args:
           dense: G, symmetric, floating, shape (d, d).
           sizes: L positive integers that sum to d.
-          weights: shape (d,), what E's columns are before they are normalised, not all
-            zero in any block; constant if None. Pass the same to :meth:`matvec` and
-            :meth:`to_dense`: the small matrices do not depend on them.
+          weights: shape (d,), the entries of E before each block is normalised, not all
+            zero in any block; None takes the same weight everywhere. The result does
+            not hold the weights: pass them again to :meth:`matvec` and
+            :meth:`to_dense`.
 
         Returns:
           A :class:`BlockMeanMatrix` of the dtype of ``dense``.
@@ -138,7 +150,7 @@ class BlockMeanMatrix:
     def from_expansions(
         cls, Lambda: jax.Array, B: jax.Array, sizes: Sequence[int]
     ) -> "BlockMeanMatrix":
-        r"""The matrix Λ̄ + B̄ of figure 1 from the pair (Λ, B).
+        r"""Builds Λ̄ + B̄ from the pair (Λ, B) of figure 1.
 
         Args:
           Lambda: the diagonal of Λ, shape (..., L), floating.
@@ -169,20 +181,23 @@ class BlockMeanMatrix:
 
     @property
     def correction(self) -> jax.Array:
-        """M - Λ, what E (M - Λ) Eᵀ adds to the diagonal Λ̄, shape (..., L, L)."""
+        """M - Λ, shape (..., L, L): the full matrix is Λ̄ + E (M - Λ) Eᵀ."""
         return self.M - diagonal_matrix(self.Lambda)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d, d), the shape of the matrix this stands for."""
+        """The shape (d, d) of the matrix that this object stands for."""
         d = int(np.sum(self.sizes, axis=-1).reshape(-1)[0])
         return (d, d)
 
     def to_dense(self, weights: jax.Array | None = None) -> jax.Array:
-        """The d x d matrix, by the two expansions of figure 1; for tests and pictures.
+        """Builds the d x d matrix by figure 1's expansions, for tests and pictures.
 
         Args:
-          weights: shape (d,), see :meth:`project`.
+          weights: the weights that :meth:`project` took, shape (d,), or None.
+
+        Returns:
+          Shape (..., d, d).
 
         Example:
           >>> pair = jnp.array([1.0, 2.0]), jnp.array([[0.0, 3.0], [3.0, 1.0]])
@@ -201,17 +216,17 @@ class BlockMeanMatrix:
         return full + diagonal_matrix(expand(self.Lambda, self.sizes))
 
     def matvec(self, x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-        """(Λ̄ + B̄) x = Λ̄ x + E (M - Λ) Eᵀ x, in O(d + L²).
+        """Multiplies a vector: (Λ̄ + B̄) x = Λ̄ x + E (M - Λ) Eᵀ x, in O(d + L²).
 
         Args:
           x: shape (d,), the blocks one after the other.
-          weights: shape (d,), see :meth:`project`.
+          weights: the weights that :meth:`project` took, shape (d,), or None.
 
         Returns:
           Shape (d,).
 
         Raises:
-          ValueError: if ``x`` does not have shape (d,), or this is a batch.
+          ValueError: if ``x`` does not have shape (d,), or the matrix is a batch.
 
         Example:
           >>> matrix = BlockMeanMatrix.from_expansions(
@@ -233,16 +248,17 @@ class BlockMeanMatrix:
         min_eigenvalue: jax.typing.ArrayLike | None = None,
         absolute: bool = False,
     ) -> "BlockMeanMatrix":
-        r"""The matrix power, f(x) = x^p in f(Λ̄ + B̄) = f(Λ)‾ + E (f(M) - f(Λ)) Eᵀ.
+        r"""Raises the matrix to a power: (Λ̄ + B̄)^p = (Λ^p)‾ + E (M^p - Λ^p) Eᵀ.
 
         Args:
-          p: a Python number. A whole number takes any symmetric matrix (an invertible
-            one if negative); others want it positive definite, or a floor.
-          min_eigenvalue: if given, eigenvalues of M and entries of Λ are raised to at
-            least this, and those of M also to what the dtype resolves beside the
-            largest of them: 4 √L eps times it. Constants to differentiation.
-          absolute: whether absolute eigenvalues stand in the place of eigenvalues, for
-            a positive definite function of an indefinite matrix.
+          p: a Python number. A whole number works for any symmetric matrix (any
+            invertible one if p < 0). Another number needs a positive definite matrix or
+            ``min_eigenvalue``.
+          min_eigenvalue: a floor: smaller eigenvalues of M and entries of Λ are raised
+            to it. Eigenvalues of M are also raised to 4 √L eps times the largest, the
+            least that their dtype resolves. Derivatives treat both floors as constants.
+          absolute: if True, the absolute values of the eigenvalues take their place, so
+            that an indefinite matrix has a positive definite power.
 
         Returns:
           A :class:`BlockMeanMatrix` with the same sizes.
@@ -259,7 +275,7 @@ class BlockMeanMatrix:
         """
         if not isinstance(p, (int, float)):
             raise TypeError(f"`p` must be a Python number, got {type(p).__name__}.")
-        # A one-element block has no direction on which Λ acts: keep f finite there.
+        # Λ acts on no direction of a block of one element: keep f finite there.
         Lambda = jnp.abs(self.Lambda) if absolute else self.Lambda
         irrelevant = (self._sizes == 1) & ~(Lambda > 0)
         Lambda = jnp.where(irrelevant, 1, Lambda)
@@ -275,7 +291,7 @@ class BlockMeanMatrix:
         return self._replace(Lambda**p, M)
 
     def inverse(self) -> "BlockMeanMatrix":
-        """(Λ̄ + B̄)^-1, eq. (3), for O(L³).
+        """Returns (Λ̄ + B̄)^-1, eq. 3, for O(L³): one inverse of M.
 
         Example:
           >>> matrix = BlockMeanMatrix.project(4 * jnp.eye(3), (2, 1))
@@ -287,7 +303,7 @@ class BlockMeanMatrix:
     def inverse_sqrt(
         self, *, min_eigenvalue: jax.typing.ArrayLike | None = None
     ) -> "BlockMeanMatrix":
-        """(Λ̄ + B̄)^-½, eq. (4), for O(L³): one ``eigh`` of M.
+        """Returns (Λ̄ + B̄)^-½, eq. 4, for O(L³): one ``eigh`` of M.
 
         Args:
           min_eigenvalue: a floor for the eigenvalues, see :meth:`power`.
@@ -300,16 +316,16 @@ class BlockMeanMatrix:
         return self.power(-0.5, min_eigenvalue=min_eigenvalue)
 
     def eigenvalues(self) -> jax.Array:
-        """All d eigenvalues in ascending order: those of M, and Λ_i s_i - 1 times.
+        """Returns all d eigenvalues, ascending: M's own, and each Λ_i s_i - 1 times.
 
-        Single eigenvalues have one derivative and no second one where they repeat;
-        symmetric functions of them do, see :meth:`logdet`, :meth:`power`.
+        Where an eigenvalue repeats, it has no second derivative. Symmetric functions of
+        the eigenvalues do, see :meth:`logdet` and :meth:`power`.
 
         Returns:
           Shape (d,).
 
         Raises:
-          ValueError: if this is a batch.
+          ValueError: if the matrix is a batch.
 
         Example:
           >>> matrix = BlockMeanMatrix.from_expansions(
@@ -328,7 +344,7 @@ class BlockMeanMatrix:
         )
 
     def logdet(self) -> jax.Array:
-        """Σ (s_i - 1) log Λ_i + log det M; NaN if the determinant is negative.
+        """Returns Σ (s_i - 1) log Λ_i + log det M, NaN if det M or a Λ_i is negative.
 
         Example:
           >>> print(BlockMeanMatrix.project(jnp.eye(3), (2, 1)).logdet())
@@ -341,7 +357,7 @@ class BlockMeanMatrix:
         return jnp.sum((self._sizes - 1) * logs, axis=-1) + small
 
     def trace(self) -> jax.Array:
-        """Σ (s_i - 1) Λ_i + tr M.
+        """Returns the trace Σ (s_i - 1) Λ_i + tr M.
 
         Example:
           >>> print(BlockMeanMatrix.project(jnp.eye(3), (2, 1)).trace())

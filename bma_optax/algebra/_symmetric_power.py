@@ -1,15 +1,16 @@
-"""Powers of symmetric matrices, differentiable to every order in every mode.
+"""Powers of small symmetric matrices (..., L, L), with derivatives of every order.
 
-Differentiating ``eigh`` divides by gaps between eigenvalues and gives NaN where two
-are equal (the identity, say, from which every optimiser starts). A power of the
-matrix has no such singularity: with M = R diag(l) Rᵀ its n-th derivative along
-A_1, ..., A_n is, by Daleckii and Krein,
+M^p = R diag(l^p) Rᵀ for M = R diag(l) Rᵀ. The derivative of ``eigh`` divides by gaps
+between eigenvalues and is NaN where two are equal, as in the identity, from which every
+optimiser starts. M^p has no such singularity: by Daleckii and Krein, the n-th
+derivative of f(M) along A_1, ..., A_n is
 
     R [sum over orders of the A's  f[l_i0, ..., l_in] (RᵀA_1R)_i0,i1 ...] Rᵀ
 
-where f[...] is a divided difference of f, finite where its arguments coincide. It is
-a primitive of its own: ``custom_jvp`` forgets its rule when JAX transposes it, so the
-Hessian, forward over reverse, would differentiate ``eigh`` after all.
+with divided differences f[...], which are finite where their arguments coincide. This
+derivative is a JAX primitive here. ``jax.custom_jvp`` would not do: it loses its rule
+when JAX transposes it, and the Hessian (forward over reverse) would differentiate
+``eigh`` again.
 """
 
 import itertools
@@ -31,17 +32,19 @@ def matrix_power(
     absolute: bool = False,
     null: jax.Array | None = None,
 ) -> jax.Array:
-    """R max(diag(l), floor, relative_floor max|l|)^p Rᵀ of a symmetric R diag(l) Rᵀ.
+    """Returns R max(l, floor, relative_floor max|l|)^p Rᵀ of a matrix R diag(l) Rᵀ.
+
+    Derivatives treat the floors, and eigenvalues that a floor or ``null`` replaces, as
+    constants.
 
     Args:
-      matrix: shape (..., L, L), floating; the symmetric part is used.
+      matrix: floating, shape (..., L, L); its symmetric part is used.
       p: a Python number.
       floor: broadcasts to shape (...).
-      relative_floor: a Python number. Both floors are constants to differentiation.
-      absolute: whether |l| stands in the place of l.
-      null: broadcasts to shape (...). Eigenvalues that are no larger, or no larger than
-        ``relative_floor`` max|l|, after ``floor`` are null: 1 stands in their place,
-        and they are constants to differentiation. None for none.
+      relative_floor: a Python number.
+      absolute: if True, |l| takes the place of l.
+      null: broadcasts to shape (...), or None. If given, 1 replaces each eigenvalue
+        that is, after ``floor``, at most ``null`` or at most ``relative_floor`` max|l|.
 
     Returns:
       Shape (..., L, L), the dtype of ``matrix``.
@@ -65,9 +68,9 @@ def matrix_power(
 
 
 def resolution(size: int, dtype: jax.typing.DTypeLike) -> float:
-    """A bound on the error of ``eigh``'s eigenvalues, relative to the largest.
+    """Bounds the error of ``eigh``'s eigenvalues relative to the largest: 4 √L eps.
 
-    The tests check it on singular matrices.
+    The tests check this bound on singular matrices.
     """
     return 4 * math.sqrt(max(size, 1)) * float(jnp.finfo(dtype).eps)
 
@@ -76,9 +79,11 @@ _derivative_p = jax.extend.core.Primitive("symmetric_matrix_power_derivative")
 
 
 def _derivative(floors, matrix, *directions, **params):
-    """The derivative of the power at ``matrix`` along each of ``directions``.
+    """Differentiates the power at ``matrix`` once along each of ``directions``.
 
-    ``floors``, shape (..., 2), are the floor and what is null.
+    ``matrix``, each direction and the result have shape (..., L, L). ``floors``, shape
+    (..., 2), holds ``floor`` and ``null`` of :func:`matrix_power`. Without directions
+    the result is the power itself.
     """
     return _derivative_p.bind(floors, matrix, *directions, **params)
 
@@ -117,6 +122,7 @@ def _derivative_abstract_eval(floors, matrix, *directions, **params):
 
 
 def _derivative_jvp(primals, tangents, **params):
+    """Differentiates once more: along the matrix's tangent, and in each direction."""
     floors, matrix, *directions = primals
     _, d_matrix, *d_directions = tangents
     primal = _derivative(floors, matrix, *directions, **params)
@@ -127,13 +133,17 @@ def _derivative_jvp(primals, tangents, **params):
         if type(d_direction) is not ad.Zero:
             varied = [*directions[:i], d_direction, *directions[i + 1 :]]
             terms.append(_derivative(floors, matrix, *varied, **params))
-    # At least one tangent is not zero, or JAX would not ask; the floors' is not used.
+    # JAX calls this only if a tangent is not zero. ``terms`` is empty if that tangent
+    # belongs to the floors, which are constants.
     tangent = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(primal)
     return primal, tangent
 
 
 def _derivative_transpose(cotangent, floors, matrix, *directions, **params):
-    """<B, D^n f[A_1, ..., A_n]> is symmetric in B and every A: swap B for an A."""
+    """Puts the cotangent B in the place of the direction A that is transposed.
+
+    The inner product <B, D^n f[A_1, ..., A_n]> is symmetric in B and every A.
+    """
     linear = [ad.is_undefined_primal(direction) for direction in directions]
     swapped = [
         cotangent if undefined else direction
@@ -144,6 +154,7 @@ def _derivative_transpose(cotangent, floors, matrix, *directions, **params):
 
 
 def _derivative_batch(arguments, axes, **params):
+    """Moves the batch to the first axis: every argument has leading axes already."""
     size = next(
         x.shape[axis]
         for x, axis in zip(arguments, axes, strict=True)
@@ -167,14 +178,14 @@ mlir.register_lowering(
 
 
 class _StandIn(NamedTuple):
-    """What stands in the place of an eigenvalue l."""
+    """The function that replaces eigenvalues before the power is taken."""
 
     floor: jax.Array  # shape (...).
-    null: jax.Array | None  # shape (...): no larger ones count as 1.
+    null: jax.Array | None  # shape (...): values up to this count as 1.
     absolute: bool
 
     def over(self, axes: int) -> "_StandIn":
-        """Broadcast over so many more axes."""
+        """Appends ``axes`` axes of length 1 to ``floor`` and ``null``."""
         null = self.null
         if null is not None:
             null = null.reshape(null.shape + (1,) * axes)
@@ -182,12 +193,12 @@ class _StandIn(NamedTuple):
         return _StandIn(floor, null, self.absolute)
 
     def value(self, x: jax.Array) -> jax.Array:
-        """max(x, floor) or max(|x|, floor), 1 where that is null."""
+        """Returns max(x, floor) or max(|x|, floor), and 1 where that is null."""
         y = jnp.maximum(jnp.abs(x) if self.absolute else x, self.floor)
         return y if self.null is None else jnp.where(y <= self.null, 1, y)
 
     def slope(self, x: jax.Array) -> jax.Array:
-        """The derivative of ``value``: 1, 0 or -1."""
+        """Returns the derivative of ``value`` at x: 1, 0 or -1."""
         floor = self.floor
         if self.null is not None:
             floor = jnp.maximum(floor, self.null)
@@ -196,7 +207,7 @@ class _StandIn(NamedTuple):
 
 
 def _divided_difference_tensor(p, stand_in, values, n):
-    """f[l_i0, ..., l_in] for all indices: shape (..., L, ..., L), n + 1 times L."""
+    """Returns f[l_i0, ..., l_in] for all indices: shape (...) and n + 1 axes of L."""
     lead = values.ndim - 1
     size = values.shape[-1]
     shape = values.shape[:-1] + (size,) * (n + 1)
@@ -209,14 +220,14 @@ def _divided_difference_tensor(p, stand_in, values, n):
         )
         for k in range(n + 1)
     ]
-    # Any order of the points gives the same number; the sorted one, whose ends are
-    # furthest apart, loses the fewest digits.
+    # A divided difference does not depend on the order of its points. Sorted points
+    # lose the fewest digits, because their ends are furthest apart.
     ascending = jnp.sort(jnp.stack(points), axis=0)
     return _divided_difference(p, stand_in, list(ascending))
 
 
 def _divided_difference(p, stand_in, points):
-    """f[x_0, ..., x_n] of f(x) = stand_in.value(x)^p for points in ascending order."""
+    """Returns f[x_0, ..., x_n] for f(x) = stand_in.value(x)^p and ascending points."""
     n = len(points) - 1
     low, high = points[0], points[-1]
     gap = high - low
@@ -230,8 +241,8 @@ def _divided_difference(p, stand_in, points):
         return slope * _power_difference(p, floored_low, floored_high)
     upper = _divided_difference(p, stand_in, points[1:])
     lower = _divided_difference(p, stand_in, points[:-1])
-    # Below this relative gap f's derivative at the mean is the better approximation:
-    # its error grows with the gap squared, that of the quotient falls with the gap.
+    # Where points lie close together, use the derivative of f at their mean. Its error
+    # shrinks with the square of the gap; the quotient's rounding error grows instead.
     near = gap <= jnp.finfo(gap.dtype).eps ** (1 / 3) * jnp.abs(high)
     mean = sum(points) / (n + 1)
     falling = math.prod(p - k for k in range(n)) / math.factorial(n)
@@ -240,7 +251,7 @@ def _divided_difference(p, stand_in, points):
 
 
 def _power_difference(p, low, high):
-    """(high^p - low^p) / (high - low) to full accuracy, p high^(p-1) if equal."""
+    """Returns (high^p - low^p) / (high - low) accurately, p high^(p-1) if equal."""
     log_ratio = jnp.log(low / high)
     equal = log_ratio == 0
     safe = jnp.where(equal, -1, log_ratio)

@@ -1,8 +1,10 @@
-"""Products with Jacobians and Hessians, also where JAX has reverse mode alone.
+"""Products with Jacobians, J v and Jᵀ u, and with Hessians, H v, by differentiation.
 
-A ``custom_vjp`` says how a function is transposed and knows no forward mode. Two uses
-of reverse mode stand in for it: J v is the transpose of u -> Jᵀ u, and the Hessian,
-which is symmetric, is the transposed Jacobian of the gradient.
+x and v are trees of the same shapes; f(x) and u are a scalar or trees of the same
+shapes. Forward mode (``jax.linearize``) comes first. JAX refuses it where ``f`` holds a
+``custom_vjp``, which defines reverse mode alone. Two uses of reverse mode then take its
+place: J v is the transpose of u -> Jᵀ u, and the Hessian, being symmetric, is the
+transposed Jacobian of the gradient.
 """
 
 from collections.abc import Callable
@@ -14,14 +16,21 @@ import jax.numpy as jnp
 Product = Callable[[Any], Any]
 
 OPERATOR = "a bma.Operator with the product in its own words as `curvature`"
-# What JAX raises where a function has no derivative.
+# The errors that JAX raises where a function has no derivative.
 _REFUSALS = (TypeError, ValueError, NotImplementedError, AssertionError)
 
 
 def hessian(
     f: Callable[..., Any], x: Any, name: str, instead: str = OPERATOR
 ) -> Product:
-    """v -> Hessian of f times v; the words are for an error."""
+    """Returns v -> H v, with H the Hessian at ``x`` of f, which returns a scalar.
+
+    Args:
+      f: the function, from trees like ``x`` to shape ().
+      x: a tree of real floating arrays.
+      name: the user's name for ``f``, for errors.
+      instead: the advice of an error, if ``f`` has no second derivatives.
+    """
     gradient = jax.grad(f)
 
     def forward():
@@ -44,7 +53,10 @@ def hessian(
 
 
 def jacobian(f: Callable[..., Any], x: Any, name: str) -> tuple[Any, Product, Product]:
-    """f(x), v -> J v and u -> Jᵀ u; ``name`` is for an error."""
+    """Returns f(x), v -> J v and u -> Jᵀ u, with J the Jacobian of ``f`` at ``x``.
+
+    ``name`` is the user's name for ``f``, for errors.
+    """
 
     def forward():
         y, product = jax.linearize(f, x)
@@ -68,10 +80,10 @@ def jacobian(f: Callable[..., Any], x: Any, name: str) -> tuple[Any, Product, Pr
 
 
 def _check_forward(product: Product, x: Any) -> None:
-    """Raises JAX's TypeError where a part of ``product`` is a ``custom_vjp``.
+    """Raises JAX's TypeError if ``product`` holds a ``custom_vjp``.
 
-    ``jax.linearize`` lets it pass. What runs or batches the product raises, which may
-    be too late to do something else.
+    ``jax.linearize`` itself does not raise. An error would come later, when the product
+    is run or batched, and reverse mode could then no longer take its place.
     """
 
     def batched(x):
@@ -81,17 +93,19 @@ def _check_forward(product: Product, x: Any) -> None:
         jax.eval_shape(batched, x)
     except Exception as error:
         if _is_refusal(error):
-            raise  # Others are about batches, which may not be needed.
+            raise  # Other errors concern batches, which may not be needed.
 
 
 def _is_refusal(error: Exception) -> bool:
+    """Whether JAX refuses forward mode because of a ``custom_vjp``."""
     return isinstance(error, TypeError) and "custom_vjp" in str(error)
 
 
 def _first(forward, reverse, once, message):
-    """What ``forward`` gives; ``reverse`` where JAX refuses that for a custom_vjp.
+    """Returns ``forward()``, or ``reverse()`` where a custom_vjp forbids that.
 
-    Raises a TypeError where JAX refuses both, but not ``once``, the first derivative.
+    Raises a TypeError with ``message`` if JAX refuses both. If JAX also refuses
+    ``once``, which takes a first derivative, its own error is raised.
     """
     try:
         try:
@@ -108,5 +122,5 @@ def _first(forward, reverse, once, message):
         else:
             first = True
         if not first:
-            raise  # The function itself is at fault.
+            raise  # The user's function fails by itself.
         raise TypeError(message) from error

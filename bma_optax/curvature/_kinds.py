@@ -1,4 +1,11 @@
-"""Curvature as a value: the G of eq. (1), known by its products with vectors."""
+"""The kinds of curvature: which matrix G is in eq. 1 of Lu et al. 2018.
+
+    θ <- θ - η G^-1 ∇f(θ)
+
+Each class is a static value whose ``linearize`` returns the product v -> G v at given
+parameters; v and G v are trees like params. G is symmetric, d x d for d parameters, and
+never built. Newton's method takes the Hessian, the natural gradient the Fisher matrix.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,23 +21,26 @@ from bma_optax.curvature._derivatives import Product
 
 @dataclasses.dataclass(frozen=True)
 class Curvature:
-    """A symmetric d x d matrix G at given parameters; the base of those below.
+    """The base class of curvatures: a symmetric d x d matrix G at given parameters.
 
-    Values, static and hashable. A curvature of your own derives from this and defines
-    ``linearize``.
+    To define a curvature of your own, derive from this class and define ``linearize``.
+    Instances are static and hashable.
+
+    The diagonal of G is given by ``diagonal_fn`` or found by probing. If d <=
+    ``num_probes``, probing takes one product for each entry and is exact. Otherwise it
+    averages x ∘ G x over ``num_probes`` vectors x of random signs (Hutchinson) and
+    takes max(|mean|, standard error); the standard error of entry i is
+    √(Σ_{j≠i} G_ij² / num_probes). With several arrays and ``num_probes`` >= 12, the
+    first six vectors only find the scale of each array.
 
     Args:
-      diagonal_fn: ``params -> diag G``, a tree like params, where it is known; it saves
-        the probes. Keywords of ``update`` that its signature names are passed on.
-      num_probes: how many products the diagonal of G may cost else. If d is no larger
-        it is exact; otherwise it is the mean of x ∘ G x over so many random signs
-        x (Hutchinson), whose standard error at entry i is that of Σ_{j≠i} G_ij² /
-        num_probes under the root. Entries smaller than their standard error are taken
-        for it. With several arrays the first six only find the units of each.
+      diagonal_fn: ``params -> diag G``, a tree like params; None if it is not known.
+        Keywords of ``update`` that its signature names are passed on to it.
+      num_probes: the number of products that probing may take, an integer >= 2.
 
     Raises:
-      ValueError: if ``num_probes`` is no integer of at least 2.
-      TypeError: if a function is none.
+      ValueError: if ``num_probes`` is not an integer of at least 2.
+      TypeError: if an argument that must be a function cannot be called.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -40,8 +50,8 @@ class Curvature:
       >>> Scaled(num_probes=8)
       Scaled(diagonal_fn=None, num_probes=8)
 
-    Source: eq. (1); Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a
-    matrix, Applied Numerical Mathematics 57, 2007.
+    Source: Lu et al. 2018, eq. 1; Bekas, Kokiopoulou and Saad, An estimator for the
+    diagonal of a matrix, Applied Numerical Mathematics 57, 2007.
     """
 
     diagonal_fn: Callable[..., Any] | None = dataclasses.field(
@@ -63,16 +73,16 @@ class Curvature:
     def linearize(
         self, params: Any, key: jax.Array, value_fn: Any, extra_args: dict[str, Any]
     ) -> Product:
-        """The product v -> G v at ``params``.
+        """Returns the product v -> G v at ``params``.
 
         Args:
-          params: the parameters.
-          key: a typed random key.
+          params: the parameters, a tree of real floating arrays.
+          key: a typed random key, for curvatures that are sampled.
           value_fn: the loss that was given to ``update``, or None.
           extra_args: the other keywords that were given to ``update``.
 
         Returns:
-          A linear function of trees like ``params``.
+          A linear function from trees like ``params`` to trees like ``params``.
 
         Example:
           >>> import jax, jax.numpy as jnp, bma_optax as bma
@@ -84,7 +94,11 @@ class Curvature:
         raise NotImplementedError
 
     def diagonal(self, params: Any, extra_args: dict[str, Any]) -> Any:
-        """The diagonal of G as a tree like ``params``, None where it must be probed.
+        """Returns the diagonal of G as a tree like ``params``, None if it is not known.
+
+        Args:
+          params: the parameters, a tree of real floating arrays.
+          extra_args: the keywords that were given to ``update``.
 
         Example:
           >>> import jax.numpy as jnp, bma_optax as bma
@@ -98,9 +112,10 @@ class Curvature:
 
 @dataclasses.dataclass(frozen=True)
 class Hessian(Curvature):
-    r"""The Hessian of ``value_fn``, :math:`\nabla^2 f`: Newton's G, may be indefinite.
+    r"""The Hessian of ``value_fn``, :math:`G = \nabla^2 f`: Newton's G.
 
-    Products are forward over reverse: each costs about two gradients.
+    It may be indefinite. A product differentiates the gradient in forward mode and
+    costs about two gradients.
 
     Args:
       diagonal_fn, num_probes: see :class:`Curvature`.
@@ -112,11 +127,12 @@ class Hessian(Curvature):
       >>> print(G(jnp.array([1.0, 0.0])))
       [2. 3.]
 
-    Source: eq. (1); Pearlmutter, Fast exact multiplication by the Hessian, 1994.
+    Source: Lu et al. 2018, eq. 1; Pearlmutter, Fast exact multiplication by the
+    Hessian, Neural Computation 6, 1994.
     """
 
     def linearize(self, params, key, value_fn, extra_args):
-        """v -> Hessian times v, see :meth:`Curvature.linearize`."""
+        """Returns v -> ∇²f v; see :meth:`Curvature.linearize`."""
         del key
         f = _user_functions.loss(value_fn, extra_args)
         instead = (
@@ -128,16 +144,17 @@ class Hessian(Curvature):
 
 @dataclasses.dataclass(frozen=True)
 class GaussNewton(Curvature):
-    r"""The generalised Gauss-Newton matrix :math:`J^T H J`, without the model's own bend.
+    r"""The generalised Gauss-Newton matrix :math:`G = J^T H J`.
 
-    J is the Jacobian of ``model_fn`` and H the Hessian of ``loss_fn`` at its outputs;
-    positive semi-definite where ``loss_fn`` is convex. For losses that are log
-    likelihoods of an exponential family it is the Fisher matrix.
+    J is the Jacobian of ``model_fn``, and H is the Hessian of ``loss_fn`` at the
+    model's outputs. Second derivatives of the model are left out. G is positive
+    semi-definite if ``loss_fn`` is convex. It is the Fisher matrix if ``loss_fn`` is
+    the negative log likelihood of an exponential family in its natural parameters.
 
     Args:
       model_fn: ``params -> outputs``, any pytree. Keywords of ``update`` that its
-        signature names are passed on, such as ``batch``; likewise below.
-      loss_fn: ``outputs -> scalar``.
+        signature names, such as ``batch``, are passed on to it.
+      loss_fn: ``outputs -> loss``, shape (). It is passed keywords in the same way.
       diagonal_fn, num_probes: see :class:`Curvature`.
 
     Example:
@@ -150,13 +167,13 @@ class GaussNewton(Curvature):
 
     Source: Schraudolph, Fast curvature matrix-vector products, Neural Computation 14,
     2002.
-    """  # noqa: E501
+    """
 
     model_fn: Callable[..., Any]
     loss_fn: Callable[..., jax.Array]
 
     def linearize(self, params, key, value_fn, extra_args):
-        """v -> Jᵀ H J v, see :meth:`Curvature.linearize`."""
+        """Returns v -> Jᵀ H J v; see :meth:`Curvature.linearize`."""
         del key, value_fn
         model = _user_functions.bind(self.model_fn, extra_args, "model_fn")
         loss = _user_functions.bind(self.loss_fn, extra_args, "loss_fn")
@@ -171,19 +188,21 @@ class GaussNewton(Curvature):
 
 @dataclasses.dataclass(frozen=True)
 class Fisher(Curvature):
-    r"""The Fisher information matrix, by labels drawn from the model: natural gradient.
+    r"""The Fisher information matrix: the natural gradient's G.
 
     .. math:: G = \frac1n \sum_i s_i s_i^T, \qquad
               s_i = \nabla \log p(y_i \mid x_i, \theta), \quad y_i \sim p
 
-    unbiased, with new labels at each refresh.
+    Labels y_i are drawn from the model, anew at each refresh, so that G is an unbiased
+    estimate.
 
     Args:
-      model_fn: ``params -> outputs``. Keywords of ``update`` that it names are passed
-        on; likewise below.
+      model_fn: ``params -> outputs``, any pytree. Keywords of ``update`` that its
+        signature names, such as ``batch``, are passed on to it; the two functions below
+        are passed keywords in the same way.
       sample_fn: ``(key, outputs) -> labels``, such as ``jax.random.categorical``.
-      losses_fn: ``(outputs, labels) -> losses``, shape (n,): -log p, such as
-        ``optax.softmax_cross_entropy_with_integer_labels``.
+      losses_fn: ``(outputs, labels) -> losses``, the n values -log p(y_i), shape (n,),
+        such as ``optax.softmax_cross_entropy_with_integer_labels``.
       diagonal_fn, num_probes: see :class:`Curvature`.
 
     Example:
@@ -197,8 +216,8 @@ class Fisher(Curvature):
       [[ 0.25 -0.25]
        [-0.25  0.25]]
 
-    Source: eq. (1); Martens, New insights and perspectives on the natural gradient
-    method, 2014.
+    Source: Lu et al. 2018, eq. 1; Martens, New insights and perspectives on the natural
+    gradient method, 2014.
     """
 
     model_fn: Callable[..., Any]
@@ -206,7 +225,7 @@ class Fisher(Curvature):
     losses_fn: Callable[..., jax.Array]
 
     def linearize(self, params, key, value_fn, extra_args):
-        """v -> Σ s_i s_iᵀ v / n, see :meth:`Curvature.linearize`."""
+        """Returns v -> Σ s_i s_iᵀ v / n; see :meth:`Curvature.linearize`."""
         del value_fn
         model = _user_functions.bind(self.model_fn, extra_args, "model_fn")
         outputs = jax.lax.stop_gradient(model(params))
@@ -220,14 +239,14 @@ class Fisher(Curvature):
 
 @dataclasses.dataclass(frozen=True)
 class Operator(Curvature):
-    """A symmetric matrix of your own, from a function that gives its product.
+    """A symmetric matrix G of your own, given by its product with a vector.
 
-    For instance a discretised differential operator, or lagged weights that make a
-    quadratic model of a loss that has no useful Hessian (total variation).
+    G may be a discretised differential operator, or a quadratic model of a loss without
+    a useful Hessian, such as total variation with lagged weights.
 
     Args:
-      product_fn: ``params -> (v -> G v)``. Keywords of ``update`` that it names are
-        passed on.
+      product_fn: ``params -> (v -> G v)``. Keywords of ``update`` that its signature
+        names are passed on to it.
       diagonal_fn, num_probes: see :class:`Curvature`.
 
     Example:
@@ -241,7 +260,7 @@ class Operator(Curvature):
     product_fn: Callable[..., Product]
 
     def linearize(self, params, key, value_fn, extra_args):
-        """The product at ``params``, see :meth:`Curvature.linearize`."""
+        """Returns the product at ``params``; see :meth:`Curvature.linearize`."""
         del key, value_fn
         product = _user_functions.bind(self.product_fn, extra_args, "product_fn")(
             params
@@ -250,7 +269,7 @@ class Operator(Curvature):
 
 
 def check_curvature(curvature: Any) -> None:
-    """Raises a TypeError for what is no :class:`Curvature`."""
+    """Raises a TypeError if ``curvature`` is not a :class:`Curvature`."""
     if not isinstance(curvature, Curvature):
         raise TypeError(
             f"`curvature` must be a bma.Curvature, got {curvature!r}. Pass one such as "
@@ -261,7 +280,7 @@ def check_curvature(curvature: Any) -> None:
 def product_at(
     curvature: Curvature, params: Any, key: Any, value_fn: Any, extra_args: Any
 ) -> Product:
-    """``curvature.linearize``, also of a class of the user's, with checked results."""
+    """Returns ``curvature.linearize``'s v -> G v, which checks what it returns."""
     product = curvature.linearize(params, key, value_fn, extra_args)
     return _user_functions.product(
         product, params, f"{type(curvature).__name__}.linearize"
@@ -269,7 +288,7 @@ def product_at(
 
 
 def _gram(losses, params, name) -> Product:
-    """v -> Jᵀ J v / n for the Jacobian of n losses."""
+    """Returns v -> Jᵀ J v / n, with J the n x d Jacobian of ``losses``, shape (n,)."""
     values, jacobian, transpose = _derivatives.jacobian(
         lambda p: _user_functions.vector(losses(p), "losses_fn"), params, name
     )

@@ -1,4 +1,10 @@
-"""Functions of the user: what they are given, and what to say where they fail."""
+"""Calls to the user's functions: the keywords they get, and checks of their results.
+
+The functions are the loss (``value_fn``: params -> shape ()), the parts of a curvature
+(``model_fn``, ``loss_fn``, ...) and products v -> G v with trees like params. An error
+names the function, says what it returned by dtype and shape, and what to pass instead.
+Checks look at types and shapes only, so that they hold at trace time.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -11,7 +17,7 @@ from bma_optax import _names, _tree
 
 
 def loss(value_fn: Any, extra_args: dict[str, Any]) -> Callable[[Any], jax.Array]:
-    """``value_fn`` as a function of the parameters alone."""
+    """Returns ``value_fn`` as a function of the parameters alone, with its checks."""
     if value_fn is None:
         raise ValueError(
             "`update` needs the loss here. Pass update(grads, state, params, "
@@ -26,7 +32,7 @@ def loss(value_fn: Any, extra_args: dict[str, Any]) -> Callable[[Any], jax.Array
 
 
 def scalar(fn: Callable[..., Any], name: str) -> Callable[..., jax.Array]:
-    """``fn``, with an error for a value that is no floating scalar."""
+    """Returns ``fn`` with a TypeError for values that are not floating, shape ()."""
 
     def checked(*args):
         value = fn(*args)
@@ -49,13 +55,13 @@ def scalar(fn: Callable[..., Any], name: str) -> Callable[..., jax.Array]:
 
 
 def floating(tree: Any, name: str) -> Any:
-    """``tree``, or a TypeError for outputs that have no derivative."""
+    """Returns ``tree``; raises a TypeError for a leaf that is not real floating."""
     _tree.check_vectors(tree, f"`{name}`: the output")
     return tree
 
 
 def vector(values: Any, name: str) -> jax.Array:
-    """``values``, or an error where they are not one loss an example."""
+    """Returns ``values``; raises an error if they are not floating, shape (n,)."""
     if not isinstance(values, jax.Array) or not _tree.is_floating(values):
         raise TypeError(
             f"`{name}` must return floating losses, shape (n,), got "
@@ -70,9 +76,9 @@ def vector(values: Any, name: str) -> jax.Array:
 
 
 def like_params(tree: Any, params: Any, name: str) -> Any:
-    """What the function of this name returned, in the structure of ``params``.
+    """Returns ``tree``, which the function ``name`` gave, in ``params``' structure.
 
-    An error names the first leaf that is not of its shape, or not floating.
+    Raises an error that names the first leaf of another shape, or not floating.
     """
     difference = _tree.unlike(tree, params)
     if difference is not None:
@@ -87,9 +93,10 @@ def like_params(tree: Any, params: Any, name: str) -> Any:
 
 
 def product(fn: Any, params: Any, name: str) -> Callable[[Any], Any]:
-    """``fn`` as a product with vectors like ``params``, whose results are checked.
+    """Returns ``fn`` as a product v -> G v with trees like ``params``.
 
-    They have the dtype of the parameters, or of their statistics where it is another.
+    The product checks each result with :func:`like_params`. A result keeps the dtype of
+    the parameter, or of its statistics; any other is cast to that of its statistics.
     """
     if not callable(fn):
         raise TypeError(
@@ -109,7 +116,7 @@ def product(fn: Any, params: Any, name: str) -> Callable[[Any], Any]:
 
 
 def _described(value: Any) -> str:
-    """A value by its dtype and shape; trees of them in their structure."""
+    """Describes a value by its dtype and shape, and a tuple or list by its items."""
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {', '.join(map(_described, value))}"
     if hasattr(value, "dtype") and hasattr(value, "shape"):
@@ -120,10 +127,14 @@ def _described(value: Any) -> str:
 def bind(
     fn: Callable[..., Any], extra_args: dict[str, Any], name: str
 ) -> Callable[..., Any]:
-    """``fn`` with those of the extra arguments that its signature names."""
+    """Returns ``fn`` with the extra arguments that its signature names.
+
+    A function with ``**kwargs`` gets all of them. If ``fn`` fails on a tree that Optax
+    has masked, the error says so.
+    """
     try:
         parameters = inspect.signature(fn).parameters.values()
-    except ValueError:  # Functions of C have none.
+    except ValueError:  # Functions written in C may have no signature.
         return fn
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         named = extra_args
@@ -158,7 +169,7 @@ optax.chain(optax.masked(optax.set_to_zero(), frozen), optimiser)."""
 
 
 def _masked(tree: Any) -> list[str]:
-    """The names of what Optax's wrappers have taken out of a tree."""
+    """Returns the names of the leaves that Optax's wrappers took out of ``tree``."""
 
     def is_masked(x):
         return isinstance(x, optax.MaskedNode)
