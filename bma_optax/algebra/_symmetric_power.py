@@ -1,16 +1,12 @@
 """Powers of small symmetric matrices (..., L, L), with derivatives of every order.
 
-M^p = R diag(l^p) Rᵀ for M = R diag(l) Rᵀ. The derivative of ``eigh`` divides by gaps
-between eigenvalues and is NaN where two are equal, as in the identity, from which every
-optimiser starts. M^p has no such singularity: by Daleckii and Krein, the n-th
-derivative of f(M) along A_1, ..., A_n is
+For M = R diag(l) Rᵀ, M^p = R diag(l^p) Rᵀ. The derivative of ``eigh`` is NaN where
+eigenvalues are equal, as in the identity, from which every optimiser starts. Not so
+that of f(M), f(x) = x^p; by Daleckii and Krein, its n-th along A_1, ..., A_n is
 
     R [sum over orders of the A's  f[l_i0, ..., l_in] (RᵀA_1R)_i0,i1 ...] Rᵀ
 
-with divided differences f[...], which are finite where their arguments coincide. This
-derivative is a JAX primitive here. ``jax.custom_jvp`` would not do: it loses its rule
-when JAX transposes it, and the Hessian (forward over reverse) would differentiate
-``eigh`` again.
+with divided differences f[...], which are finite where their arguments coincide.
 """
 
 import itertools
@@ -75,6 +71,8 @@ def resolution(size: int, dtype: jax.typing.DTypeLike) -> float:
     return 4 * math.sqrt(max(size, 1)) * float(jnp.finfo(dtype).eps)
 
 
+# The derivative is a primitive, because ``jax.custom_jvp`` loses its rule when JAX
+# transposes it: the Hessian (forward over reverse) would differentiate ``eigh`` again.
 _derivative_p = jax.extend.core.Primitive("symmetric_matrix_power_derivative")
 
 

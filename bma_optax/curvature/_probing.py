@@ -1,13 +1,4 @@
-"""Probing: entries of G from products with chosen vectors.
-
-Vectors v and products G v are trees like params, in which G is d x d. With 1_i the
-indicator of block i, the sum of G over blocks i and j is 1_iᵀ G 1_j. The diagonal of G
-is e_iᵀ G e_i with unit vectors e_i, exactly and for d products, or the mean of x ∘ G x
-over vectors x of random signs (Hutchinson). ``active``, a flag for each array, says
-where the diagonal is wanted; it is 0 elsewhere.
-
-Source: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix, 2007.
-"""
+"""Entries of G by products with it: block sums and the diagonal."""
 
 from typing import Any
 
@@ -17,23 +8,22 @@ import numpy as np
 
 from bma_optax import _control_flow, _tree
 
-# Products run side by side while their vectors hold at most this many elements in all.
+# Products run side by side as long as their vectors hold no more elements than this.
 _BATCH_ELEMENTS = 2**22
 
-_IMPLEMENTATION = "threefry2x32"  # It gives the same numbers on every device.
+_IMPLEMENTATION = "threefry2x32"  # The same numbers on every device.
 
 
 def key_data(key: Any) -> jax.Array:
-    """Returns the numbers of a key, uint32 of shape (2,), from a seed or any key.
+    """Two numbers of 32 bits from a seed or a key of any kind, for a state to hold.
 
-    A state holds numbers because they can be saved, averaged and compared; typed keys
-    cannot.
+    Arrays of numbers can be saved, averaged and compared, typed keys cannot.
     """
     if jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     elif getattr(key, "shape", ()) == ():
         return jax.random.key_data(jax.random.key(key, impl=_IMPLEMENTATION))
-    # Fold the user's key, so that the user and the library draw different numbers.
+    # A key of the user's stays with the user: other numbers are drawn here.
     if key.shape == (2,):
         ours = jax.random.fold_in(typed_key(key), 0)
     else:
@@ -44,21 +34,18 @@ def key_data(key: Any) -> jax.Array:
 
 
 def typed_key(data: jax.Array) -> jax.Array:
-    """Returns the typed random key of the numbers, shape (2,), that a state holds."""
-    # The cast is for an average of states, whose numbers have another dtype.
+    """The random key that a state holds as numbers."""
+    # An average of states has numbers of another dtype.
     return jax.random.wrap_key_data(data.astype(jnp.uint32), impl=_IMPLEMENTATION)
 
 
 def typed(product, params):
-    """Returns ``product`` with results sharded as ``params`` are."""
+    """``product`` with results on the mesh as the parameters are."""
     return lambda v: jax.tree.map(_tree.typed_like, product(v), params)
 
 
 def block_products(product, blocks, params, positions):
-    """Returns the sums of G over pairs of blocks, 1_iᵀ G 1_j, shape (n, n).
-
-    ``positions``, n integers, are the positions of the blocks in the partition.
-    """
+    """1ᵀ G 1 for the indicators 1 of the blocks at these positions."""
 
     def row(i):
         indicator = (jnp.arange(blocks.num_blocks) == i).astype(jnp.float32)
@@ -70,7 +57,7 @@ def block_products(product, blocks, params, positions):
 
 
 def by_units(product, params, active):
-    """Returns e_iᵀ G e_i for every entry i of the active arrays, a tree like params."""
+    """e_iᵀ G e_i for every i in the active arrays, 0 in others."""
     leaves, treedef = jax.tree.flatten(params)
 
     def entry(number, position):
@@ -95,19 +82,17 @@ def by_units(product, params, active):
 
 
 def by_signs(product, params, active, key, num_probes):
-    """Returns max(|mean|, standard error) of x ∘ G x over random signs x, like params.
+    """max(|mean|, standard error) of x ∘ G x over random signs x in active arrays.
 
-    The error of an entry comes from the other entries of its row, also from those of
-    other arrays, and an array of large curvature would drown the rest. Therefore x is
-    scaled in each array by a unit, c^-½ for a mean curvature c. Where several arrays
-    are active, the first ``_FOR_UNITS`` samples find the units and are then left out.
+    The standard error at an entry is that of the others in its row: in units in which
+    arrays have curvatures of one size, or one array's would drown another's. They are
+    found by the first samples, which are left out, where there are several arrays.
     """
     zeros = _tree.zeros_like(params, _tree.statistic_dtype)
     several = sum(active) > 1 and num_probes >= 2 * _FOR_UNITS
     left_out = _FOR_UNITS if several else 0
 
     def sample(key, size):
-        """Returns x ∘ G x / unit, like params, from the mean size of each array, ()."""
         leaves, treedef = jax.tree.flatten(params)
         keys = jax.random.split(key, len(leaves))
         signs = [
@@ -131,7 +116,6 @@ def by_signs(product, params, active, key, num_probes):
         )
 
     def add(carry, number_and_key):
-        """Adds a sample to the sums of values and of their squares over size²."""
         first, second, size = carry
         number, key = number_and_key
         y = sample(key, size)
@@ -145,7 +129,7 @@ def by_signs(product, params, active, key, num_probes):
         )
         used = number >= left_out
         first = jax.tree.map(lambda s, y: s + jnp.where(used, y, 0), first, y)
-        # Divide by the size first, or the squares would overflow or vanish.
+        # In units of one size: the squares would overflow or vanish.
         second = jax.tree.map(
             lambda s, y, c: s + jnp.where(used, jnp.square(y / c), 0), second, y, size
         )
@@ -170,16 +154,12 @@ def by_signs(product, params, active, key, num_probes):
     return jax.tree.map(combine, first, second, size)
 
 
-# The number of samples that find the units. Each takes the square root of the factor by
-# which a unit is wrong.
+# Each sample takes a root of the factor by which units are off.
 _FOR_UNITS = 6
 
 
 def _unit(size, leaf):
-    """Returns the power of 2 near 1/√size, in the range of the leaf's dtype.
-
-    Multiplying by a power of 2 rounds nothing.
-    """
+    """About 1/√size: a power of 2, by which nothing is rounded, in a leaf's range."""
     most = min(30, int(jnp.finfo(leaf.dtype).maxexp) // 2)
     exponent = jnp.round(-jnp.log2(size) / 2)
     return jnp.exp2(jnp.clip(exponent, -most, most))
@@ -190,15 +170,12 @@ def _or_one(x):
 
 
 def typed_vector(tree, params):
-    """Returns ``tree`` sharded as ``params`` are, as JAX demands of a tangent."""
+    """``tree`` typed as a tangent of ``params`` must be."""
     return jax.tree.map(_tree.typed_like, tree, params)
 
 
 def batched(f, xs, params):
-    """Maps ``f`` over the first axis of the arrays ``xs``, in chunks.
-
-    A chunk's vectors like ``params`` hold at most ``_BATCH_ELEMENTS`` elements.
-    """
+    """``f`` over the first axis in chunks that bound the memory."""
     length = len(xs[0])
     batch = max(1, min(length, _BATCH_ELEMENTS // max(_tree.size(params), 1)))
     return _control_flow.map(lambda x: f(*x), xs, batch, params)
@@ -209,10 +186,7 @@ def _split(x, sizes):
 
 
 def _positions(leaf):
-    """Returns each element's flat position, int32 in the shape of ``leaf``.
-
-    It reshapes nothing, because JAX refuses to reshape a sharded axis.
-    """
+    """The flat position of each element, without a reshape of a sharded array."""
     positions = jnp.zeros(leaf.shape, jnp.int32)
     for axis, n in enumerate(leaf.shape):
         iota = jax.lax.broadcasted_iota(jnp.int32, leaf.shape, axis)
