@@ -9,6 +9,7 @@ import collections
 import functools
 import inspect
 import itertools
+import math
 
 import chex
 import equinox as eqx
@@ -276,15 +277,23 @@ def test_state_is_stable_under_cond(method, dtype):
 
 
 @every_method
-@pytest.mark.parametrize("how", ["jit", "jit outside the mesh", "no jit, two axes"])
+@pytest.mark.parametrize("how", ["jit", "jit outside the mesh", "no jit"])
 def test_sharding_is_stable(method, how):
-    """Explicit axes; a sharded array's state is sharded as it is."""
-    under_mesh, jit = "outside" not in how, "no jit" not in how
-    shape, names = ((8,), ("x",)) if jit else ((2, 4), ("y", "x"))
+    """Explicit axes; a sharded array's state is sharded as it is.
+
+    Without ``jax.jit`` the axes have one device each. An eager update is hundreds of
+    programs, and XLA on CPU now and then deadlocks in one of them where devices wait
+    for each other; types and errors do not depend on the number of devices.
+    """
+    under_mesh, jit = "outside" not in how, how != "no jit"
+    shape = (2, 2) if jit else (1, 1)
     mesh = jax.make_mesh(
-        shape, names, axis_types=(jax.sharding.AxisType.Explicit,) * len(names)
+        shape,
+        ("y", "x"),
+        axis_types=(jax.sharding.AxisType.Explicit,) * 2,
+        devices=jax.devices()[: math.prod(shape)],
     )
-    sharded = jax.NamedSharding(mesh, jax.P(None if jit else "y", "x", None))
+    sharded = jax.NamedSharding(mesh, jax.P("y", "x", None))
     other = jax.NamedSharding(mesh, jax.P(None, "x"))
     local = {
         "kernel": jnp.arange(64.0, dtype=jnp.float16).reshape(2, 8, 4) / 64,

@@ -175,7 +175,7 @@ def test_bytes_of_state_and_the_report():
     ids=str,
 )
 def test_statistics_are_sharded_as_their_array(rule, shape, spec, nu):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     local = jnp.asarray(np.random.default_rng(5).standard_normal(shape), jnp.float32)
     params = jax.device_put(local, jax.NamedSharding(mesh, jax.P(*spec)))
     for tx in (
