@@ -1,4 +1,11 @@
-"""The partition of a parameter pytree into blocks, and its operators E and Eᵀ."""
+"""The partition of a parameter pytree into blocks, and its operators E and Eᵀ.
+
+E has a column for each of the L blocks, and Λ̄ + E (M - Λ) Eᵀ is the block mean matrix
+of Lu et al. 2018, eq. (2). ``block_sums`` takes a pytree of d numbers to (L,), and
+``expand`` takes (L,) back to a pytree: no array of d × L numbers exists. Vectors over
+blocks are split into groups of blocks that see each other; groups of equally many
+blocks lie side by side, in a *bucket*, so that one batched ``eigh`` serves them all.
+"""
 
 import dataclasses
 import functools

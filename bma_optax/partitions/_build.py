@@ -1,4 +1,9 @@
-"""From parameters and a rule to the partition: which tile is which block."""
+"""From parameters and a rule to the partition: which tile is which block.
+
+The result depends on paths and shapes alone. ``init`` and ``update`` both compute it,
+at trace time, since a state may hold nothing but arrays; a cache makes that cheap.
+Blocks are numbered group by group, small groups first, and grids last.
+"""
 
 import dataclasses
 import functools

@@ -1,4 +1,9 @@
-"""Rules made of other rules: by path, for stacked arrays, and within bounds."""
+"""Rules made of other rules: by path, for stacked arrays, and within bounds.
+
+A combinator passes everything on that its rule says of an array (tile, owner, stacked
+axes, scope and reach), so that one tree can hold an image with one reach, a volume with
+another and the arrays of a network.
+"""
 
 import dataclasses
 import functools

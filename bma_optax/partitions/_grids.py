@@ -1,8 +1,9 @@
-"""The layout of matrices on grids: which cells meet, and the levels below; static.
+"""The layout of matrices on grids: which cells meet, and the levels below.
 
-A curvature whose entries meet only between near neighbours is an array of (2 reach +
-1)^dim numbers a cell instead of a matrix. Blocks of tiles make coarser cells, level by
-level, until a dense matrix costs nothing.
+A matrix whose entries meet only between near neighbours is a stencil: an array of (2
+reach + 1)^dim numbers for each cell. Tiles of cells are the cells of a coarser grid,
+level by level, until a dense matrix costs nothing. All of this is plain Python,
+computed from shapes.
 """
 
 import dataclasses
@@ -11,23 +12,24 @@ from typing import Self
 
 from bma_optax.partitions._rules import Shape
 
-MAX_DENSE = 64
-_COARSENING = 4
-_MAX_EXACT = 1000
+MAX_DENSE = 64  # Cells of the last level, whose matrix is dense.
+_COARSENING = 4  # The length of a tile of cells, along each axis.
+_MAX_EXACT = 1000  # Cells of a dense last level where tiles have one element.
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The layout S[b, a, *offset, *cell]: the entry from field a at cell + offset to b.
+    """The layout of a stencil S[b, a, *offset, *cell], for cells of several fields.
 
-    Offsets along an axis of g cells are those from -reach to reach, kept modulo their
-    number m = 2 reach + 1; all g of them where the axis is shorter than that. Cells
-    wrap around: entries across the edge are zero unless the grid is periodic.
+    S holds the entry of the matrix between field b at a cell and field a at the cell +
+    offset. Offsets along an axis of g cells run from -reach to reach, modulo their
+    number m = min(2 reach + 1, g). Cells wrap around: entries across the edge are zero
+    unless the grid is periodic.
     """
 
     fields: int
-    grid: Shape
-    reach: Shape
+    grid: Shape  # The number of cells along each axis.
+    reach: Shape  # In cells, along each axis.
 
     @property
     def width(self) -> Shape:

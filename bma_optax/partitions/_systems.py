@@ -1,7 +1,9 @@
-"""Which blocks see each other: dense groups of them, and fields on grids; static.
+"""Which blocks see each other: dense groups of them, and fields on grids.
 
-A dense group of L blocks has an L × L matrix. A grid has a stencil, a few numbers a
-cell, and nested levels of coarser ones, so that it is never a dense matrix.
+A dense group of L blocks has an L × L matrix. On a grid each block meets a few
+neighbours: a stencil holds those numbers, and coarser stencils below it stand for its
+inverse, so that no dense matrix of the grid exists. All of this is plain Python,
+computed from shapes.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ Spans = tuple[tuple[int, int], ...]  # Positions of consecutive blocks.
 class DenseGroups:
     """Groups of equally many blocks, one after the other."""
 
-    spans: Spans
+    spans: Spans  # The positions of their blocks.
     count: int  # The number of groups.
     n: int  # The number of blocks of each.
     sizes: tuple[tuple[int, ...], ...]  # The sizes of each group's blocks.

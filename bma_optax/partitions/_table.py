@@ -1,4 +1,8 @@
-"""A partition as a table for people."""
+"""A partition as a table for people: what :func:`bma_optax.partition` prints.
+
+A row for each array, then a line for the dense matrices or for each grid, with the
+bytes of state in float32 and what a solve or a refresh costs.
+"""
 
 import math
 from typing import Any

@@ -1,4 +1,9 @@
-"""Partition rules of elements and tiles, and from a function."""
+"""Partition rules of elements and tiles, and from a function.
+
+Tiles along the leading axes of an array are blocks of neighbours: pixels of an image,
+cells of a volume. With a ``reach`` they are the cells of a grid on which the curvature
+is a stencil.
+"""
 
 import dataclasses
 import math

@@ -1,4 +1,10 @@
-"""How blocks lie in one array, and the sums over them and back."""
+"""How blocks lie in one array, and the sums over them and back.
+
+An array of shape (n_1, ..., n_k) with a tile (t_1, ..., t_k) has a grid of ⌈n_i / t_i⌉
+blocks along axis i. ``sums`` takes the array to that grid and ``fill`` takes a number
+for each block back to the array. Both work axis by axis, so that an axis that is one
+tile is never reshaped, however it is sharded.
+"""
 
 import dataclasses
 import functools

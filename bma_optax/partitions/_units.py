@@ -1,4 +1,10 @@
-"""An array as a matrix, units × inputs: its blocks, and the weights they share."""
+"""An array as a matrix, units × inputs: its blocks, and the weights they share.
+
+Where all blocks of an array have one shape, the array is a matrix G with a row for each
+block (a unit) and a column for each position inside it (an input). A direction q over
+the inputs, of norm 1, is then one set of weights for all units: G q are their weighted
+means, shape (units,).
+"""
 
 import dataclasses
 import functools
