@@ -4,8 +4,8 @@ import os
 from importlib import metadata
 
 # Nearly all of the tests' time is compilation of small programs. The older way to
-# compile fusions takes a third of the time; later versions of jaxlib do not have it, and
-# abort at a flag that they do not know.
+# compile fusions takes a third of the time; later versions of jaxlib do not have it,
+# and abort at a flag that they do not know.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
