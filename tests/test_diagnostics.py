@@ -309,7 +309,7 @@ def test_errors():
     ]:
         with pytest.raises(ValueError, match=match):
             bma.diagnostics(state, **kwargs)
-    with pytest.raises(ValueError, match="`reach` and `levels` do not fit"):
+    with pytest.raises(ValueError, match="`blocks` do not fit .* its reach included"):
         bma.diagnostics(newton, bma.partition(params))
     with pytest.raises(TypeError, match="`blocks` must be a partition"):
         bma.diagnostics(state, bma.per_unit)

@@ -174,7 +174,8 @@ def test_partition_owns_the_weights():
     w, x = (tree_of(np.random.default_rng(i).standard_normal(D)) for i in range(2))
     labels = flat(blocks.expand(jnp.arange(blocks.num_blocks, dtype=float), x))
     E = (labels[:, None] == np.arange(blocks.num_blocks)) * flat(w)[:, None]
-    np.testing.assert_allclose(blocks.block_sums(x, w), E.T @ flat(x))
+    weighted = jax.tree.map(jnp.multiply, x, w)
+    np.testing.assert_allclose(blocks.block_sums(weighted), E.T @ flat(x))
     y = np.arange(blocks.num_blocks, dtype=float)
     np.testing.assert_allclose(flat(blocks.expand(jnp.asarray(y), x, w)), E @ y)
 
