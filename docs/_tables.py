@@ -7,11 +7,11 @@ from typing import Any
 
 from benchmarks.costs import step_cost
 from benchmarks.figures import figure2
-from benchmarks.grids import __main__ as inverse_problems
+from benchmarks.grids.__main__ import REAL
+from benchmarks.harness.race import summary
 from benchmarks.networks import report
 
 Content = dict[str, Any]
-REAL = tuple(inverse_problems.REAL)
 
 
 def of_machine(content: Content) -> str:
@@ -32,12 +32,12 @@ def bold_heading(markdown: str) -> str:
 
 def grids(content: Content) -> str:
     found = {k: v for k, v in content["problems"].items() if k not in REAL}
-    return without_heading(inverse_problems.summary("", found)) + of_machine(content)
+    return without_heading(summary("", found)) + of_machine(content)
 
 
 def real(content: Content) -> str:
     found = {k: v for k, v in content["problems"].items() if k in REAL}
-    return without_heading(inverse_problems.summary("", found)) + of_machine(content)
+    return without_heading(summary("", found)) + of_machine(content)
 
 
 def networks(content: Content) -> str:
@@ -55,13 +55,7 @@ def costs(content: Content) -> str:
 
 
 def nets(content: Content) -> str:
-    """Figure 2: numbers became strings in JSON."""
-    tables = []
-    for net, result in content["nets"].items():
-        for row in result["methods"].values():
-            for key in ("train_loss", "test_accuracy"):
-                row[key] = {float(rate): x for rate, x in row[key].items()}
-        tables.append(bold_heading(figure2.table(net, result)))
+    tables = [bold_heading(figure2.table(k, x)) for k, x in content["nets"].items()]
     return "\n\n".join(tables) + of_machine(content)
 
 

@@ -1,11 +1,9 @@
-"""Seconds to compile one update, against the number of arrays.
+"""Seconds to trace and to compile one update, against the number of arrays.
 
 python -m benchmarks.costs.compile_time
 python -m benchmarks.costs.compile_time --arrays 10 100
 """
 
-import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -17,7 +15,8 @@ import optax
 from tqdm import tqdm
 
 import bma_optax as bma
-from benchmarks.harness.results import machine
+from benchmarks.harness.results import Parser, Results, positive
+from benchmarks.harness.tables import table
 
 METHODS = {
     "`optax.scale_by_rss` (AdaGrad)": optax.scale_by_rss(),
@@ -32,8 +31,8 @@ METHODS = {
 
 
 def seconds(tx: Any, arrays: int, repeats: int) -> dict[str, float]:
-    """To trace and to compile, medians; on pairs of a matrix and a vector."""
-    params = {f"layer{i // 2:04}": {} for i in range(arrays)}
+    """Medians; on pairs of a matrix and a vector."""
+    params: dict[str, dict] = {f"layer{i // 2:04}": {} for i in range(arrays)}
     for i in range(arrays):
         shape = (8,) if i % 2 else (8, 8)
         params[f"layer{i // 2:04}"]["bias" if i % 2 else "kernel"] = jnp.zeros(shape)
@@ -51,40 +50,28 @@ def seconds(tx: Any, arrays: int, repeats: int) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = Path(__file__).parent / "results" / "compile_time.json"
+    out = Path(__file__).parent / "results" / "compile_time.json"
+    parser = Parser("benchmarks.costs.compile_time", __doc__, out)
     add = parser.add_argument
-    add("--arrays", nargs="+", type=int, default=[10, 100, 1000], help="how many")
-    add("--repeats", type=int, default=3, help="of each; default: 3")
-    add("--out", type=Path, default=default, help="JSON")
-    options = parser.parse_args(arguments)
-    if min(options.repeats, *options.arrays) < 1:
-        parser.error("every number must be positive")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
-    with tqdm(total=len(METHODS) * len(options.arrays), unit="cell") as bar:
-        for arrays in options.arrays:
-            for name, tx in METHODS.items():
-                bar.set_postfix_str(f"{name}, {arrays} arrays")
-                rows[name][str(arrays)] = seconds(tx, arrays, options.repeats)
-                bar.update()
-    content = {
-        **machine(jax, optax, bma),
-        "methods": rows,
-    }
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
-    heads = [f"{n:,} arrays" for n in options.arrays]
-    print(f"| seconds to trace + to compile | {' | '.join(heads)} | of AdaGrad |")
-    print("|--" * (len(heads) + 2) + "|")
-    first, last = next(iter(rows)), str(options.arrays[-1])
+    add("--arrays", nargs="+", type=positive, default=[10, 100, 1000], help="how many")
+    add("--repeats", type=positive, default=3, help="of each; default: 3")
+    options = parser.parse(arguments)
+    results = Results(options, {"repeats": options.repeats}, jax, optax, bma)
+    for arrays in tqdm(options.arrays, unit="size", disable=None):
+        for name, tx in METHODS.items():
+            results.cell(
+                lambda tx=tx, n=arrays: seconds(tx, n, options.repeats),
+                *("methods", name, arrays),
+            )
+    rows, last = results.content["methods"], str(options.arrays[-1])
+    least = next(iter(rows.values()))[last]["compile"]
+    lines = []
     for name, row in rows.items():
         cells = [f"{x['trace']:.2g} + {x['compile']:.2g}" for x in row.values()]
-        ratio = row[last]["compile"] / rows[first][last]["compile"]
-        print(f"| {name} | {' | '.join(cells)} | {ratio:.1f} |")
-    print(f"\n{content['device']}, {content['cores']} cores, JAX {jax.__version__}")
-    print(f"Wrote {options.out}")
+        lines.append([name, *cells, f"{row[last]['compile'] / least:.1f}"])
+    sizes = [f"{n:,} arrays" for n in options.arrays]
+    print(table(["seconds to trace + to compile", *sizes, "of AdaGrad"], lines))
+    results.finish()
 
 
 if __name__ == "__main__":

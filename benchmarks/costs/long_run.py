@@ -7,9 +7,7 @@ The same gradients, of one size throughout, for AdaGrad-BMA and Adam-BMA; relati
 differences of diag H, U, v and the inverse root, and when a sum stops growing.
 """
 
-import argparse
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,14 @@ import optax
 from tqdm import tqdm
 
 import bma_optax as bma
-from benchmarks.harness.results import machine
+from benchmarks.harness.results import Parser, Results, positive
+from benchmarks.harness.tables import table
 
 METHODS = {
     "AdaGrad-BMA": bma.scale_by_bma(bma.per_unit),
     "Adam-BMA": bma.scale_by_adam_bma(partition=bma.per_unit),
 }
+TYPES = "float32", "float64"
 CHECKS = 20  # Looks on the way.
 
 
@@ -41,7 +41,7 @@ def advance(states, key, name, count):
 
     def step(states, key):
         flat = jax.random.normal(key, (8,), "float32") + 0.5
-        new = {t: tx.update(tree(flat, t), states[t])[1] for t in states}
+        new = {t: tx.update(tree(flat, t), states[t])[1] for t in TYPES}
         return new, None
 
     return jax.lax.scan(step, states, jax.random.split(key, count))[0]
@@ -60,38 +60,39 @@ def drift(states: dict[str, Any]) -> dict[str, float]:
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = Path(__file__).parent / "results" / "long_run.json"
-    parser.add_argument("--steps", type=int, default=1_000_000)
-    parser.add_argument("--out", type=Path, default=default)
-    options = parser.parse_args()
+def drifts(name: str, steps: int) -> dict[int, dict[str, float]]:
+    """By the number of steps."""
+    states = {t: METHODS[name].init(tree(jnp.zeros(8), t)) for t in TYPES}
+    rows, count = {}, steps // CHECKS
+    for look in range(1, CHECKS + 1):
+        states = advance(states, jax.random.key(look), name, count)
+        rows[look * count] = drift(states)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    out = Path(__file__).parent / "results" / "long_run.json"
+    parser = Parser("benchmarks.costs.long_run", __doc__, out)
+    parser.add_argument("--steps", type=positive, default=1_000_000)
+    options = parser.parse(arguments)
     if options.steps < CHECKS:
         parser.error(f"--steps must be at least {CHECKS}")
-    jax.config.update("jax_enable_x64", True)
-    content = {**machine(jax, optax, bma), "steps": options.steps, "methods": {}}
-    print("| method | steps | diag H | U | v | inverse root |\n|--|--|--|--|--|--|")
-    with tqdm(total=len(METHODS) * CHECKS, unit="look", disable=None) as bar:
-        for name, tx in METHODS.items():
-            zeros = jnp.zeros(8)
-            states = {t: tx.init(tree(zeros, t)) for t in ("float32", "float64")}
-            rows = content["methods"][name] = {}
-            for look in range(1, CHECKS + 1):
-                count = options.steps // CHECKS
-                states = advance(states, jax.random.key(look), name, count)
-                rows[look * count] = drift(states)
-                bar.update()
-            last = drift(states)
-            cells = [last.get(k, last.get("nu")) for k in ("sum_of_squares", "U")]
-            cells += [last.get("v"), last["inverse_root"]]
+    lines = []
+    with jax.enable_x64(True):
+        results = Results(options, {"steps": options.steps}, jax, optax, bma)
+        for name in tqdm(METHODS, unit="method", disable=None):
+            found = results.cell(
+                lambda n=name: drifts(n, options.steps), "methods", name
+            )
+            steps, last = list(found.items())[-1]
+            h = last.get("sum_of_squares", last.get("nu"))
+            cells = [h, last.get("U"), last.get("v"), last["inverse_root"]]
             shown = ["" if x is None else f"{x:.1e}" for x in cells]
-            bar.write(f"| {name} | {look * count:,} | {' | '.join(shown)} |")
+            lines.append([name, f"{int(steps):,}", *shown])
+    print(table(["method", "steps", "diag H", "U", "v", "inverse root"], lines))
     still = 2 ** next(n for n in range(64) if np.float32(2**n) + 1 == np.float32(2**n))
     print(f"\nAfter {still:,} gradients of one size diag H in float32 stands still.")
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"Wrote {options.out}")
+    results.finish()
 
 
 if __name__ == "__main__":

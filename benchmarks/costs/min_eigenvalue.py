@@ -7,8 +7,9 @@ floor: the mean training loss over seeds at the best learning rate of an interio
 that rate, and the largest single entry of any update before the rate.
 """
 
-import argparse
+import functools
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from tqdm import tqdm
 
 import bma_optax as bma
 from benchmarks.harness import datasets
+from benchmarks.harness.results import Parser, Results, positive
+from benchmarks.harness.tables import table
+from benchmarks.harness.tuning import best_of
 
 FLOORS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
 RATES = np.float32(10.0) ** np.arange(-3.5, 0.6, 0.5, dtype=np.float32)
@@ -68,29 +72,42 @@ def make_training(rule, form, images, labels, steps):
     return jax.jit(jax.vmap(over_seeds, (None, 0, None)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    data = datasets.load("digits", None)
+def main(arguments: list[str] | None = None) -> None:
+    out = Path(__file__).parent / "results" / "min_eigenvalue.json"
+    parser = Parser("benchmarks.costs.min_eigenvalue", __doc__, out)
+    parser.add_argument("--steps", type=positive, default=400)
+    parser.add_argument("--seeds", type=positive, default=3)
+    options = parser.parse(arguments)
+    data = datasets.load("digits")
     images = jnp.asarray(data.train_images).reshape(len(data.train_images), -1)
     labels = jnp.asarray(data.train_labels)
-    print("| rule | form | min_eigenvalue | training loss | best rate | max update |")
-    print("|---|---|---|---|---|---|")
-    for rule, form in itertools.product(RULES, FORMS):
+    shared = {"steps": options.steps, "seeds": options.seeds}
+    results, lines = Results(options, shared, jax, optax, bma), []
+
+    def row(train, floor):
+        losses, largest = train(jnp.float32(floor), RATES, jnp.arange(options.seeds))
+        means = dict(enumerate(np.asarray(losses, float).mean(axis=1).tolist()))
+        best, on_edge = best_of(means)
+        return {
+            "loss": means[best],
+            "rate": RATES[best],
+            "on_edge_of_grid": on_edge,
+            "largest": np.asarray(largest[best]).max(),
+        }
+
+    for rule, form in tqdm(list(itertools.product(RULES, FORMS)), disable=None):
         train = make_training(rule, form, images, labels, options.steps)
-        for floor in tqdm(FLOORS, desc=f"{rule} {form}", leave=False):
-            losses, largest = train(
-                jnp.float32(floor), RATES, jnp.arange(options.seeds)
+        for floor in FLOORS:
+            keys = "rows", f"{rule} {form}", floor
+            found = results.cell(functools.partial(row, train, floor), *keys)
+            edge = " (edge of the grid)" if found["on_edge_of_grid"] else ""
+            loss, rate = f"{found['loss']:.4f}", f"{found['rate']:.2g}{edge}"
+            lines.append(
+                [rule, form, f"{floor:g}", loss, rate, f"{found['largest']:.1f}"]
             )
-            means = np.nan_to_num(np.asarray(losses).mean(axis=1), nan=np.inf)
-            best = int(means.argmin())
-            edge = " (edge of the grid)" if best in (0, len(RATES) - 1) else ""
-            print(
-                f"| {rule} | {form} | {floor:g} | {means[best]:.4f} | "
-                f"{RATES[best]:.2g}{edge} | {np.asarray(largest[best]).max():.1f} |"
-            )
+    columns = "rule, form, min_eigenvalue, training loss, best rate, max update"
+    print(table(columns.split(", "), lines))
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -9,23 +9,22 @@ updates take the place of the gradients. Blocks are arrays unless a row says oth
 A method that makes its root every k steps is timed over windows of k.
 """
 
-import argparse
-import json
+import functools
 import math
 import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import numpy as np
 import optax
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import bma_optax as bma
-from benchmarks.harness.results import machine
+from benchmarks.harness import tables
+from benchmarks.harness.results import Parser, Results, positive
+from benchmarks.harness.timing import clock, compiled, in_turns, summary
 
 NEVER = 10**6  # A root at few steps only: what the sums cost without it.
 Shapes = tuple[tuple[int, ...], ...]
@@ -36,11 +35,6 @@ class Method(NamedTuple):
     tx: Any
     window: int = 1  # Steps from one root to the next.
     slow: bool = False  # Left out where it takes minutes.
-
-
-def tiles_of_8(path, shape):
-    """8 x 8 of the last two axes."""
-    return (*(1 for _ in shape[:-2]), *(8 for _ in shape[-2:]))
 
 
 def with_biases(kernels: list[tuple[int, ...]]) -> Shapes:
@@ -67,14 +61,6 @@ METHODS = {
         "... `update_interval=10`", bma.scale_by_bma(update_interval=10), 10
     ),
     "symmetric": Method('... `form="symmetric"`', bma.scale_by_bma(form="symmetric")),
-    "per_unit": Method(
-        '`within("block", per_unit)`',
-        bma.scale_by_bma(bma.within("block", bma.per_unit)),
-    ),
-    "tiles": Method(
-        "tiles of 8 x 8, each alone",
-        bma.scale_by_bma(bma.within("block", bma.by_function(tiles_of_8))),
-    ),
     "adam_bma": Method("`scale_by_adam_bma()`", bma.scale_by_adam_bma()),
     "mini_bma": Method("`scale_by_mini_bma()`", bma.scale_by_mini_bma()),
 }
@@ -110,30 +96,27 @@ def mature(tx: Any, like: Any) -> Any:
     return state._replace(U=sums @ sums.T)
 
 
-def measure(name: str, steps: int, bar: tqdm) -> dict[str, Any]:
+def measure(name: str, steps: int) -> dict[str, Any]:
     """Seconds of a step of each method on one tree, and bytes."""
-    shapes = TREES[name]
+    shapes, methods = TREES[name], methods_of(name)
     like = {
         f"array{i:03}.{'kernel' if len(shape) > 1 else 'bias'}": jnp.zeros(shape)
         for i, shape in enumerate(shapes)
     }
-    d = optax.tree.size(like)
-    methods = methods_of(name)
-    compiled, states, compile_seconds, memory = {}, {}, {}, {}
+    programs, states, rows = {}, {}, {}
     for key, method in methods.items():
-        bar.set_postfix_str(f"{name}: compiling {method.label}")
-        states[key] = mature(method.tx, like)
-        start = time.perf_counter()
-        update = jax.jit(method.tx.update, donate_argnums=(0, 1))
-        compiled[key] = update.lower(like, states[key], like).compile()
-        compile_seconds[key] = time.perf_counter() - start
-        memory[key] = {
-            "state": sum(x.nbytes for x in jax.tree.leaves(states[key])),
-            "temporary": compiled[key].memory_analysis().temp_size_in_bytes,
+        state = states[key] = mature(method.tx, like)
+        programs[key], compile_seconds = compiled(
+            method.tx.update, like, state, like, donate_argnums=(0, 1)
+        )
+        rows[key] = {
+            "compile_seconds": compile_seconds,
+            "state": sum(x.nbytes for x in jax.tree.leaves(state)),
+            "temporary": programs[key].memory_analysis().temp_size_in_bytes,
         }
 
     @jax.jit
-    def gradient(key):
+    def drawn(key):
         keys = jax.random.split(key, len(like))
         # Signs cancel inside a block, but not all of them.
         return {
@@ -141,37 +124,22 @@ def measure(name: str, steps: int, bar: tqdm) -> dict[str, Any]:
             for (name, x), k in zip(like.items(), keys, strict=True)
         }
 
-    order = np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {key: [] for key in methods}
-    windows = [method.window for method in methods.values() if method.window < NEVER]
-    total = max(steps, *(2 * window for window in windows)) + 1
-    for i in range(total):
-        grads = jax.block_until_ready(gradient(jax.random.key(i)))
-        bar.set_postfix_str(f"{name}: step {i + 1} of {total}")
-        for key in order.permutation(list(methods)):
-            mine = jax.block_until_ready(jax.tree.map(jnp.copy, grads))
-            start = time.perf_counter()
-            updates, states[key] = compiled[key](mine, states[key], like)
-            jax.block_until_ready((updates, states[key]))
-            seconds[key].append(time.perf_counter() - start)
-            del updates
-    rows = {}
-    for key, method in methods.items():
-        window = 1 if method.window == NEVER else method.window
-        times = seconds[key][1:]  # The first warms up.
-        means = [
-            statistics.fmean(times[i : i + window])
-            for i in range(0, len(times) - window + 1, window)
-        ]
-        rows[key] = {
-            "seconds": statistics.median(means),
-            "range": [min(means), max(means)],
-            "compile_seconds": compile_seconds[key],
-            **memory[key],
-        }
-    bar.update()
+    gradient = functools.lru_cache(1)(lambda i: drawn(jax.random.key(i)))
+
+    def step(key: str, i: int) -> float:
+        mine = jax.block_until_ready(jax.tree.map(jnp.copy, gradient(i)))
+        (_, states[key]), seconds = clock(programs[key], mine, states[key], like)
+        return seconds
+
+    windows = {k: m.window if m.window < NEVER else 1 for k, m in methods.items()}
+    total = max(steps, *(2 * window for window in windows.values())) + 1
+    measures = {key: functools.partial(step, key) for key in methods}
+    for key, seconds in in_turns(measures, total).items():
+        times, window = seconds[1:], windows[key]  # The first warms up.
+        starts = range(0, len(times) - window + 1, window)
+        rows[key] |= summary([statistics.fmean(times[i : i + window]) for i in starts])
     return {
-        "parameters": d,
+        "parameters": optax.tree.size(like),
         "arrays": len(shapes),
         "steps": total - 1,
         # What it foretells of `scale_by_bma()`, beside the bytes measured.
@@ -185,55 +153,45 @@ def copy_bandwidth(size: int) -> float:
     negate = jax.jit(lambda x: -x, donate_argnums=0)
     x, times = jnp.ones(size), []
     for _ in range(12):
-        start = time.perf_counter()
-        x = jax.block_until_ready(negate(x))
-        times.append(time.perf_counter() - start)
+        x, seconds = clock(negate, x)
+        times.append(seconds)
     return 2 * x.nbytes / statistics.median(times[2:])
 
 
 def table(result: dict[str, Any], bandwidth: float) -> str:
     rows, d = result["methods"], result["parameters"]
-    lines = [
-        f"\n### {d:,} parameters in {result['arrays']} arrays, "
-        f"{result['steps']} steps\n",
-        "| method | milliseconds (range) | of AdaGrad | of Adam | state, temporary "
-        "(bytes / d) | s to compile |",
-        "|--|--|--|--|--|--|",
-    ]
+    lines = []
     for key, row in rows.items():
         low, high = (1e3 * x for x in row["range"])
-        cells = [
-            methods_of_label(key),
-            f"{1e3 * row['seconds']:.3g} ({low:.3g} to {high:.3g})",
-            f"{row['seconds'] / rows['adagrad']['seconds']:.2f}",
-            f"{row['seconds'] / rows['adam']['seconds']:.2f}",
-            f"{row['state'] / d:.2f}, {row['temporary'] / d:.2f}",
-            f"{row['compile_seconds']:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(
+            [
+                (METHODS | COUPLED)[key].label,
+                f"{1e3 * row['seconds']:.3g} ({low:.3g} to {high:.3g})",
+                f"{row['seconds'] / rows['adagrad']['seconds']:.2f}",
+                f"{row['seconds'] / rows['adam']['seconds']:.2f}",
+                f"{row['state'] / d:.2f}, {row['temporary'] / d:.2f}",
+                f"{row['compile_seconds']:.2f}",
+            ]
+        )
+    columns = ["method", "milliseconds (range)", "of AdaGrad", "of Adam"]
+    columns += ["state, temporary (bytes / d)", "s to compile"]
     least = 24 * d / rows["bma"]["seconds"]
-    lines.append(
+    return (
+        f"\n### {d:,} parameters in {result['arrays']} arrays, "
+        f"{result['steps']} steps\n\n{tables.table(columns, lines)}\n"
         f"\n`scale_by_bma()`: 24 bytes a parameter, the least for two passes, at "
-        f"{least / 1e9:.3g} GB/s; a pass in place runs at {bandwidth / 1e9:.3g} GB/s."
+        f"{least / 1e9:.3g} GB/s; a pass in place runs at {bandwidth / 1e9:.3g} GB/s.\n"
+        f"\n`bma.partition`: {result['partition']}."
     )
-    if "partition" in result:
-        lines.append(f"\n`bma.partition`: {result['partition']}.")
-    return "\n".join(lines)
-
-
-def methods_of_label(key: str) -> str:
-    return (METHODS | COUPLED)[key].label
 
 
 def draw(trees: dict[str, Any], path: Path) -> None:
     """Cost against d."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
     chosen = [result for name, result in trees.items() if name != "tiny"]
     chosen.sort(key=lambda result: result["parameters"])
-    for key in ("adam", "bma", "symmetric", "per_unit", "adam_bma", "mini_bma"):
+    for key in ("adam", "bma", "symmetric", "adam_bma", "mini_bma"):
         ratios = [
             r["methods"][key]["seconds"] / r["methods"]["adagrad"]["seconds"]
             for r in chosen
@@ -245,36 +203,24 @@ def draw(trees: dict[str, Any], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
-    plt.close(figure)
+    print(f"Wrote {path}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = Path(__file__).parent / "results" / "step_cost.json"
+    out = Path(__file__).parent / "results" / "step_cost.json"
+    parser = Parser("benchmarks.costs.step_cost", __doc__, out)
     add = parser.add_argument
     add("--trees", nargs="+", choices=TREES, default=list(TREES))
-    add("--steps", type=int, default=40, help="at least so many of each; default: 40")
-    add("--out", type=Path, default=default, help="JSON; the figure lies beside it")
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error("--steps must be positive")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    add("--steps", type=positive, default=40, help="at least so many; default: 40")
+    options = parser.parse(arguments)
     largest = max(sum(map(math.prod, TREES[name])) for name in options.trees)
-    content = {
-        **machine(jax, optax, bma),
-        "copy_bandwidth": copy_bandwidth(largest),
-        "trees": {},
-    }
-    with tqdm(total=len(options.trees), unit="tree") as bar:
-        for name in options.trees:
-            content["trees"][name] = measure(name, options.steps, bar)
-            options.out.write_text(json.dumps(content, indent=1) + "\n")
-            bar.write(table(content["trees"][name], content["copy_bandwidth"]))
-    print(f"\n{content['device']}, {content['cores']} cores, JAX {jax.__version__}")
-    draw(content["trees"], options.out.with_suffix(".png"))
-    print(f"Wrote {options.out} and its figure")
+    results = Results(options, {"steps": options.steps}, jax, optax, bma)
+    bandwidth = results.cell(lambda: copy_bandwidth(largest), "copy_bandwidth")
+    for name in tqdm(options.trees, unit="tree", disable=None):
+        found = results.cell(lambda n=name: measure(n, options.steps), "trees", name)
+        tqdm.write(table(found, bandwidth))
+    results.finish()
+    draw(results.content["trees"], options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

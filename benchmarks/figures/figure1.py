@@ -54,12 +54,11 @@ def gradients(images: jax.Array, labels: jax.Array) -> np.ndarray:
     return np.asarray(jax.lax.scan(step, (params, tx.init(params)), steps)[1])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "figure1.png"
-    )
-    options = parser.parse_args()
+    default = Path(__file__).parent / "results" / "figure1.png"
+    parser.add_argument("--out", type=Path, default=default)
+    options = parser.parse_args(arguments)
     data = datasets.load("digits")
     images = jnp.asarray(data.train_images).reshape(len(data.train_images), -1)
     g = gradients(images, jnp.asarray(data.train_labels))

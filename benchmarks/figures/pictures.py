@@ -1,4 +1,4 @@
-"""The pictures of figure2.py: losses, and what the matrix looks like."""
+"""The pictures of figure 2: losses, and what the matrix looks like."""
 
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ def draw(results: dict[str, Any], title: str, path: Path) -> None:
         spectrum(row[4], look)
         angles(row[5], look)
     figure.savefig(path, dpi=70, pil_kwargs={"optimize": True})
+    print(f"Wrote {path}")
 
 
 def losses(axes, result: dict[str, Any], seconds: bool) -> None:

@@ -13,9 +13,8 @@ does not suit.
 """
 
 import argparse
+import functools
 import itertools
-import json
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -25,103 +24,54 @@ import optax
 from tqdm import tqdm
 
 import bma_optax as bma
-from benchmarks.grids.hard_problems import (
-    deblur,
-    heat,
-    spline,
-    tomography,
-    total_variation,
-)
-from benchmarks.grids.methods import EXPERTS, METHODS
-from benchmarks.grids.pictures import draw
-from benchmarks.grids.problems import paint, photo, plasma, terrain
-from benchmarks.grids.study import Study
-from benchmarks.harness.results import machine
+from benchmarks.grids import hard_problems, pictures, problems
+from benchmarks.grids.methods import EXPERTS, METHODS, experts, find_goal, methods_of
+from benchmarks.harness.race import Race, report, summary
+from benchmarks.harness.results import Parser, Results, positive
 
 REAL = {
-    "terrain": terrain,
-    "photo": photo,
-    "plasma": plasma,
-    "total_variation": total_variation,
-    "deblur": deblur,
-    "tomography": tomography,
-    "spline": spline,
-    "heat": heat,
+    "terrain": problems.terrain,
+    "photo": problems.photo,
+    "plasma": problems.plasma,
+    "total_variation": hard_problems.total_variation,
+    "deblur": hard_problems.deblur,
+    "tomography": hard_problems.tomography,
+    "spline": hard_problems.spline,
+    "heat": hard_problems.heat,
 }
 
 
-def cell(row: dict[str, Any]) -> str:
-    """The median of the seconds with the extremes."""
-    seconds = row["seconds"]
-    if not seconds:
-        return ""
-    text = f"{statistics.median(seconds):.3g}"
-    if not row["reached"]:
-        return f"({text})"
-    return f"{text} ({min(seconds):.3g} to {max(seconds):.3g})"
-
-
-def table(name: str, result: dict[str, Any]) -> str:
-    lines = [
-        f"\n### {name}: {result['title']}, {result['parameters']} parameters\n",
-        "| method | settings | steps | seconds | seconds to compile |",
-        "|---|---|---|---|---|",
-    ]
-    for method, row in result["methods"].items():
-        settings = ", ".join(f"{k} {x:.2g}" for k, x in row["settings"].items())
-        steps = "" if row["steps"] is None else row["steps"]
-        if not row["reached"]:
-            gap = "diverged" if row["gap"] is None else f"gap {row['gap']:.1e}"
-            steps = f"not reached in {steps}: {gap}"
-        compiled = row["compile_seconds"]
-        compiled = "" if compiled is None else f"{compiled:.2g}"
-        cells = [row.get("label", method), settings, steps, cell(row), compiled]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def summary(title: str, results: dict[str, Any]) -> str:
-    """Median seconds of every method on every problem, and the steps."""
-    lines = [
-        f"\n## {title}: seconds (steps) to 1e-6 of the starting gap\n",
-        f"| method | {' | '.join(results)} |",
-        "|---" * (1 + len(results)) + "|",
-    ]
-    for method in (*METHODS, *EXPERTS):
-        cells = []
-        for result in results.values():
-            row = result["methods"].get(method)
-            if row is None:
-                text = "-"
-            elif not row["reached"]:
-                text = "not reached"
-            else:
-                steps = f" ({row['steps']})" if row["steps"] else ""
-                text = f"{statistics.median(row['seconds']):.3g}{steps}"
-            cells.append(text)
-        if set(cells) != {"-"}:
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def parse_options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     every = [*METHODS, *EXPERTS]
+    out = Path(__file__).parent / "results" / "grids.json"
+    parser = Parser("benchmarks.grids", __doc__, out)
     add = parser.add_argument
-    add("--sizes", type=int, nargs="*", default=[64, 256, 512])
-    add("--volume-sizes", type=int, nargs="*", default=[32, 64])
+    add("--sizes", type=positive, nargs="*", default=[64, 256, 512])
+    add("--volume-sizes", type=positive, nargs="*", default=[32, 64])
     add("--problems", nargs="*", choices=list(REAL), default=list(REAL))
     add("--methods", nargs="+", choices=every, default=every)
-    add("--repeats", type=int, default=3)
-    add("--max-steps", type=int, default=2000)
-    add("--output-dir", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args(arguments)
-    numbers = (options.repeats, options.max_steps)
-    if min(*numbers, *options.sizes, *options.volume_sizes) < 1:
-        parser.error("every number must be positive")
-    return options
+    add("--repeats", type=positive, default=3)
+    add("--max-steps", type=positive, default=2000)
+    return parser.parse(arguments)
+
+
+def study(
+    problem: problems.Problem, options: Any, starts: dict[str, tuple | None]
+) -> dict[str, Any]:
+    """All methods that suit a problem, but those without hope."""
+    methods = methods_of(problem, options.methods)
+    methods = {k: m for k, m in methods.items() if starts.get(k, ()) is not None}
+    race = Race(problem, methods, find_goal, options.max_steps, starts)
+    result = race.run(
+        options.repeats, functools.partial(experts, chosen=options.methods)
+    )
+    if problem.name in REAL:
+        pictures.add_curves(race)
+    return result | {
+        "title": problem.title,
+        "partition": repr(problem.partition),
+        "update_interval": problem.update_interval,
+    }
 
 
 def scaled(results: dict[str, Any], factor: float) -> dict[str, tuple | None]:
@@ -137,41 +87,41 @@ def scaled(results: dict[str, Any], factor: float) -> dict[str, tuple | None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse_options(arguments)
+    options = parse(arguments)
     jax.config.update("jax_enable_x64", True)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    synthetic, real, studies = {}, {}, {}
+    shared = {"repeats": options.repeats, "max_steps": options.max_steps}
+    results = Results(options, shared, jax, optax, np, bma)
     total = len(options.sizes) + len(options.volume_sizes) + len(options.problems)
-    with tqdm(total=total * len(METHODS), unit="method", disable=None) as bar:
+    with tqdm(total=total, unit="problem", disable=None) as bar:
+
+        def one(problem, starts):
+            bar.set_description(problem.name)
+            key = "problems", problem.name
+            found = results.cell(lambda: study(problem, options, starts), *key)
+            bar.write(report(problem.name, found))
+            bar.update()
+            return found
+
         for sizes, dimensions in ((options.sizes, 2), (options.volume_sizes, 3)):
-            starts = {}
+            starts: dict[str, tuple | None] = {}
             for size, following in itertools.zip_longest(sizes, sizes[1:]):
-                problem = paint(size, dimensions)
-                bar.set_description(problem.name)
-                result = Study(problem, options, starts).run(bar)
-                synthetic[problem.name] = result
-                bar.write(table(problem.name, result))
+                found = one(problems.paint(size, dimensions), starts)
                 if following:
-                    starts |= scaled(result, following / size)
+                    starts |= scaled(found, following / size)
         for name in options.problems:
-            bar.set_description(name)
-            studies[name] = Study(REAL[name](), options, {})
-            real[name] = studies[name].run(bar)
-            bar.write(table(name, real[name]))
-    for title, results in (("Scaling", synthetic), ("Real data", real)):
-        if results:
-            print(summary(title, results))
-    content = {
-        "options": {"repeats": options.repeats, "max_steps": options.max_steps},
-        **machine(jax, optax, np, bma),
-        "problems": synthetic | real,
-    }
-    path = options.output_dir / "grids.json"
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    print(f"\nWrote {path}")
-    if studies:
-        draw(studies, path.with_suffix(".png"))
-        print(f"Wrote {path.with_suffix('.png')}")
+            one(REAL[name](), {})
+    found = results.content["problems"]
+    for title, names in (
+        ("Scaling", [name for name in found if name not in REAL]),
+        ("Real data", [name for name in found if name in REAL]),
+    ):
+        if names:
+            print(summary(title, {name: found[name] for name in names}))
+    results.finish()
+    shown = {name: found[name] for name in REAL if name in found}
+    if shown:
+        made = [REAL[name]() for name in shown]
+        pictures.draw(made, shown, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

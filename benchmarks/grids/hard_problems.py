@@ -1,4 +1,4 @@
-"""Problems of inverse_problems.py that Newton-BMA, or any iteration, does not suit."""
+"""Problems of this study that Newton-BMA, or any iteration, does not suit."""
 
 import jax
 import jax.numpy as jnp
@@ -49,17 +49,9 @@ def total_variation(n: int = 128, weight: float = 0.1, width: float = 0.01) -> P
         from_left = jnp.pad(bb[:, :-1], ((0, 0), (1, 0)))
         return data[0] + weight * (aa + bb + 2 * ab + from_above + from_left)
 
-    return Problem(
-        "total_variation",
-        f"total variation, {n} x {n}, half of the pixels seen",
-        make,
-        loss,
-        diagonal,
-        bma.per_tile((4, 4)),
-        update_interval=5,
-        quadratic=False,
-        picture=np.asarray,
-    )
+    name, title = "total_variation", f"total variation, {n} x {n}, half seen"
+    rule = bma.per_tile((4, 4), reach=1)
+    return Problem(name, title, make, loss, diagonal, rule, 5, quadratic=False)
 
 
 def deblur(n: int = 128, sigma: float = 2.0, weight: float = 1e-3) -> Problem:
@@ -93,17 +85,9 @@ def deblur(n: int = 128, sigma: float = 2.0, weight: float = 1e-3) -> Problem:
         gain = (blur / (blur**2 + smoothness))[:, :half]
         return lambda: np.fft.irfft2(np.fft.rfft2(y) * gain, (n, n))
 
-    return Problem(
-        "deblur",
-        f"deblurring, {n} x {n}",
-        make,
-        loss,
-        diagonal,
-        bma.per_tile((n // 8, n // 8)),
-        direct=direct,
-        direct_label="FFT",
-        picture=np.asarray,
-    )
+    title, rule = f"deblurring, {n} x {n}", bma.per_tile((n // 8, n // 8))
+    more = {"direct": direct, "direct_label": "FFT"}
+    return Problem("deblur", title, make, loss, diagonal, rule, **more)
 
 
 def tomography(n: int = 48, rays: int = 1000, weight: float = 0.1) -> Problem:
@@ -138,16 +122,9 @@ def tomography(n: int = 48, rays: int = 1000, weight: float = 0.1) -> Problem:
         b = A.T @ y
         return lambda: scipy.linalg.cho_solve(scipy.linalg.cho_factor(G), b)
 
-    return Problem(
-        "tomography",
-        f"tomography, {n} x {n} from {rays} rays",
-        make,
-        loss,
-        diagonal,
-        bma.per_tile((4, 4)),
-        direct=direct,
-        direct_label="dense Cholesky",
-    )
+    title, rule = f"tomography, {n} x {n} from {rays} rays", bma.per_tile((4, 4))
+    more = {"direct": direct, "direct_label": "dense Cholesky", "picture": None}
+    return Problem("tomography", title, make, loss, diagonal, rule, **more)
 
 
 def heat(n: int = 32, experiments: int = 4, steps: int = 60) -> Problem:
@@ -186,17 +163,12 @@ def heat(n: int = 32, experiments: int = 4, steps: int = 60) -> Problem:
         error = mask * (temperatures(u, hot) - y) / noise
         return jnp.sum(error**2) / 2 + weight / noise * dirichlet(u, 2)
 
-    return Problem(
-        "heat",
-        f"conductivity of a plate, {n} x {n}, through the heat equation",
-        make,
-        loss,
-        lambda u, data: weight / noise * laplacian_diagonal(u.shape),
-        bma.per_tile((4, 4)),
-        update_interval=10,
-        quadratic=False,
-        picture=np.asarray,
-    )
+    def diagonal(u, data):
+        return weight / noise * laplacian_diagonal(u.shape)
+
+    title = f"conductivity of a plate, {n} x {n}, through the heat equation"
+    rule = bma.per_tile((4, 4))
+    return Problem("heat", title, make, loss, diagonal, rule, 10, quadratic=False)
 
 
 def spline(n: int = 4096, weight: float = 1e4) -> Problem:
@@ -224,14 +196,10 @@ def spline(n: int = 4096, weight: float = 1e4) -> Problem:
         bands[0] += mask
         return lambda: scipy.linalg.solveh_banded(bands, mask * y, lower=True)
 
-    return Problem(
-        "spline",
-        f"smoothing spline, {n} points, a quarter seen",
-        make,
-        loss,
-        lambda u, data: prior.diagonal() + data[0],
-        bma.per_tile((4,), reach=2),
-        direct=direct,
-        direct_label="banded Cholesky",
-        picture=np.asarray,
-    )
+    def diagonal(u, data):
+        return prior.diagonal() + data[0]
+
+    title = f"smoothing spline, {n} points, a quarter seen"
+    rule = bma.per_tile((4,), reach=2)
+    more = {"direct": direct, "direct_label": "banded Cholesky"}
+    return Problem("spline", title, make, loss, diagonal, rule, **more)

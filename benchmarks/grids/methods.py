@@ -1,7 +1,5 @@
-"""The methods of inverse_problems.py: Newton-BMA, Optax's, and experts' tools."""
+"""The methods of this study: Newton-BMA, Optax's, and experts' tools."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,54 +10,21 @@ import scipy.sparse
 
 import bma_optax as bma
 from benchmarks.grids.problems import Problem
+from benchmarks.harness.race import TOLERANCE, Race
+from benchmarks.harness.solver import (
+    CG,
+    Carry,
+    Method,
+    Solver,
+    from_optax,
+    truncated_newton,
+)
+from benchmarks.harness.timing import clock
 
 try:
     import pyamg
 except ImportError:  # It has no part in what is measured here but its own row.
     pyamg = None
-
-
-class Carry(NamedTuple):
-    params: jax.Array
-    state: Any
-    value: jax.Array  # The loss before the last step: it comes with its gradient.
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """`make`: a problem, data and the tuned settings -> (init, step) on a Carry."""
-
-    make: Callable[..., tuple[Callable, Callable]]
-    tuned: tuple[str, ...] = ()
-    start: tuple[float, ...] = ()  # Where tuning starts.
-    strides: tuple[int, ...] = (4, 2, 1)  # Of its grid, in powers of the root of 2.
-    quadratic: bool | None = None  # Only for such problems; None: for all.
-    needs_loss: bool = False  # At every step, with or without a look at the target.
-
-
-def from_optax(make_tx: Callable[..., optax.GradientTransformation]):
-    def make(problem: Problem, data, *settings):
-        tx = optax.with_extra_args_support(make_tx(problem, *settings))
-
-        def init(params):
-            return Carry(params, tx.init(params), jnp.array(jnp.inf))
-
-        def step(carry):
-            params, state, _ = carry
-            evaluate, kept = jax.value_and_grad(problem.loss), {}
-            if optax.tree.get(state, "grad") is not None:
-                evaluate = optax.value_and_grad_from_state(problem.loss)
-                kept = {"state": state}
-            value, grads = evaluate(params, data, **kept)
-            more = {"value": value, "grad": grads, "data": data}
-            updates, state = tx.update(
-                grads, state, params, value_fn=problem.loss, **more
-            )
-            return Carry(optax.apply_updates(params, updates), state, value)
-
-        return init, step
-
-    return make
 
 
 def settings_of(problem: Problem) -> dict[str, Any]:
@@ -82,74 +47,38 @@ def product_at(problem: Problem, params, data):
     return jax.linearize(gradient, params)[1]
 
 
-def cg_start(x, inverse, r):
-    z = inverse * r
-    return x, r, z, jnp.vdot(r, z)
-
-
-def cg_step(product, inverse, carry):
-    """One step for G x = b, the decrease of the quadratic, and whether G bent up."""
-    x, r, p, rho = carry
-    curved = product(p)
-    bend = jnp.vdot(p, curved)
-    a = rho / bend
-    r = r - a * curved
-    z = inverse * r
-    new = jnp.vdot(r, z)
-    return (x + a * p, r, z + new / rho * p, new), a * rho / 2, bend > 0
-
-
 def conjugate_gradients(problem: Problem, data):
     def init(params):
         value, g = jax.value_and_grad(problem.loss)(params, data)
         inverse = 1 / problem.diagonal(params, data)
-        state = cg_start(params, inverse, -g)[1:], value, inverse
+        state = CG.start(-g, inverse)._replace(x=params), value, inverse
         return Carry(params, state, jnp.array(jnp.inf))
 
     def step(carry):
-        inner, value, inverse = carry.state
+        cg, value, inverse = carry.state
         product = product_at(problem, jnp.zeros_like(carry.params), data)
-        moved, decrease, _ = cg_step(product, inverse, (carry.params, *inner))
-        return Carry(moved[0], (moved[1:], value - decrease, inverse), value)
+        cg, decrease, _ = cg.step(product, inverse)
+        return Carry(cg.x, (cg, value - decrease, inverse), value)
 
     return init, step
 
 
-def newton_cg(problem: Problem, data, limit: int = 1000):
-    """Truncated, preconditioned by the diagonal, with Armijo's rule."""
+class Count(NamedTuple):
+    products: jax.Array
 
+
+def newton_cg(problem: Problem, data):
     def step(carry):
         params = carry.params
         value, g = jax.value_and_grad(problem.loss)(params, data)
         product = product_at(problem, params, data)
         inverse = 1 / jnp.abs(problem.diagonal(params, data))
-        size = jnp.linalg.norm(g)
-        tolerance = jnp.minimum(0.5, jnp.sqrt(size)) * size
+        params, count = truncated_newton(
+            lambda u: problem.loss(u, data), params, value, g, product, inverse, 1000
+        )
+        return Carry(params, Count(carry.state.products + count), value)
 
-        def unfinished(loop):
-            inner, count, positive = loop
-            small = jnp.linalg.norm(inner[1]) <= tolerance
-            return ~small & (count < limit) & positive
-
-        def iterate(loop):
-            inner, count, _ = loop
-            new, _, positive = cg_step(product, inverse, inner)
-            kept = jax.tree.map(lambda x, y: jnp.where(positive, x, y), new, inner)
-            return kept, count + 1, positive
-
-        loop = cg_start(jnp.zeros_like(g), inverse, -g), 0, jnp.array(True)
-        (direction, *_), count, _ = jax.lax.while_loop(unfinished, iterate, loop)
-        direction = jnp.where(jnp.any(direction != 0), direction, -inverse * g)
-        slope = 1e-4 * jnp.vdot(g, direction)
-
-        def too_long(t):
-            new = problem.loss(params + t * direction, data)
-            return ~(new <= value + t * slope) & (t > 1e-9)
-
-        t = jax.lax.while_loop(too_long, lambda t: t / 2, jnp.ones_like(value))
-        return Carry(params + t * direction, carry.state + count, value)
-
-    return lambda params: Carry(params, 0, jnp.array(jnp.inf)), step
+    return lambda params: Carry(params, Count(jnp.int32(0)), jnp.array(jnp.inf)), step
 
 
 METHODS = {
@@ -176,13 +105,63 @@ METHODS = {
 EXPERTS = ("pyamg", "direct")
 
 
-def methods_of(problem: Problem, chosen: list[str]) -> list[str]:
+def methods_of(problem: Problem, chosen: list[str]) -> dict[str, Method]:
     """Those of the chosen methods that have something to do with a problem."""
-    return [
-        name
+    return {
+        name: method
         for name, method in METHODS.items()
         if name in chosen and method.quadratic in (None, problem.quadratic)
-    ]
+    }
+
+
+def find_goal(race: Race, instance) -> dict[str, float]:
+    """f* directly, or by conjugate gradients until the loss stays."""
+    problem, (params, data) = race.problem, instance
+    start = float(problem.loss(params, data))
+    if problem.direct is not None:
+        best = loss_of(problem, problem.direct(data)(), instance)
+    else:
+        name = "cg" if problem.quadratic else "newton_cg"
+        solver = Solver(problem, METHODS[name], instance)
+        best, gained = start, True
+        while gained:
+            found = solver.search((), (params, data), -np.inf, 50)
+            gained = found.loss < best - 1e-12 * (start - best)
+            best, params = min(best, found.loss), found.params
+    target = best + TOLERANCE * (start - best)
+    return {"start": start, "optimum": best, "target": target}
+
+
+def loss_of(problem: Problem, solution, instance) -> float:
+    start, data = instance
+    return float(problem.loss(jnp.asarray(solution).reshape(start.shape), data))
+
+
+def experts(race: Race, chosen: list[str]) -> dict[str, tuple[dict, Any]]:
+    """What each expert's tool does: a row, and a function that returns its seconds."""
+    problem, instance = race.problem, race.instance
+    data, found = jax.tree.map(np.asarray, instance[1]), {}
+
+    def row(steps, loss, label, reached=True):
+        made = {"settings": {}, "steps": steps, "loss": loss, "reached": reached}
+        return made | {"seconds": [], "compile_seconds": None, "label": label}
+
+    if "direct" in chosen and problem.direct is not None:
+        solve = problem.direct(data)
+        made = row(None, loss_of(problem, solve(), instance), problem.direct_label)
+        found["direct"] = made, lambda _: clock(solve)[1]
+    if "pyamg" in chosen and problem.matrix is not None:
+        if pyamg is None:
+            missing = row(0, np.nan, "pyamg not installed", reached=False)
+            return found | {"pyamg": (missing, None)}
+        set_up, solve_by = algebraic_multigrid(problem, data)
+        levels, steps, loss = set_up(), 0, np.inf
+        while loss > race.goal["target"] and steps < 50:
+            steps += 1
+            loss = loss_of(problem, solve_by(levels, steps), instance)
+        made = row(steps, loss, "pyamg", loss <= race.goal["target"])
+        found["pyamg"] = made, lambda _: clock(lambda: solve_by(set_up(), steps))[1]
+    return found
 
 
 def algebraic_multigrid(problem: Problem, data):

@@ -1,4 +1,4 @@
-"""The problems of inverse_problems.py: parameters on a grid, most with neighbours."""
+"""The problems of this study: parameters on a grid, most with neighbours."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Problem:
     # Data -> what is timed; assembling the system is not.
     direct: Callable[[Any], Callable[[], np.ndarray]] | None = None
     direct_label: str = "sparse LU"
-    picture: Callable[[Any], np.ndarray] | None = None  # An image from parameters.
+    picture: Callable[[Any], np.ndarray] | None = np.asarray  # From parameters.
 
 
 def dirichlet(u: jax.Array, axes: int) -> jax.Array:
@@ -63,16 +63,9 @@ def sparse_lu(matrix, rhs: np.ndarray) -> Callable[[], np.ndarray]:
     """One factorisation for all right hand sides, in the order for symmetric ones."""
     csc = scipy.sparse.csc_matrix(matrix)
 
-    def solve() -> np.ndarray:
-        factor = scipy.sparse.linalg.splu(
-            csc,
-            permc_spec="MMD_AT_PLUS_A",
-            diag_pivot_thresh=0.0,
-            options={"SymmetricMode": True},
-        )
-        return factor.solve(rhs)
-
-    return solve
+    order = {"permc_spec": "MMD_AT_PLUS_A", "options": {"SymmetricMode": True}}
+    splu = scipy.sparse.linalg.splu
+    return lambda: splu(csc, diag_pivot_thresh=0.0, **order).solve(rhs)
 
 
 def seen_pixels(shape, count: int, rng) -> np.ndarray:
@@ -143,7 +136,7 @@ def terrain(shape=(344, 403)) -> Problem:
 
     title = f"gridding {shape[0]} x {shape[1]} elevations, 2 % seen"
     rule = bma.per_tile((4, 4), reach=1)
-    return inpainting("terrain", title, make, rule, picture=np.asarray)
+    return inpainting("terrain", title, make, rule)
 
 
 def photograph(seed: int, stride: int) -> np.ndarray:
@@ -167,13 +160,10 @@ def photo(stride: int = 2) -> Problem:
         mask = seen_pixels(image.shape[:2], image[..., 0].size // 20, rng)
         return np.zeros(image.shape), (mask, mask[..., None] * image)
 
-    return inpainting(
-        "photo",
-        f"a photograph from 5 % of its pixels, {427 // stride} x {640 // stride} x 3",
-        make,
-        bma.per_tile((4, 4, 1), reach=(1, 1, 0)),
-        picture=lambda u: np.clip((np.asarray(u) + 1) / 2, 0, 1),
-    )
+    title = f"5 % of a photograph's pixels, {427 // stride} x {640 // stride} x 3"
+    rule = bma.per_tile((4, 4, 1), reach=(1, 1, 0))
+    shown = {"picture": lambda u: np.clip((np.asarray(u) + 1) / 2, 0, 1)}
+    return inpainting("photo", title, make, rule, **shown)
 
 
 def plasma(n: int = 128) -> Problem:
@@ -191,14 +181,6 @@ def plasma(n: int = 128) -> Problem:
     def diagonal(u, data):
         return laplacian_diagonal(u.shape) + area * jnp.cosh(u)
 
-    return Problem(
-        "plasma",
-        f"Poisson-Boltzmann equation, {n} x {n}",
-        make,
-        loss,
-        diagonal,
-        bma.per_tile((4, 4), reach=1),
-        update_interval=5,
-        quadratic=False,
-        picture=np.asarray,
-    )
+    title = f"Poisson-Boltzmann equation, {n} x {n}"
+    rule = bma.per_tile((4, 4), reach=1)
+    return Problem("plasma", title, make, loss, diagonal, rule, 5, quadratic=False)

@@ -1,4 +1,4 @@
-"""The methods of networks.py: what they are called, and how they are tuned."""
+"""The methods of this study: what they are called, and how they are tuned."""
 
 import functools
 import itertools
@@ -15,12 +15,7 @@ from benchmarks.networks.peers import (
     scale_by_soap,
     with_random_directions,
 )
-from benchmarks.networks.shrinkage import scale_by_shrunk_adam_bma
 from benchmarks.networks.tasks import EMBEDDINGS
-from benchmarks.networks.variants import (
-    scale_by_mini_bma_of,
-    scale_by_two_sided_mini_bma,
-)
 
 
 def unit_tile(path, shape):
@@ -136,12 +131,6 @@ METHODS = {
         B2,
         factorizes=True,
     ),
-    "adam_bma_noise": Method(
-        "Adam-BMA, correlations less their noise",
-        lambda b2: scale_by_shrunk_adam_bma(b2=b2),
-        B2,
-        factorizes=True,
-    ),
     "adam_shrunk": Method(
         "Adam, block means of the update times c",
         lambda c, b2: optax.chain(adam(b2), bma.scale_block_mean(c, UNITS)),
@@ -168,13 +157,5 @@ METHODS = {
         "mini-BMA, learned direction times c",
         lambda c: mini_bma(factor=c),
         {"c": (0.0, 0.1, 0.3)},
-    ),
-    "mini_bma_4": Method(
-        "mini-BMA, 4 learned directions", lambda: scale_by_mini_bma_of(4, UNITS)
-    ),
-    "mini_bma_two_sided": Method(
-        "mini-BMA, a learned direction of inputs and one of units",
-        lambda whiten: scale_by_two_sided_mini_bma(UNITS, whiten),
-        {"whiten": (0.0, 1.0)},
     ),
 }

@@ -1,7 +1,6 @@
-"""How networks.py measures: tuning on another seed, fresh seeds, timings in turns."""
+"""How this study measures: tuning on another seed, fresh seeds, timings in turns."""
 
 import math
-import statistics
 import time
 from typing import Any
 
@@ -10,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.harness.timing import clock, compiled, in_turns, summary
+from benchmarks.harness.tuning import grow
 from benchmarks.networks.methods import Method
 from benchmarks.networks.tasks import Task
 
 RATES = 6  # Neighbouring powers of 2 that one call tries.
-CALLS = 6  # At most so many extensions of a grid.
 POINTS = 40  # Of a curve.
 
 
@@ -91,38 +91,14 @@ def final(losses: np.ndarray) -> np.ndarray:
 
 
 def tune(trainer: Trainer, seed: int) -> dict[str, Any]:
-    """The best settings and rate: grids grow until the best rate has neighbours."""
-    method = trainer.method
-    variants = method.variants()
-    grids: list[dict[int, float]] = [{} for _ in variants]
+    """The best settings and rate, of grids that grow until the best rate is inside."""
+    variants = trainer.method.variants()
 
-    def evaluate(i: int, least: int) -> None:
-        powers = range(least, least + RATES)
-        rates = [2.0**k for k in powers]
+    def evaluate(i: int, rates: list[float]) -> list[float]:
         losses, _ = trainer([seed] * RATES, rates, variants[i])
-        grids[i].update(zip(powers, final(losses).tolist(), strict=True))
+        return final(losses).tolist()
 
-    for i in range(len(variants)):
-        evaluate(i, method.start - RATES // 2)
-    for _ in range(CALLS):
-        i = min(range(len(grids)), key=lambda i: min(grids[i].values()))
-        best = min(grids[i], key=grids[i].get)
-        low, high = min(grids[i]), max(grids[i])
-        if low < best < high:
-            break
-        # If all diverge, `best` is the least rate, and less is the way to go.
-        evaluate(i, low - RATES if best == low else high + 1)
-    i = min(range(len(grids)), key=lambda i: min(grids[i].values()))
-    best = min(grids[i], key=grids[i].get)
-    return {
-        "settings": variants[i],
-        "rate": 2.0**best,
-        "interior": min(grids[i]) < best < max(grids[i]),
-        "grids": [
-            {"settings": v, "losses": {str(2.0**k): g[k] for k in sorted(g)}}
-            for v, g in zip(variants, grids, strict=True)
-        ],
-    }
+    return grow(evaluate, variants, trainer.method.start, RATES)
 
 
 def study(task: Task, method: Method, seeds: list[int], adam: dict | None) -> dict:
@@ -138,7 +114,7 @@ def study(task: Task, method: Method, seeds: list[int], adam: dict | None) -> di
         losses, test = trainer(padded, [tuned["rate"]] * RATES, tuned["settings"])
         results.append((losses[: len(part)], test[: len(part)]))
     losses, test = (np.concatenate(x) for x in zip(*results, strict=True))
-    targets = final(losses) if adam is None else np.array(adam["train_loss"])
+    targets = final(losses) if adam is None else np.array(adam["train_loss"], float)
     points = np.array_split(np.arange(task.steps), min(POINTS, task.steps))
     return {
         "tuning": tuned,
@@ -163,62 +139,43 @@ def steps_to(losses: np.ndarray, targets: np.ndarray) -> list[int | None]:
     return [int(row.argmax()) + width if row.any() else None for row in there]
 
 
-class Stopwatch:
-    """One run's steps, compiled alone, with the state given away as in training."""
+def timings(task: Task, methods: dict[str, tuple[Any, float]], repeats: int):
+    """Seconds a step of each (transformation, rate), all in turns, and bytes of state.
 
-    def __init__(self, task: Task, tx, rate: float, steps: int) -> None:
-        train = jax.tree.map(jnp.asarray, task.train)
-        params = task.init(jax.random.key(1))
-        self.carry = params, tx.init(params)
-        # Constants that are shared cannot be given away twice.
-        self.carry = jax.tree.map(jnp.array, self.carry)
-        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.carry[1]))
-        self.params_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
-        self.batches = jnp.asarray(task.batches(1)[:steps])
+    One run's steps, compiled alone, with the state given away as in training. Beside
+    them, as "gradient", a step of SGD: what no method can do without.
+    """
+    methods = {"gradient": (optax.identity(), 1e-3)} | methods
+    train = jax.tree.map(jnp.asarray, task.train)
+    batches = jnp.asarray(task.batches(1)[: min(50, task.steps)])
+    params = task.init(jax.random.key(1))
+    carries, programs, rows = {}, {}, {}
+    for name, (tx, rate) in methods.items():
 
-        def run(carry, data, batches):
+        def run(carry, data, batches, tx=tx, rate=rate):
             def step(carry, rows):
                 return one_step(task, tx, rate, carry, data, rows)
 
             return jax.lax.scan(step, carry, batches)[0]
 
-        start = time.perf_counter()
-        lowered = jax.jit(run, donate_argnums=0).lower(self.carry, train, self.batches)
-        self.compiled = lowered.compile()
-        self.compile_seconds = time.perf_counter() - start
-        self.train, self.seconds = train, []
-        self()  # Once to warm up; it counts for nothing.
-        self.seconds.clear()
-
-    def __call__(self) -> None:
-        start = time.perf_counter()
-        self.carry = self.compiled(self.carry, self.train, self.batches)
-        jax.block_until_ready(self.carry)
-        seconds = time.perf_counter() - start
-        self.seconds.append(seconds / len(self.batches))
-
-
-def timings(task: Task, methods: dict[str, tuple[Any, float]], repeats: int, bar):
-    """Seconds a step of each (transformation, rate), all in turns, and bytes of state.
-
-    Beside them, as "gradient", a step of SGD: what no method can do without.
-    """
-    steps = min(50, task.steps)
-    methods = {"gradient": (optax.identity(), 1e-3)} | methods
-    watches = {}
-    for name, (tx, rate) in methods.items():
-        bar.set_postfix_str(f"{name}, to be timed")
-        watches[name] = Stopwatch(task, tx, rate, steps)
-        bar.update()
-    for _ in range(repeats):
-        for watch in watches.values():
-            watch()
-    return {
-        name: {
-            "seconds_per_step": statistics.median(watch.seconds),
-            "range": [min(watch.seconds), max(watch.seconds)],
-            "compile_seconds": watch.compile_seconds,
-            "state_over_params": watch.state_bytes / watch.params_bytes,
+        # Constants that are shared cannot be given away twice.
+        carry = carries[name] = jax.tree.map(jnp.array, (params, tx.init(params)))
+        programs[name], compile_seconds = compiled(
+            run, carry, train, batches, donate_argnums=0
+        )
+        sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in carry]
+        rows[name] = {
+            "compile_seconds": compile_seconds,
+            "state_over_params": sizes[1] / sizes[0],
         }
-        for name, watch in watches.items()
-    }
+
+    def measure(name: str) -> float:
+        carries[name], seconds = clock(programs[name], carries[name], train, batches)
+        return seconds / len(batches)
+
+    measures = {name: lambda _, name=name: measure(name) for name in methods}
+    for name, seconds in in_turns(measures, 1 + repeats).items():
+        found = summary(seconds[1:])  # The first warms up.
+        rows[name]["seconds_per_step"] = found["seconds"]
+        rows[name]["range"] = found["range"]
+    return rows

@@ -1,4 +1,4 @@
-"""The nets of networks.py and what they learn: digits, or MNIST and CIFAR-10, or text.
+"""The nets of this study and what they learn: digits, or MNIST and CIFAR-10, or text.
 
 Plain functions on nested dictionaries of Flax's layout: kernels are (inputs, outputs),
 those of convolutions (3, 3, inputs, outputs), embeddings (symbols, features).
@@ -26,7 +26,6 @@ Arrays = tuple[np.ndarray, ...]
 class Task(NamedTuple):
     """`forward`: params, examples -> the loss, and the input of each array by name."""
 
-    title: str
     init: Callable[[jax.Array], Any]
     forward: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
     train: Arrays  # Examples are rows of every array.
@@ -52,13 +51,10 @@ def kernel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def dense_init(key: jax.Array, widths: tuple[int, ...], norm=False) -> dict[str, Any]:
     pairs = zip(widths[:-1], widths[1:], strict=True)
-    params = {
-        f"dense{i}": {
-            "kernel": kernel(jax.random.fold_in(key, i), shape),
-            "bias": jnp.zeros(shape[-1]),
-        }
-        for i, shape in enumerate(pairs)
-    }
+    params = {}
+    for i, shape in enumerate(pairs):
+        weights = kernel(jax.random.fold_in(key, i), shape)
+        params[f"dense{i}"] = {"kernel": weights, "bias": jnp.zeros(shape[-1])}
     if norm:  # But for the output.
         norms = enumerate(widths[1:-1])
         params |= {f"norm{i}": norm_init(width) for i, width in norms}
@@ -271,11 +267,9 @@ def make(name: str, data_dir: Path | None, small: bool, times: int = 1) -> Task:
     sizes = SMALL if small else FILES if data_dir else Sizes()
 
     def task(init, forward, train, test, kind):
-        steps = sizes.steps[kind] * times
-        title = name if times == 1 else f"{name}, {times} times the steps"
         # A window of text is many examples.
         examples = sizes.batch_size // 2 if kind == "text" else sizes.batch_size
-        return Task(title, init, forward, train, test, steps, examples)
+        return Task(init, forward, train, test, sizes.steps[kind] * times, examples)
 
     kind, norm = name.removesuffix("_norm"), name.endswith("_norm")
     if kind.startswith("transformer"):
@@ -288,24 +282,18 @@ def make(name: str, data_dir: Path | None, small: bool, times: int = 1) -> Task:
     if data_dir:
         source = "cifar10" if kind == "conv" else "mnist"
     scaling, activation = MLPS.get(kind, ("global", None))
-    if kind == "autoencoder":
-        scaling = "raw"
-    data = images(source, scaling, data_dir)
-    train, test = (
-        [data.train_images, data.train_labels],
-        [data.test_images, data.test_labels],
+    x, labels, test_x, test_labels = images(
+        source, "raw" if kind == "autoencoder" else scaling, data_dir
     )
     if kind == "conv":
-        init = functools.partial(conv_init, train[0].shape[1:], sizes.channels, norm)
-        return task(init, conv_forward, tuple(train), tuple(test), "conv")
-    for part in (train, test):
-        part[0] = part[0].reshape(len(part[0]), -1)
-    pixels = train[0].shape[1]
+        init = functools.partial(conv_init, x.shape[1:], sizes.channels, norm)
+        return task(init, conv_forward, (x, labels), (test_x, test_labels), "conv")
+    x, test_x = x.reshape(len(x), -1), test_x.reshape(len(test_x), -1)
     if kind == "autoencoder":
-        widths = (pixels, *sizes.code, *sizes.code[-2::-1], pixels)
+        widths = (x.shape[1], *sizes.code, *sizes.code[-2::-1], x.shape[1])
         init = functools.partial(dense_init, widths=widths, norm=norm)
-        return task(init, autoencoder_forward, (train[0],), (test[0],), "autoencoder")
-    widths = (pixels, *sizes.hidden, datasets.CLASSES)
+        return task(init, autoencoder_forward, (x,), (test_x,), "autoencoder")
+    widths = (x.shape[1], *sizes.hidden, datasets.CLASSES)
     init = functools.partial(dense_init, widths=widths, norm=norm)
     forward = functools.partial(mlp_forward, activation)
-    return task(init, forward, tuple(train), tuple(test), "mlp")
+    return task(init, forward, (x, labels), (test_x, test_labels), "mlp")

@@ -1,22 +1,14 @@
-"""The benchmark's loaders on small made-up files, and one short run of figure 2."""
+"""The benchmarks' loaders on small made-up files."""
 
 import gzip
 import io
-import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 
-import _data as data
-import _figure2_training as training
 import numpy as np
 import pytest
 
-import bma_optax as bma
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from benchmarks.harness import datasets as data
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -200,75 +192,3 @@ def test_no_files_at_all(tmp_path):
     assert "data_batch_1.bin" in error_of("cifar10", tmp_path)
     assert "data_dir" in error_of("mnist", None)
     assert "imagenet" in error_of("imagenet", tmp_path)
-
-
-def figure2(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, BENCHMARKS / "figure2.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_figure2_reports_bad_data_in_one_line(tmp_path):
-    result = figure2("--dataset", "mnist", "--data-dir", str(tmp_path))
-    assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert "train-images-idx3-ubyte" in result.stderr
-    assert result.stdout == ""
-
-
-def test_figure2_runs(tmp_path):
-    options = "--epochs 1 --batch-size 700 --seeds 1 --learning-rates 0.1 1e30"
-    result = figure2(*options.split(), "--out", str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert "| AdaGrad-Full |" in result.stdout
-    assert (tmp_path / "figure2_digits.png").read_bytes()[:4] == b"\x89PNG"
-    content = json.loads((tmp_path / "figure2_digits.json").read_text())
-    assert content["versions"]["jax"] and content["device"]
-    assert content["options"]["learning_rates"] == [0.1, 1e30]
-    assert len(list(tmp_path.iterdir())) == 2  # Nothing is left of single runs.
-    for net, methods in (("small", 2), ("tiny", 3)):
-        result = content["nets"][net]
-        assert len(result["methods"]) == methods
-        look = result["look"]
-        assert 0 < np.median(look["corrections"]) < 1
-        assert len(look["angles"]) == methods * (methods - 1) / 2
-        assert all(0 <= x <= 180 for x in sum(look["angles"].values(), []))
-        for M in look["matrices"].values():
-            assert np.shape(M) == (6, 6) and np.all(np.diag(M) == 1)
-        for row in result["methods"].values():
-            # The rate 1e30 diverges, which must not make it the best one.
-            assert row["best_learning_rate"] == 0.1
-            assert row["best_on_edge_of_grid"]
-            assert row["seconds_per_step"] > 0
-            assert len(row["curve"]["loss"][0]) == 2
-
-
-class Interrupted:
-    """In the place of a progress bar: Ctrl-C after so many epochs."""
-
-    def __init__(self, epochs):
-        self.left = epochs
-
-    def update(self, count=1):
-        self.left -= count
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "KEEP_AFTER", 0.0)
-    options = SimpleNamespace(epochs=3, batch_size=500)
-
-    def run(folder, bar):
-        problem = training.Problem(data.load("digits"), (2, 2), options, folder)
-        step, _ = problem.compile(bma.adagrad_bma)
-        return problem.run("run", bma.adagrad_bma, step, 0.1, 0, bar)
-
-    whole = run(tmp_path / "whole", Interrupted(-1))
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", Interrupted(2))
-    resumed = run(tmp_path / "cut", later := Interrupted(-1))
-    assert later.left == -4  # Two epochs at once, then one.
-    np.testing.assert_array_equal(resumed.losses, whole.losses)
-    assert (resumed.train_loss, resumed.test_accuracy) == whole[1:3]
-    again = run(tmp_path / "cut", Interrupted(-1))
-    assert again.seconds == resumed.seconds  # All of it is kept.
