@@ -6,7 +6,6 @@ python -m benchmarks.costs.compile_time --arrays 10 100
 
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -50,8 +49,7 @@ def seconds(tx: Any, arrays: int, repeats: int) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    out = Path(__file__).parent / "results" / "compile_time.json"
-    parser = Parser("benchmarks.costs.compile_time", __doc__, out)
+    parser = Parser("benchmarks.costs.compile_time", __doc__)
     add = parser.add_argument
     add("--arrays", nargs="+", type=positive, default=[10, 100, 1000], help="how many")
     add("--repeats", type=positive, default=3, help="of each; default: 3")

@@ -9,7 +9,6 @@ that rate, and the largest single entry of any update before the rate.
 
 import functools
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +72,7 @@ def make_training(rule, form, images, labels, steps):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    out = Path(__file__).parent / "results" / "min_eigenvalue.json"
-    parser = Parser("benchmarks.costs.min_eigenvalue", __doc__, out)
+    parser = Parser("benchmarks.costs.min_eigenvalue", __doc__)
     parser.add_argument("--steps", type=positive, default=400)
     parser.add_argument("--seeds", type=positive, default=3)
     options = parser.parse(arguments)

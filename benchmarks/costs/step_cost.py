@@ -207,8 +207,7 @@ def draw(trees: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    out = Path(__file__).parent / "results" / "step_cost.json"
-    parser = Parser("benchmarks.costs.step_cost", __doc__, out)
+    parser = Parser("benchmarks.costs.step_cost", __doc__)
     add = parser.add_argument
     add("--trees", nargs="+", choices=TREES, default=list(TREES))
     add("--steps", type=positive, default=40, help="at least so many; default: 40")

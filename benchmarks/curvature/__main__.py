@@ -11,7 +11,6 @@ another start); the other methods run as they come.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -139,8 +138,7 @@ def study(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    out = Path(__file__).parent / "results" / "curvature.json"
-    parser = Parser("benchmarks.curvature", __doc__, out)
+    parser = Parser("benchmarks.curvature", __doc__)
     add = parser.add_argument
     add("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))

@@ -144,7 +144,7 @@ def table(net: str, result: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser("benchmarks.figures.figure2", __doc__, None)
+    parser = Parser("benchmarks.figures.figure2", __doc__)
     # The paper has 1 to 0.0001; the best rate of AdaGrad-Full was its edge.
     rates = [10.0, 1.0, 0.1, 0.01, 0.001, 0.0001]
     add = parser.add_argument
@@ -158,9 +158,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse(arguments)
     epochs, seeds = DEFAULTS[options.dataset]
     options.epochs, options.seeds = options.epochs or epochs, options.seeds or seeds
-    if options.out is None:
-        name = f"figure2_{options.dataset}.json"
-        options.out = Path(__file__).parent / "results" / name
+    if options.out == parser.get_default("out"):
+        options.out = options.out.with_stem(f"figure2_{options.dataset}")
     return options
 
 

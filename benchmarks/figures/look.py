@@ -32,9 +32,8 @@ def look(
     def step(params, states, train, batch):
         examples = (array[batch] for array in train)
         grads = jax.grad(problem.loss)(params, *examples)
-        updates, states = transpose(
-            {m: tx.update(grads, states[m], params) for m, tx in optimizers.items()}
-        )
+        pairs = {m: tx.update(grads, states[m], params) for m, tx in optimizers.items()}
+        updates, states = ({m: pair[i] for m, pair in pairs.items()} for i in (0, 1))
         change = optax.tree.scale(rate, updates["AdaGrad-BMA"])
         return optax.apply_updates(params, change), states, updates, grads
 
@@ -44,23 +43,19 @@ def look(
         U, v = (optax.tree.get(state, name) for name in ("U", "v"))
         M = jnp.eye(len(v)) + jnp.where(jnp.eye(len(v)) > 0, 0, U / jnp.outer(v, v))
         angles = {
-            f"{a.removeprefix('AdaGrad-')} and {b.removeprefix('AdaGrad-')}": degrees(
-                updates[a], updates[b]
-            )
+            f"{a} and {b}".replace("AdaGrad-", ""): degrees(updates[a], updates[b])
             for a, b in itertools.combinations(updates, 2)
         }
-        return M, found["correction"], found["effective_rates"], angles
+        return M, found["correction"], angles
 
     steps = problem.epochs * problem.steps
     chosen = set(np.unique(np.geomspace(1, steps, POINTS).astype(int)).tolist())
     drawn = {max(1, round(part * steps)) for part in MATRICES}
     result: dict[str, Any] = {
         "names": list(blocks.names),
-        "sizes": list(blocks.sizes),
         "step": [],
         "spectrum": [],
         "corrections": [],
-        "effective_rates": [],
         "angles": {},
         "matrices": {},
     }
@@ -71,31 +66,21 @@ def look(
             params, states, updates, grads = step(params, states, problem.train, batch)
             if count not in chosen | drawn:
                 continue
-            M, correction, rates, angles = jax.device_get(
-                numbers(states["AdaGrad-BMA"], updates, grads)
-            )
+            found = numbers(states["AdaGrad-BMA"], updates, grads)
+            M, correction, angles = jax.device_get(found)
             if count in drawn:
                 result["matrices"][count] = M
             if count in chosen:
                 result["step"].append(count)
                 result["spectrum"].append(np.linalg.eigvalsh(M))
                 result["corrections"].append(float(correction))
-                result["effective_rates"].append(rates)
                 for pair, angle in angles.items():
                     result["angles"].setdefault(pair, []).append(float(angle))
     return result
 
 
-def transpose(pairs: dict[str, tuple[Any, Any]]) -> tuple[dict, dict]:
-    return tuple({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
-
-
 def degrees(a: Any, b: Any) -> jax.Array:
-    cosine = optax.tree.vdot(a, b) / (optax.tree.norm(a) * optax.tree.norm(b))
     # From the distance of unit vectors: small angles lose no digits.
     x, y = (optax.tree.scale(1 / optax.tree.norm(t), t) for t in (a, b))
     half = optax.tree.norm(optax.tree.sub(x, y)) / 2
-    small = 2 * jnp.arcsin(jnp.clip(half, 0, 1))
-    return jnp.degrees(
-        jnp.where(cosine > 0, small, jnp.arccos(jnp.clip(cosine, -1, 1)))
-    )
+    return jnp.degrees(2 * jnp.arcsin(jnp.clip(half, 0, 1)))

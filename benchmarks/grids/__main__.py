@@ -15,7 +15,6 @@ does not suit.
 import argparse
 import functools
 import itertools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,8 +42,7 @@ REAL = {
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     every = [*METHODS, *EXPERTS]
-    out = Path(__file__).parent / "results" / "grids.json"
-    parser = Parser("benchmarks.grids", __doc__, out)
+    parser = Parser("benchmarks.grids", __doc__)
     add = parser.add_argument
     add("--sizes", type=positive, nargs="*", default=[64, 256, 512])
     add("--volume-sizes", type=positive, nargs="*", default=[32, 64])

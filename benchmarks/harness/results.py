@@ -134,20 +134,22 @@ def positive(text: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments of a study, with `--out` and `--add`, which all of them have."""
+    """The arguments of a study, with `--out` and `--add`, which all of them have.
 
-    def __init__(self, module: str, doc: str, out: Path | None) -> None:
+    By default `benchmarks.costs.long_run` writes `costs/results/long_run.json`.
+    """
+
+    def __init__(self, module: str, doc: str) -> None:
         super().__init__(
             prog=f"python -m {module}",
             description=doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.add_argument(
-            "--out", type=Path, default=out, help="JSON; default: %(default)s"
-        )
-        self.add_argument(
-            "--add", action="store_true", help="keep the cells of a finished file"
-        )
+        study, name = module.split(".")[1], module.split(".")[-1]
+        out = Path(__file__).parents[1] / study / "results" / f"{name}.json"
+        kept = "keep the cells of a finished file"
+        self.add_argument("--out", type=Path, default=out, help="a JSON file")
+        self.add_argument("--add", action="store_true", help=kept)
 
     def parse(self, arguments: list[str] | None) -> argparse.Namespace:
         """The options, and as `command` the words that selected them."""

@@ -78,8 +78,7 @@ def run(name: str, task: Task, options: Any, results: Results, bar: tqdm) -> dic
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    out = Path(__file__).parent / "results" / "networks.json"
-    parser = Parser("benchmarks.networks", __doc__, out)
+    parser = Parser("benchmarks.networks", __doc__)
     add = parser.add_argument
     add("--data-dir", type=Path, help="the folder of MNIST's and CIFAR-10's files")
     add("--tasks", nargs="+", choices=(*TASKS, *OTHERS), default=list(TASKS))
