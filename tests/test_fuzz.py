@@ -172,7 +172,7 @@ def test_permutations(name, seed):
     """Of elements inside blocks, and of leaves: the update moves along."""
     rng = np.random.default_rng(seed)
     inside, leaves = rng.permutation(5), rng.permutation(3)
-    tx = methods(bma.per_leaf, "all")[name]
+    tx = methods(bma.per_leaf)[name]
 
     def run(gradients):
         state = tx.init(gradients[0])

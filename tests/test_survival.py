@@ -1,5 +1,6 @@
 """State that survives: checkpoints, other processes, other devices, compositions."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -289,7 +290,8 @@ def test_donated_buffers(method):
         given = jax.tree.leaves((params, state))
         params, state = step(params, state)
         assert all(x.is_deleted() for x in given if x.size > 1)
-    jax.tree.map(np.testing.assert_array_equal, params, kept)
+    # Another program: it may round another way.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), params, kept)
 
 
 EXPORTED = """
