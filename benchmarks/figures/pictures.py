@@ -51,7 +51,7 @@ def losses(axes, result: dict[str, Any], seconds: bool) -> None:
 
 
 def heat_map(axes, look: dict[str, Any], step: int, M: np.ndarray) -> None:
-    """M - I: the correlations of block sums, as the report shrinks them."""
+    """M - I: the correlations of block sums, as Lu et al. (2018) shrink them."""
     off = np.asarray(M) - np.eye(len(M))
     most = max(np.abs(off).max(), 1e-12)
     image = axes.imshow(off, vmin=-most, vmax=most, cmap="RdBu_r")
