@@ -14,7 +14,7 @@ def diagnostics(
     blocks: Partition | None = None,
     grads: Any = None,
     *,
-    estimator: str = "report",
+    estimator: str | None = None,
 ) -> dict[str, jax.Array]:
     r"""Numbers to log, from the states of this library inside an optimiser's state.
 
@@ -117,7 +117,6 @@ def diagnostics(
             "`init` or `update` returns, or an optimiser's state that holds that."
         )
     kinds = [type(leaf) for _, leaf in found]
-    options = _looks.Options(estimator)
     misfits, looks = [], 0
     result: dict[str, jax.Array] = {}
     for path, boxed in found:
@@ -125,13 +124,13 @@ def diagnostics(
         state = _looks.plain(boxed)
         numbers = {name: getattr(state, field) for name, field in fields.items()}
         if blocks is not None and look is not None:
-            misfit = _looks.misfit(blocks, grads, boxed, options)
+            misfit = _looks.misfit(blocks, grads, boxed)
             if misfit:
                 misfits.append(misfit)
             else:
                 looks += 1
                 leaves = None if grads is None else _looks.in_order(grads, blocks)
-                numbers |= look(state, blocks, leaves, options)
+                numbers |= look(state, blocks, leaves, estimator)
         prefix = f"{path}/" if kinds.count(type(boxed)) > 1 else ""
         result |= {prefix + name: number for name, number in numbers.items()}
     if misfits and not looks:

@@ -1,31 +1,70 @@
-"""What is written for XLA and not for readers: when values are computed and stored."""
+"""What is written for the XLA compiler and not for readers.
+
+JAX says what is computed. XLA decides when, how often, and what is stored, and on CPU
+it does not always choose well: a pass over memory more is a tenth of a step here. Each
+function gives back the values that it is given. ``tests/test_xla.py`` compiles programs
+with and without it, and fails when a new XLA no longer needs one.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 
-def again(tree):
-    """The same values under another name, for what is to be computed once more.
+def materialize(tree, finite):
+    """``tree``, computed once and stored for all that take it up.
 
-    XLA would store what two passes over an array share; without a share, each pass
-    computes it on its way.
+    XLA on CPU computes what is cheap again for each use, and for each element of a
+    block. It stores the result of a division, unless all uses are sums, which take in
+    divisions as well; and that of a comparison, which sums do not take in. Hence a
+    division by a 1 from a comparison. On other platforms nothing is done: their fusions
+    share what they read.
+
+    Args:
+      tree: floating arrays.
+      finite: a tree like it, of any finite numbers: XLA cannot know the 1 from them.
+    """
+    return jax.tree.map(_materialize, tree, finite)
+
+
+@functools.partial(jax.jit, inline=True)
+def _materialize(x, y):
+    def divide(x, y):
+        return x / jnp.where(y == y, 1, y).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, y, cpu=divide, default=_first)
+
+
+def _first(x, y):
+    missing = jax.typeof(y).mat.varying - jax.typeof(x).mat.varying
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def recompute(tree):
+    """``tree`` under another name: what is computed from it is computed once more.
+
+    XLA would store what two passes over an array share, as ``r = g f(h)`` and a later
+    ``r f(h)`` do. The shared part is cheap, and the memory that it would need is not.
     """
     return jax.lax.optimization_barrier(tree)
 
 
-def stored(tree, finite):
-    """The same values, computed once for all that take them up.
+def after(x, source):
+    """``x``, computed after ``source``.
 
-    XLA on CPU would compute what is cheap again for each use, and for each element of a
-    block. It does not with a division, here by a 1 that it cannot know: ``finite`` is
-    any tree of this structure.
+    What x goes into can then have the memory of what only ``source`` is computed from,
+    such as a gradient that is given away: without an order XLA copies it. A barrier
+    says nothing of the order to XLA on CPU, which drops it too early; a sum with a zero
+    does, and costs as much as x is long.
+
+    Args:
+      x: an array, small.
+      source: finite, and with as many axes. Where it is longer, x has length 1.
     """
-    return jax.tree.map(lambda x, y: x / (0 * y + 1).astype(x.dtype), tree, finite)
-
-
-def stored_for_sums(tree, finite):
-    """As :func:`stored`, where all uses are sums, which take in divisions as well."""
-    return jax.tree.map(lambda x, y: jnp.where(y == y, x, 0), tree, finite)
+    pairs = enumerate(zip(x.shape, source.shape, strict=True))
+    axes = tuple(i for i, (n, m) in pairs if n < m)
+    return x + 0 * jnp.sum(source, axis=axes, keepdims=True).astype(x.dtype)
 
 
 @jax.custom_jvp

@@ -68,10 +68,9 @@ class DenseAdaGradBMA:
         return self.root
 
     def inverse_root(self, eps, shift=0.0, correction=1.0):
-        labels, root = self.labels, np.sqrt(self.h / correction)
-        v = {b: root[labels == b].sum() for b in self.blocks}
+        labels, z = self.labels, np.sqrt(self.h / correction + eps) + shift
+        v = {b: z[labels == b].sum() for b in self.blocks}
         s = {b: (labels == b).sum() for b in self.blocks}
-        v = {b: np.hypot(v[b], s[b] * np.sqrt(eps)) + s[b] * shift for b in v}
         F = np.eye(len(labels))
         for i, j in self.U:
             if self.groups[i] != self.groups[j] or v[i] * v[j] == 0:
@@ -122,9 +121,8 @@ class DenseAdamBMA(DenseAdaGradBMA):
 class DenseMiniBMA:
     """Of one matrix of gradients, units x inputs: an s x s matrix for each unit."""
 
-    def __init__(self, shape, *, b1=0.9, b2=0.99, b3=0.95, learned=True, factor=None):
-        self.b1, self.b2, self.b3, self.learned = b1, b2, b3, learned
-        self.factor, self.count = factor, 0
+    def __init__(self, shape, *, b1=0.9, b2=0.99, b3=0.95):
+        self.b1, self.b2, self.b3, self.count = b1, b2, b3, 0
         units, s = shape
         self.y = np.full(s, 1 / np.sqrt(s))
         self.mu, self.h, self.M = np.zeros(shape), np.zeros(units), np.zeros(units)
@@ -143,12 +141,10 @@ class DenseMiniBMA:
             self.M[i] = self.b2 * self.M[i] + (1 - self.b2) * (q @ H @ q)
             h, M = self.h[i] / correction, self.M[i] / correction
             Lambda = max((h - M) / (s - 1), 1e-3 * h / s)
-            M = max(M, Lambda) if self.factor is None else Lambda / self.factor**2
-            A = Lambda * (np.eye(s) - np.outer(q, q)) + M * np.outer(q, q)
+            A = Lambda * (np.eye(s) - np.outer(q, q)) + max(M, Lambda) * np.outer(q, q)
             values, vectors = np.linalg.eigh(A)
             update[i] = (vectors * values**-0.5) @ vectors.T @ m[i]
         target = sum(np.outer(row, row) for row in G) @ q
-        if self.learned:
-            target = target / np.linalg.norm(target)
-            self.y = self.b3 * self.y + (1 - self.b3) * target
+        target = target / np.linalg.norm(target)
+        self.y = self.b3 * self.y + (1 - self.b3) * target
         return update

@@ -42,6 +42,7 @@ def labels_and_groups(name_of, couple):
                 "all": (),
                 "array": path[:-1] if merged else path,
                 "layer": path[:-1],
+                "block": label,
             }[couple]
     return labels, groups
 
@@ -71,7 +72,9 @@ def test_fifty_steps_equal_the_dense_reference(rule, form, mode):
 def test_coupled_groups_equal_the_dense_reference(rule, couple):
     rng = np.random.default_rng(1)
     within = bma.within(couple, rule)
-    tx = bma.scale_by_bma(within, initial_accumulator_value=0.3, eps=1e-3)
+    tx = bma.scale_by_bma(
+        within, initial_accumulator_value=0.3, eps=1e-3, estimator="report"
+    )
     labels, groups = labels_and_groups(RULES[rule], couple)
     dense = DenseAdaGradBMA(labels, groups, initial=0.3, eps=1e-3, form="left")
     state = tx.init(random_tree(rng))
@@ -360,7 +363,12 @@ def test_a_shared_counter_keeps_the_branch_under_vmap():
         is_leaf=lambda x: x is None,
     )
     batched = jax.vmap(tx.update, (0, axes), (0, axes))
-    assert " cond[" in str(jax.make_jaxpr(batched)(grads[0], together))
+    always = bma.scale_by_bma(bma.per_element).update
+    branches = [
+        str(jax.make_jaxpr(f)(grads[0], together)).count(" cond[")
+        for f in (batched, jax.vmap(always, (0, axes), (0, axes)))
+    ]
+    assert branches[0] == branches[1] + 1  # Others choose a platform.
     for g in grads:
         updates, together = batched(g, together)
         for i in range(2):

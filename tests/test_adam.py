@@ -87,11 +87,7 @@ def test_projection_in_adagrad_equals_the_dense_reference(form, couple):
         estimator="projection",
     )
     update = jax.jit(tx.update)
-    labels, groups = labels_and_groups(
-        RULES[bma.per_unit], "all" if couple == "block" else couple
-    )
-    if couple == "block":
-        groups = {label: label for label in groups}
+    labels, groups = labels_and_groups(RULES[bma.per_unit], couple)
     dense = DenseAdaGradBMA(labels, groups, form=form, estimator="projection")
     state = tx.init(random_tree(rng))
     for _ in range(10):
@@ -195,7 +191,6 @@ def test_finite_gradients_give_finite_updates(magnitude):
     for tx in (
         bma.scale_by_adam_bma(partition=bma.per_unit, estimator="projection"),
         bma.scale_by_mini_bma(),
-        bma.scale_by_mini_bma(weights="constant"),
     ):
         update, state = jax.jit(tx.update), tx.init(params)
         for _ in range(3):

@@ -26,7 +26,7 @@ MAKERS = {
     "b3": lambda x: bma.scale_block_mean(0.0, b3=x),
     "eps_root": lambda x: bma.scale_by_adam_bma(eps_root=x),
     "damping": lambda x: bma.newton_bma(damping=x),
-    "factor": lambda x: bma.mini_bma(0.1, factor=x),
+    "factor": lambda x: bma.scale_block_mean(x),
     "max_norm": lambda x: bma.newton_bma(learning_rate=0.1, max_norm=x),
     "update_interval": lambda x: bma.scale_by_newton_bma(update_interval=x),
     "learning_rate": lambda x: bma.adagrad_bma(x),

@@ -104,12 +104,11 @@ def test_small_matrices_of_gradients(decayed, estimator):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("weights", ["learned", "constant"])
-def test_two_numbers_a_unit(weights):
+def test_two_numbers_a_unit():
     rng = np.random.default_rng(1)
     common = rng.standard_normal((4, 6))
-    dense = DenseMiniBMA((6, 4), b3=KEPT, learned=weights == "learned")
-    tx = bma.scale_by_mini_bma(eps=0.0, b3=KEPT, weights=weights)
+    dense = DenseMiniBMA((6, 4), b3=KEPT)
+    tx = bma.scale_by_mini_bma(eps=0.0, b3=KEPT)
     params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((4, 6))}
     state = tx.init(params)
     for _ in range(4):

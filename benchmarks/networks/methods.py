@@ -149,13 +149,6 @@ METHODS = {
         mini_bma,
         {"b2": (0.95, 0.99), "b3": (0.8, 0.95, 0.99)},
     ),
-    "mini_bma_constant": Method(
-        "mini-BMA, plain means", lambda: mini_bma(weights="constant")
-    ),
+    "mini_bma_constant": Method("mini-BMA, plain means", lambda: mini_bma(b3=KEPT)),
     "mini_bma_random": Method("mini-BMA, random weights", random_directions),
-    "mini_bma_factor": Method(
-        "mini-BMA, learned direction times c",
-        lambda c: mini_bma(factor=c),
-        {"c": (0.0, 0.1, 0.3)},
-    ),
 }

@@ -41,7 +41,7 @@ def scale_by_bma(
     eps: jax.typing.ArrayLike = 1e-7,
     min_eigenvalue: jax.typing.ArrayLike = 0.3,
     form: str = "left",
-    estimator: str = "report",
+    estimator: str | None = None,
     update_interval: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales updates by the inverse root of a block mean approximation (AdaGrad-BMA).
@@ -54,7 +54,7 @@ def scale_by_bma(
         F = I + E (M - I) E^T, \qquad
         M = I + \frac{U - \mathrm{diag} U}{v v^T}, \\
         u_i = \sum_{j \in i} g_j, \quad U = \sum u u^T, \quad
-        v_i^2 = (\sum_{j \in i} (\mathrm{diag} H)_j^{1/2})^2 + s_i^2 \epsilon
+        v_i = \sum_{j \in i} Z_{jj}
 
     for blocks i, where column i of E is :math:`1 / \sqrt{s_i}` on block i; so
     :math:`F^{-1/2} = I + E (M^{-1/2} - I) E^T` for one ``eigh`` of size L x L. It is
@@ -70,8 +70,8 @@ def scale_by_bma(
         see :func:`bma_optax.partition`. An array without blocks gets plain AdaGrad.
       initial_accumulator_value: the start of diag H, >= 0. It is 0 here, not Optax's
         0.1: a large start swamps z, and M then stays at the identity.
-      eps: added to diag H inside the root, and to the squared block means of that root,
-        >= 0: with ``per_element`` this is AdaGrad-Full of H + eps I.
+      eps: added to diag H inside the root, >= 0: with ``per_element`` this is
+        AdaGrad-Full of H + eps I.
       min_eigenvalue: the least eigenvalue of M, >= 0. M is singular in real cases (at
         the first step; in softmax layers). At 0 the floor is only what the dtype can
         resolve beside the largest eigenvalue, 4 √L eps times it; at 1 the update along
@@ -87,7 +87,8 @@ def scale_by_bma(
         :math:`M = S^{1/2} \frac{U}{v v^T} S^{1/2}`, S = diag(s), diagonal included:
         eq. (2) of :math:`Z^{-1} H Z^{-1}`, whose off-diagonal entries the report's M
         shrinks by :math:`\sqrt{s_i s_j}`. Take ``min_eigenvalue=1`` with it on
-        networks.
+        networks. None for the report's, or for the projection if the rule leaves every
+        block alone: there the report's M is 1, which is AdaGrad; no ``eigh`` is run.
       update_interval: k, the steps from one inverse root to the next. Before step k
         there is also one at steps 1, 2, 4, 8, ..., as the first gradients change M
         most. U and diag H take up every gradient whatever it is. With 1000 blocks and
@@ -166,12 +167,13 @@ def scale_by_bma(
         updates, state = _tree.arrays((updates, state))
         blocks = _build.layout(updates, partition)
         blocks.check_state(state.U.shape)
+        kind = _inverse_root.chosen(estimator, blocks)
 
         # The passes over memory: g and h to h; sums of g and of √h; g and h to r, in
         # the gradient's place where it is donated; a sum of r; r and h to the update.
         # XLA on CPU makes a sum one pass with the arithmetic before it, but not with a
         # comparison or with another sum, and stores what two passes share: hence a bare
-        # root, eps later, and r written once, where it will become the update.
+        # root, and r written once, where it will become the update.
 
         # Gather: diag H, U.
         g = _tree.astype(updates, state.sum_of_squares)
@@ -180,11 +182,9 @@ def scale_by_bma(
 
         # The small matrix and its root.
         def refresh():
-            v = _inverse_root.damped(
-                blocks, blocks.block_sums(jax.tree.map(_xla.sqrt, h)), eps
-            )
+            v = _inverse_root.root_sums(blocks, h, eps, state.v)
             root, failures = _inverse_root.inverse_root(
-                blocks, U, v, state.inverse_root, min_eigenvalue, estimator
+                blocks, U, v, state.inverse_root, min_eigenvalue, kind
             )
             return v, root, state.failures + failures
 
@@ -211,7 +211,7 @@ def scale_by_bma(
         )
         if form == "symmetric":
             result = jax.tree.map(
-                lambda x, h: x * _scale(h, eps, power), result, _xla.again(h)
+                lambda x, h: x * _scale(h, eps, power), result, _xla.recompute(h)
             )
         return _tree.astype(result, updates), ScaleByBMAState(
             count=optax.safe_increment(state.count),
@@ -233,7 +233,7 @@ def adagrad_bma(
     eps: jax.typing.ArrayLike = 1e-7,
     min_eigenvalue: jax.typing.ArrayLike = 0.3,
     form: str = "left",
-    estimator: str = "report",
+    estimator: str | None = None,
     update_interval: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaGrad with a block mean approximation of the full matrix.
@@ -247,7 +247,7 @@ def adagrad_bma(
       eps: added to diag H inside the root.
       min_eigenvalue: the least eigenvalue of M.
       form: "left" or "symmetric".
-      estimator: "report" or "projection".
+      estimator: "report", "projection" or None.
       update_interval: steps from one inverse root to the next.
 
     Returns:

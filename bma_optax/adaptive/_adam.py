@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _rates, _refresh, _tree, _xla
+from bma_optax import _checks, _rates, _refresh, _tree
 from bma_optax.adaptive import _inverse_root, _moments
 from bma_optax.partitions import _build, _rules
 
@@ -43,7 +43,7 @@ def scale_by_adam_bma(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     partition: _rules.Rule = _rules.per_leaf,
-    estimator: str = "report",
+    estimator: str | None = None,
     min_eigenvalue: jax.typing.ArrayLike = 0.3,
     update_interval: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
@@ -57,8 +57,8 @@ def scale_by_adam_bma(
         \approx Z F Z, \qquad \text{update} = F^{-1/2} Z^{-1} m
 
     with :math:`Z = (\mathrm{diag} H + \epsilon_{root})^{1/2} + \epsilon`, F = I + E (M
-    - I) Eᵀ, M = I + (U - diag U) / (v vᵀ), U the block sums of H and v those of Z, with
-    ε as in :func:`scale_by_bma`. It is Adam on everything but the L block means; with
+    - I) Eᵀ, M = I + (U - diag U) / (v vᵀ), U the block sums of H and v those of Z. It
+    is Adam on everything but the L block means; with
     one block it equals ``optax.scale_by_adam``.
 
     Args:
@@ -70,7 +70,8 @@ def scale_by_adam_bma(
       partition: the rule that cuts parameters into blocks. An array without blocks gets
         plain Adam.
       estimator: "report" for the M above, "projection" for S^½ U / (v vᵀ) S^½, diagonal
-        included, as in :func:`scale_by_bma`.
+        included, as in :func:`scale_by_bma`. None for the projection if the rule leaves
+        every block alone, else for the report's.
       min_eigenvalue: the least eigenvalue of M, >= 0; at 1 the update along block means
         can shrink but not grow. The default bounds its growth by 1.8.
       update_interval: k, the steps from one inverse root to the next. Before step k
@@ -118,6 +119,7 @@ def scale_by_adam_bma(
     _checks.at_least_one(update_interval=update_interval)
     _checks.mu_dtype(mu_dtype)
     update_interval = _checks.plain(update_interval)
+    no_eps_root = isinstance(eps_root, (int, float)) and eps_root == 0
 
     def init_fn(params):
         params = _tree.parameters(params)
@@ -144,6 +146,7 @@ def scale_by_adam_bma(
         updates, state = _tree.arrays((updates, state))
         blocks = _build.layout(updates, partition)
         blocks.check_state(state.U.shape)
+        kind = _inverse_root.chosen(estimator, blocks)
         count = optax.safe_increment(state.count)
 
         # Gather: the momentum, diag H, U.
@@ -159,13 +162,13 @@ def scale_by_adam_bma(
 
         # The small matrix and its root; U and v² both lack the correction of the start.
         def refresh():
-            v = blocks.block_sums(jax.tree.map(_xla.sqrt, nu))
-            start = _moments.bias_correction(count, b2, v.dtype)
-            v = _inverse_root.damped(blocks, v, start * jnp.asarray(eps_root, v.dtype))
+            start = _moments.bias_correction(count, b2, state.v.dtype)
+            inside = 0 if no_eps_root else start * jnp.asarray(eps_root, start.dtype)
+            v = _inverse_root.root_sums(blocks, nu, inside, state.v)
             sizes = jnp.asarray(blocks.sizes, v.dtype)
             v = v + jnp.sqrt(start) * jnp.asarray(eps, v.dtype) * sizes
             root, failures = _inverse_root.inverse_root(
-                blocks, U, v, state.inverse_root, min_eigenvalue, estimator
+                blocks, U, v, state.inverse_root, min_eigenvalue, kind
             )
             return v, root, state.failures + failures
 
@@ -215,7 +218,7 @@ def adam_bma(
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     partition: _rules.Rule = _rules.per_leaf,
-    estimator: str = "report",
+    estimator: str | None = None,
     min_eigenvalue: jax.typing.ArrayLike = 0.3,
     update_interval: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
@@ -236,7 +239,7 @@ def adam_bma(
       weight_decay_mask: a tree of booleans like the parameters, or a function of them
         that gives one: where weights decay. Everywhere if None.
       partition: the rule that cuts parameters into blocks.
-      estimator: "report" or "projection".
+      estimator: "report", "projection" or None.
       min_eigenvalue: the least eigenvalue of M.
       update_interval: steps from one inverse root to the next.
 

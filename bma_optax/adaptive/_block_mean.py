@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _tree
+from bma_optax import _checks, _tree, _xla
+from bma_optax.adaptive import _direction
 from bma_optax.partitions import _build, _rules, _units
 from bma_optax.partitions._combinators import Within
+
+_WEIGHTS = ("learned", "constant")
 
 
 class ScaleBlockMeanState(NamedTuple):
@@ -78,7 +81,8 @@ def scale_block_mean(
     <https://arxiv.org/abs/2004.01461>`_, 2020.
     """
     _rules.check_rule(partition)
-    _units.check_weights(weights)
+    if weights not in _WEIGHTS:
+        raise ValueError(f"`weights` must be one of {_WEIGHTS}, got {weights!r}.")
     _checks.below_one(b3=b3)
     _checks.finite(factor=factor)
 
@@ -118,9 +122,10 @@ def scale_block_mean(
             q = units.direction(direction)
             a = units.times(matrix, q)
             a = jnp.where(jnp.isfinite(a), a, 0)
-            direction, zero = units.turn(direction, matrix, a, b3)
-            change = jnp.asarray(factor, x.dtype) - 1 + zero
-            scaled = matrix + change * a * q
+            direction = _direction.turn(units, direction, matrix, a, b3)
+            # The scaled array takes the memory of the one that the direction is from.
+            along = (jnp.asarray(factor, x.dtype) - 1) * _xla.after(a, direction)
+            scaled = matrix + along * q
             return _Array(units.join(scaled, x), direction)
 
         blocks = _build.layout(x, Within("block", partition))

@@ -1,20 +1,46 @@
-"""From block sums to the small matrix, its inverse root, and the correction by it."""
+"""From block sums to the small matrix, its inverse root, and the correction by it.
 
+With u_i the block sums of a gradient and v_i those of z = (h + eps)^½, for a group of L
+blocks of s_i elements, U the sum of u uᵀ and S = diag(s),
+
+    M = I + (U - diag U) / (v vᵀ)      "report": Lu et al. 2018, AdaGrad-BMA
+    M = S^½ U / (v vᵀ) S^½             "projection": eq. (2) of Z^-1 H Z^-1
+
+M is L x L, and M^-½ takes an ``eigh``. A block alone has L = 1: M is 1 by the report's
+estimator, which leaves the diagonal method, and s U / v² by the projection.
+"""
+
+import jax
 import jax.numpy as jnp
 
 from bma_optax import _xla
 from bma_optax.algebra._block_mean_matrix import BlockMeanMatrix
 from bma_optax.algebra._expansions import root_outer
+from bma_optax.partitions._blocks import Partition
 
 _ESTIMATORS = ("report", "projection")
 
 
-def check_estimator(estimator: str) -> None:
+def check_estimator(estimator: str | None) -> None:
     """Raises a ValueError for an unknown ``estimator``."""
-    if estimator not in _ESTIMATORS:
+    if estimator is not None and estimator not in _ESTIMATORS:
         raise ValueError(
-            f"`estimator` must be one of {_ESTIMATORS}, got {estimator!r}."
+            f"`estimator` must be one of {_ESTIMATORS} or None, got {estimator!r}."
         )
+
+
+def chosen(estimator: str | None, blocks: Partition) -> str:
+    """The estimator that None stands for: where blocks are alone, the projection.
+
+    Alone the report's M is 1, the diagonal method. A rule that lets all blocks see each
+    other, and makes but one of an array, stays with the report's.
+    """
+    if estimator is not None:
+        return estimator
+    coupled = any(n > 1 for _, n in blocks.buckets) or any(
+        array.num_blocks and array.group[:1] == ("all",) for array in blocks.arrays
+    )
+    return "report" if coupled or not blocks.num_blocks else "projection"
 
 
 def start(blocks, zeros):
@@ -38,15 +64,21 @@ def outer(blocks, u):
     return blocks.outer(jnp.where(jnp.isfinite(u), u, 0))
 
 
-def damped(blocks, v, eps):
-    """v of a diag H with eps added: to the squared block means, not element by element.
+def root_sums(blocks, h, eps, last):
+    """v: the sums of (h + eps)^½ over each block, eps added element by element.
 
-    Exact where a block has one element or one number. Σ √(h + eps) would be a pass over
-    memory more: XLA on CPU stores the eps that a sum has to add.
+    Args:
+      h: a tree like the parameters.
+      eps: a number.
+      last: v of the step before, shape (L,).
     """
-    sizes = jnp.asarray(blocks.sizes, v.dtype)
-    shift = jnp.square(sizes) * jnp.asarray(eps, v.dtype)
-    return _xla.sqrt(jnp.square(v) + shift)
+    if isinstance(eps, (int, float)) and eps == 0:
+        return blocks.block_sums(jax.tree.map(_xla.sqrt, h))
+    # XLA on CPU stores a number that several sums add, as large as the array: a pass
+    # over memory more. One number a block, not known to be equal, is added on the way.
+    each = jnp.broadcast_to(jnp.asarray(eps, last.dtype), last.shape)
+    eps = blocks.expand(_xla.materialize(each, last), h)
+    return blocks.block_sums(jax.tree.map(lambda h, e: _xla.sqrt(h + e), h, eps))
 
 
 def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):
@@ -60,13 +92,23 @@ def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):
         strict=True,
     ):
         M = small_matrix(U_group, v_group, sizes, estimator)
-        root = BlockMeanMatrix(jnp.ones_like(v_group), M, sizes).inverse_sqrt(
-            min_eigenvalue=min_eigenvalue
-        )
-        finite = jnp.all(jnp.isfinite(root.M), axis=(-1, -2))
-        roots.append(jnp.where(finite[:, None, None], root.M, last_group))
+        if M.shape[-1] == 1:  # Blocks that are alone: numbers.
+            root = _power_of_numbers(M, min_eigenvalue)
+        else:
+            matrix = BlockMeanMatrix(jnp.ones_like(v_group), M, sizes)
+            root = matrix.inverse_sqrt(min_eigenvalue=min_eigenvalue).M
+        finite = jnp.all(jnp.isfinite(root), axis=(-1, -2))
+        roots.append(jnp.where(finite[:, None, None], root, last_group))
         failures = failures + jnp.sum(~finite, dtype=jnp.int32)
     return blocks.join(roots, U.shape, U.dtype), failures
+
+
+def _power_of_numbers(M, floor):
+    """max(M, floor)^-½, infinite where that is 0."""
+    raised = jnp.maximum(M, jnp.asarray(floor, M.dtype))
+    positive = raised > 0
+    root = jax.lax.rsqrt(jnp.where(positive, raised, 1))
+    return jnp.where(positive | jnp.isnan(raised), root, jnp.inf)
 
 
 def small_matrix(U, v, sizes, estimator):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _refresh, _tree, _xla
+from bma_optax import _checks, _refresh, _tree
 from bma_optax.curvature import _kinds, _probing, _user_functions
 from bma_optax.curvature._kinds import Curvature
 from bma_optax.multilevel import _gather, _two_level
@@ -280,7 +280,7 @@ def scale_by_newton_bma(
             blocks,
             state.inverse_diagonal,
             state.K,
-            _xla.stored(updates, state.inverse_diagonal),
+            updates,
         )
         # An array without a gradient is frozen, or at rest: P C P is positive definite
         # on the others, where P C g were no descent direction.

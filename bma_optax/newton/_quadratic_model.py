@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _control_flow, _tree, _xla
+from bma_optax import _checks, _control_flow, _tree
 from bma_optax.algebra import _symmetric_power
 from bma_optax.curvature import _kinds, _probing, _user_functions
 from bma_optax.curvature._kinds import Curvature
@@ -158,10 +158,7 @@ def scale_by_quadratic_model(
 
 def _minimise(gradient, product, direction, previous, dtype):
     """The minimiser (a, b) of the model over the two directions, and its slope."""
-    gradient, curved, curved_previous = (
-        _xla.stored_for_sums(x, previous)
-        for x in (gradient, product(direction), product(previous))
-    )
+    curved, curved_previous = product(direction), product(previous)
     vdot = _tree.vdot
     mixed = vdot(direction, curved_previous)
     A = jnp.array(

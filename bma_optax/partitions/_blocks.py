@@ -192,7 +192,7 @@ class Partition:
         vectors = [values[batch[0] : ends[batch[-1]]] for batch in batches]
         if len(vectors) > 1:
             finite = [jnp.where(jnp.isfinite(x), x, 0) for x in vectors]
-            vectors = _xla.stored(vectors, finite)
+            vectors = _xla.materialize(vectors, finite)
         return {
             start: vector[start - batch[0] : ends[start] - batch[0]]
             for batch, vector in zip(batches, vectors, strict=True)

@@ -17,17 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from bma_optax import _names, _tree
-from bma_optax.adaptive import _moments
 from bma_optax.partitions._rules import Shape
 from bma_optax.partitions._tiles import Tiles, replicated
-
-_WEIGHTS = ("learned", "constant")
-
-
-def check_weights(weights: str) -> None:
-    """Raises a ValueError for unknown ``weights``."""
-    if weights not in _WEIGHTS:
-        raise ValueError(f"`weights` must be one of {_WEIGHTS}, got {weights!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,21 +83,9 @@ class Units:
         return jnp.full_like(sums, 1 / math.sqrt(self.num_inputs))
 
     def direction(self, y: jax.Array) -> jax.Array:
-        """q = y / ‖y‖; turns keep the norm of y between 0 and 1, away from both."""
+        """q = y / ‖y‖, for a y that is not 0."""
         square = jnp.sum(jnp.square(y), axis=self.inputs, keepdims=True)
         return y * jax.lax.rsqrt(square)
-
-    def turn(self, y: jax.Array, x: jax.Array, a: jax.Array, b):
-        """y turned towards Gᵀ a, with a = G q: a step of power iteration; and a zero.
-
-        It stays where Gᵀ a is zero or not finite. Whatever takes up the zero comes
-        after the last use of G, whose memory it can then have.
-        """
-        target = self.transposed_times(x, _over_largest(a, self.units)[0])
-        target, usable = _over_largest(target, self.inputs)
-        square = jnp.sum(jnp.square(target), axis=self.inputs, keepdims=True)
-        target = target * jax.lax.rsqrt(jnp.where(usable, square, 1))
-        return jnp.where(usable, _moments.decay(target, y, b), y), 0 * square
 
 
 def map_arrays(kind: Any, f: Callable, arrays: Any, tree: Any, *rest: Any) -> Any:
@@ -198,10 +177,3 @@ def _contract(x, y, axes, other):
         precision=jax.lax.Precision.HIGHEST,
     )
     return jnp.expand_dims(product, axes)
-
-
-def _over_largest(x, axes):
-    """x over its largest entry along ``axes``, and whether it is neither 0 nor inf."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
-    usable = (largest > 0) & jnp.isfinite(largest)
-    return jnp.where(usable, x, 0) / jnp.where(usable, largest, 1), usable

@@ -1,0 +1,159 @@
+"""Numbers for a logger, of the states of running sums of gradients.
+
+Each ``of_...`` takes a state with bare arrays and trees as lists of their leaves, the
+partition, the gradients as such a list or None, and the estimator. What all methods
+show, of small matrices and of updates, is here too.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax import _tree
+from bma_optax.adaptive import _direction, _inverse_root, _moments
+from bma_optax.partitions import _units
+
+_MOST_PAIRS = 10
+
+
+def of_adagrad(state, blocks, grads, estimator):
+    numbers = _of_roots(blocks, state.U, state.v, state.inverse_root, estimator)
+    if grads is not None:
+        g = _tree.astype(grads, state.sum_of_squares)
+        r = _over_root(g, state.sum_of_squares)
+        numbers |= _of_root_update(blocks, state.inverse_root, g, r)
+    return numbers
+
+
+def of_adam(state, blocks, grads, estimator):
+    del grads  # The momentum is what is scaled.
+    numbers = _of_roots(blocks, state.U, state.v, state.inverse_root, estimator)
+    m = _tree.astype(state.mu, state.nu)
+    r = _over_root(m, state.nu)
+    return numbers | _of_root_update(blocks, state.inverse_root, m, r)
+
+
+def of_mini(state, blocks, grads, estimator):
+    del grads, estimator
+    ratios = [jnp.zeros(0, _tree.common_statistic_dtype(state.nu))]
+
+    def look(units, mu, nu, mean_nu, direction):
+        mu = mu.astype(nu.dtype)
+        if units is None:
+            r = _moments.over_root(mu, nu, 0.0)
+            return Updates(mu, r, r)
+        m = units.split(mu)
+        q = units.direction(direction)
+        Lambda = _direction.rest(nu, mean_nu, units.num_inputs)
+        known = nu > 0
+        ratio = jnp.where(known, mean_nu, 1) / jnp.where(known, Lambda, 1)
+        ratios.append(ratio.reshape(-1).astype(ratios[0].dtype))
+        r = _moments.over_root(m, Lambda, 0.0)
+        along = _direction.shrink(mean_nu, Lambda) - 1
+        update = r + along * units.times(r, q) * q
+        return Updates(mu, units.join(r, mu), units.join(update, mu))
+
+    trees = _units.map_arrays(Updates, look, blocks.arrays, *state[1:])
+    numbers = of_updates(blocks, *trees)
+    every = jnp.concatenate(ratios)
+    if not every.size:
+        return numbers
+    return numbers | {
+        "min_eigenvalue": jnp.min(every),
+        "max_eigenvalue": jnp.max(every),
+        "floored_share": jnp.mean(every < 1),
+    }
+
+
+class Updates(NamedTuple):
+    """Trees: what is scaled, by the diagonal method, and by the transformation."""
+
+    given: Any
+    diagonal: Any
+    full: Any
+
+
+def _of_roots(blocks, U, v, inverse_root, estimator):
+    """From the statistics as they are now, and the root in use."""
+    estimator = _inverse_root.chosen(estimator, blocks)
+    M = [
+        _inverse_root.small_matrix(*parts, estimator)
+        for parts in zip(
+            blocks.split_matrix(U), blocks.split(v), blocks.split_sizes(), strict=True
+        )
+    ]
+    numbers = of_matrices(blocks, M)
+    if M:
+        raised = jnp.zeros((), jnp.int32)
+        for matrix, root in zip(M, blocks.split_matrix(inverse_root), strict=True):
+            # The least eigenvalue that is in use; the floor, where it did something.
+            least = _eigenvalues(root)[:, -1:] ** -2
+            below = _eigenvalues(matrix) < 0.999 * least
+            raised = raised + jnp.sum(below, dtype=jnp.int32)
+        numbers["floored_share"] = raised / blocks.num_blocks
+    return numbers
+
+
+def of_matrices(blocks, matrices):
+    """The extreme eigenvalues, and the strongest pairs."""
+    if not matrices:
+        return {}
+    values = jnp.concatenate([_eigenvalues(M).reshape(-1) for M in matrices])
+    found, pairs, start = [], [], 0
+    for M, (count, n) in zip(matrices, blocks.buckets, strict=True):
+        diagonal = jnp.abs(jnp.diagonal(M, axis1=1, axis2=2))
+        root = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
+        correlation = M / root[:, :, None] / root[:, None, :]
+        i, j = np.triu_indices(n, 1)
+        group = start + n * np.arange(count)[:, None]
+        found.append(correlation[:, i, j].reshape(-1))
+        every = np.stack([group + i, group + j], axis=-1)
+        pairs.append(every.reshape(-1, 2))
+        start += count * n
+    correlations, both = jnp.concatenate(found), jnp.asarray(np.concatenate(pairs))
+    most = min(_MOST_PAIRS, len(correlations))
+    _, best = jax.lax.top_k(jnp.abs(correlations), most)
+    return {
+        "min_eigenvalue": jnp.min(values),
+        "max_eigenvalue": jnp.max(values),
+        "correlations": correlations[best],
+        "correlated_pairs": both[best],
+    }
+
+
+def _eigenvalues(M):
+    """Ascending, shape (..., L); of a number it is the number."""
+    return M[..., 0] if M.shape[-1] == 1 else jnp.linalg.eigvalsh(M)
+
+
+def _over_root(tree, h):
+    return jax.tree.map(lambda x, h: _moments.over_root(x, h, 0.0), tree, h)
+
+
+def _of_root_update(blocks, inverse_root, given, r):
+    sums = blocks.block_sums(r)
+    shift = blocks.expand(_inverse_root.correction(blocks, inverse_root, sums), r)
+    return of_updates(blocks, given, r, jax.tree.map(jnp.add, r, shift))
+
+
+def of_updates(blocks, given, diagonal, full):
+    """Norms: of the difference over that of the diagonal method; of each block."""
+
+    def squares(tree):
+        return jax.tree.map(jnp.square, tree)
+
+    def root_ratio(above, below):
+        usable = below > 0
+        return jnp.sqrt(jnp.where(usable, above, 0) / jnp.where(usable, below, 1))
+
+    change = jax.tree.map(jnp.subtract, full, diagonal)
+    return {
+        "correction": root_ratio(
+            _tree.vdot(change, change), _tree.vdot(diagonal, diagonal)
+        ),
+        "effective_rates": root_ratio(
+            blocks.block_sums(squares(full)), blocks.block_sums(squares(given))
+        ),
+    }

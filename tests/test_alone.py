@@ -1,0 +1,125 @@
+"""Groups of one block: the report's M is 1, the projection's is a number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from reference import RULES, DenseAdaGradBMA, DenseAdamBMA
+from test_adagrad import flat, labels_and_groups, random_tree
+
+import bma_optax as bma
+
+ADAGRAD = (bma.scale_by_bma, optax.scale_by_rss(0.0), DenseAdaGradBMA, {"eps": 0.1})
+ADAM = (
+    bma.scale_by_adam_bma,
+    optax.scale_by_adam(),
+    DenseAdamBMA,
+    {"eps": 0.1, "eps_root": 0.2, "b2": 0.9},
+)
+every_method = pytest.mark.parametrize("method", [ADAGRAD, ADAM], ids=["rss", "adam"])
+ALONE = {
+    "units": bma.within("block", bma.per_unit),
+    "tiles": bma.within("block", bma.per_tile((2,))),
+    "arrays": bma.within("array", bma.per_leaf),
+    "layers": bma.within("layer", bma.per_layer),
+}
+every_rule = pytest.mark.parametrize("rule", ALONE)
+
+
+@every_method
+@every_rule
+def test_by_the_reports_estimator_it_is_the_diagonal_method(method, rule):
+    """To the last bit: it must not be timed or tuned as a method."""
+    factory, optax_method, *_ = method
+    rng = np.random.default_rng(0)
+    alone = factory(partition=ALONE[rule], estimator="report")
+    diagonal = factory(partition=bma.by_path({"": None}))
+    transformations = alone, diagonal, optax_method
+    states = [tx.init(random_tree(rng, np.float32)) for tx in transformations]
+    updates = [jax.jit(tx.update) for tx in transformations]
+    for _ in range(5):
+        g = random_tree(rng, np.float32)
+        with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes.
+            found = [update(g, s) for update, s in zip(updates, states, strict=True)]
+        states = [state for _, state in found]
+        mine, same, theirs = (flat(x) for x, _ in found)
+        np.testing.assert_array_equal(mine, same)
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@every_method
+@every_rule
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_unless_told_it_is_the_projection(method, rule, floor):
+    factory, _, reference, kwargs = method
+    rng = np.random.default_rng(1)
+    tx = factory(partition=ALONE[rule], min_eigenvalue=floor, **kwargs)
+    inner = ALONE[rule].rule
+    couple = {"units": "block", "tiles": "block"}.get(rule, "layer")
+    if rule == "arrays":
+        couple = "array"
+    labels, groups = labels_and_groups(RULES[inner], couple)
+    dense = reference(labels, groups, floor=floor, estimator="projection", **kwargs)
+    state, update = tx.init(random_tree(rng)), jax.jit(tx.update)
+    for _ in range(10):
+        g = random_tree(rng)
+        updates, state = update(g, state)
+        np.testing.assert_allclose(flat(updates), dense.update(flat(g)), atol=1e-8)
+    assert state.failures == 0
+
+
+@every_rule
+def test_numbers_and_no_matrices(rule):
+    """Three numbers a block beside diag H, and no decomposition in the program."""
+    params = {"a": {"kernel": jnp.ones((6, 4))}, "b": {"kernel": jnp.ones((4, 2))}}
+    tx = bma.scale_by_bma(ALONE[rule])
+    state = tx.init(params)
+    blocks = bma.partition(params, ALONE[rule])
+    for field in (state.U, state.v, state.inverse_root):
+        assert field.shape == (blocks.num_blocks,)
+    numbers = jax.jit(lambda s, g: bma.diagnostics(s, blocks, g))
+    for program in (
+        jax.jit(tx.update).lower(params, state),
+        numbers.lower(state, params),
+    ):
+        text = program.as_text()
+        assert "syevd" not in text and "eigh" not in text
+
+
+@pytest.mark.parametrize(
+    ("rule", "params"),
+    [
+        (bma.per_leaf, {"w": jnp.ones((3, 2))}),
+        (bma.within("array", bma.per_unit), {"kernel": jnp.ones((3, 2))}),
+        (
+            bma.by_path({"a": bma.within("block", bma.per_unit)}),
+            {"a": {"kernel": jnp.ones((3, 2))}, "b": {"kernel": jnp.ones(3)}},
+        ),
+    ],
+    ids=["one block of all", "several of an array", "one is not alone"],
+)
+def test_blocks_that_may_see_others_have_the_reports(rule, params):
+    rng = np.random.default_rng(2)
+    grads = [
+        jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape) + 1), params)
+        for _ in range(3)
+    ]
+    found = []
+    for estimator in (None, "report", "projection"):
+        tx = bma.scale_by_bma(rule, estimator=estimator)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for g in grads:
+            updates, state = update(g, state)
+        found.append(flat(updates))
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.abs(found[0] - found[2]).max() > 1e-3
+
+
+def test_a_block_whose_sums_are_zero_stays_at_the_diagonal():
+    tx = bma.scale_by_bma(ALONE["units"], min_eigenvalue=0.0)
+    g = {"kernel": jnp.array([[1.0, 1.0], [-1.0, 2.0]])}
+    updates, state = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(updates["kernel"][:, 0], [1, -1], rtol=1e-6)
+    assert jnp.all(jnp.isfinite(state.inverse_root))
