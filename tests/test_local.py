@@ -122,12 +122,14 @@ CASES = {
 every_case = pytest.mark.parametrize("name", CASES)
 
 
-def case(name, most=None):
+def case(name, most=None, shape=None):
     """Loss, parameters, and the rule without and with a reach.
 
-    Tiles are no longer than ``most``.
+    Tiles are no longer than ``most``; fields have another ``shape``.
     """
     f, params, tile, reach, *stacked = CASES[name]
+    if shape is not None:
+        params = jax.tree.map(lambda x: np.zeros(shape) if x.ndim else x, params)
     tile = tuple(t if most is None or t == 1 else most for t in tile)
     rules = [bma.per_tile(tile), bma.per_tile(tile, reach=reach)]
     for axis in stacked:
@@ -171,9 +173,28 @@ def test_colors_give_what_a_product_a_block_gives(name):
     np.testing.assert_allclose(got, expected, atol=1e-10 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("fields ")])
+# Shapes where tiles of two are more than 64 blocks: there are levels below them.
+NESTED = {
+    "1 dimension": (140,),
+    "2 dimensions": (16, 20),
+    "3 dimensions": (8, 8, 10),
+    "sizes that do not divide": (13, 22),
+    "periodic": (24, 12),
+    "periodic, an odd number of elements": (145,),
+    "periodic, a last tile shorter than the reach": (133,),
+    "reach 2": (140,),
+    "reach beyond a tile": (70,),
+    "channels": (12, 10, 3),
+    "fields from the end": (9, 2, 8, 2),
+    "two fields": (12, 12),
+    "beside scalars": (18, 18),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
 def test_nested_operator_is_symmetric_and_positive_definite(name):
-    f, params, rule, local = case(name, most=2)  # more blocks, more levels
+    f, params, rule, local = case(name, most=2, shape=NESTED[name])
+    assert len(bma.partition(params, rule).sizes) > 64
     matrix = inverse(f, params, local)
     scale = np.abs(matrix).max()
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * scale)
