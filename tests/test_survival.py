@@ -224,7 +224,7 @@ def test_killed_during_a_save_the_last_whole_one_restores(tmp_path):
 )
 def test_a_state_of_another_partition_is_refused(tx, other):
     grads = jax.grad(loss)(PARAMS)
-    with pytest.raises(ValueError, match=r"shape.*; per_\w+.*makes.*same partition"):
+    with pytest.raises(ValueError, match=r"shape.*; .*makes.*same partition"):
         tx.update(grads, other.init(PARAMS), PARAMS, value_fn=loss)
 
 
