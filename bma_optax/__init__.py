@@ -5,10 +5,11 @@
 """
 
 from bma_optax._diagnostics import diagnostics
-from bma_optax.adaptive._adagrad import ScaleByBMAState, adagrad_bma, scale_by_bma
-from bma_optax.adaptive._adam import ScaleByAdamBMAState, adam_bma, scale_by_adam_bma
+from bma_optax.adaptive._adagrad import ScaleByBMAState, scale_by_bma
+from bma_optax.adaptive._adam import ScaleByAdamBMAState, scale_by_adam_bma
+from bma_optax.adaptive._aliases import adagrad_bma, adam_bma, mini_bma
 from bma_optax.adaptive._block_mean import ScaleBlockMeanState, scale_block_mean
-from bma_optax.adaptive._mini import ScaleByMiniBMAState, mini_bma, scale_by_mini_bma
+from bma_optax.adaptive._mini import ScaleByMiniBMAState, scale_by_mini_bma
 from bma_optax.algebra._block_mean_matrix import BlockMeanMatrix
 from bma_optax.curvature._kinds import (
     Curvature,

@@ -1,10 +1,12 @@
 """Methods of running sums of gradients: statistics -> M^-½ -> update, without a loss.
 
-_adagrad, _adam     AdaGrad-BMA, the report's transformation, and its decayed form
+_adagrad            AdaGrad-BMA of Lu et al. 2018
+_adam               AdaGrad-BMA with decayed statistics and momentum
+_mini               two numbers a block and one learned direction an array
+_aliases            the three as optimisers, with a learning rate
+_block_mean         the control: block means scaled by a constant
 _inverse_root       block sums -> M -> M^-½ -> the correction of block means
-_mini               one learned direction an array, two numbers a block
-_direction          power iteration for it
-_block_mean         block means scaled by a constant, what the others must beat
+_direction          power iteration for the learned direction
 _moments            decayed averages, as in Adam
 _diagnostics        numbers of their states for a logger
 """

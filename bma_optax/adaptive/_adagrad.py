@@ -1,4 +1,14 @@
-"""AdaGrad-BMA: the report's transformation."""
+"""AdaGrad-BMA: AdaGrad with a block mean approximation of its matrix, Lu et al. 2018.
+
+For gradients g with block sums u, shape (L,), the statistics are diag H = Σ g², shaped
+like the parameters, and U = Σ u uᵀ, shape (L, L). With Z = (diag H + eps)^½ and v the
+block sums of Z's diagonal, shape (L,), the update is
+
+    F^-½ Z^-1 g,   F^-½ = I + E (M^-½ - I) Eᵀ,   M = I + (U - diag U) / (v vᵀ).
+
+E is the d x L matrix of normalised block indicators; no array of d x d or d x L
+elements is built. ``_inverse_root`` computes M, its inverse root and the correction.
+"""
 
 from typing import NamedTuple
 
@@ -6,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _rates, _refresh, _tree, _xla
+from bma_optax import _checks, _refresh, _tree, _xla
 from bma_optax.adaptive import _inverse_root
 from bma_optax.partitions import _build, _rules
 
@@ -16,8 +26,8 @@ _FORMS = ("left", "symmetric")
 class ScaleByBMAState(NamedTuple):
     """State of :func:`scale_by_bma`, for L blocks.
 
-    With several groups (:func:`within`) the L x L arrays hold the groups' small
-    matrices one after the other, shape (Σ L_group²,).
+    With several groups of blocks (:func:`within`), the L x L arrays hold the small
+    matrices of the groups one after the other, shape (Σ L_group²,).
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -28,8 +38,8 @@ class ScaleByBMAState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # shape (), int32: steps taken.
     sum_of_squares: optax.Updates  # like params, float32 or float64: diag H.
-    U: jax.Array  # shape (L, L): sum of the outer products of block sums.
-    v: jax.Array  # shape (L,): block sums of z, as M has them.
+    U: jax.Array  # shape (L, L): sum of u uᵀ, u the block sums of g.
+    v: jax.Array  # shape (L,): block sums of z at the last refresh.
     inverse_root: jax.Array  # shape (L, L): the last finite M^-½.
     failures: jax.Array  # shape (), int32: factorisations that were not finite.
 
@@ -46,67 +56,72 @@ def scale_by_bma(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales updates by the inverse root of a block mean approximation (AdaGrad-BMA).
 
-    AdaGrad-Full scales by the inverse root of :math:`H = \sum g g^T`, d x d. This
-    takes :math:`H \approx Z F Z` with :math:`Z = (\mathrm{diag} H + \epsilon)^{1/2}`
-    and
+    AdaGrad-Full scales the gradient by the inverse root of the d x d matrix
+    :math:`H = \sum g g^T`. AdaGrad-BMA replaces this matrix by :math:`Z F Z` with
+    :math:`Z = (\mathrm{diag} H + \epsilon)^{1/2}` and
 
     .. math::
         F = I + E (M - I) E^T, \qquad
         M = I + \frac{U - \mathrm{diag} U}{v v^T}, \\
         u_i = \sum_{j \in i} g_j, \quad U = \sum u u^T, \quad
-        v_i = \sum_{j \in i} Z_{jj}
+        v_i = \sum_{j \in i} Z_{jj}.
 
-    for blocks i, where column i of E is :math:`1 / \sqrt{s_i}` on block i; so
-    :math:`F^{-1/2} = I + E (M^{-1/2} - I) E^T` for one ``eigh`` of size L x L. It is
-    diagonal AdaGrad on everything but the L block means, and full-matrix AdaGrad there.
-    With one block it equals ``optax.scale_by_rss``, with ``per_element`` AdaGrad-Full.
+    Column i of E is :math:`1 / \sqrt{s_i}` on block i, which has s_i elements, and 0
+    elsewhere. Therefore :math:`F^{-1/2} = I + E (M^{-1/2} - I) E^T`, which takes one
+    ``eigh`` of size L x L for L blocks. The method is full-matrix AdaGrad on the L
+    block means and diagonal AdaGrad on everything else. With one block it equals
+    ``optax.scale_by_rss``; with ``per_element`` it is AdaGrad-Full.
 
-    An element that never had a gradient does not move. A gradient that is not finite
-    gives an update that is not finite, as in Optax, at that element alone: it is left
-    out of diag H, and its whole block out of U and of that step's correction.
+    An element whose gradient has always been 0 does not move. Where an element of the
+    gradient is not finite, the update of this element is not finite either, as in
+    Optax. The step leaves the element out of diag H, and its block out of U and the
+    correction.
 
     Args:
-      partition: the rule that cuts parameters into blocks, ``bma.per_leaf`` and so on;
-        see :func:`bma_optax.partition`. An array without blocks gets plain AdaGrad.
-      initial_accumulator_value: the start of diag H, >= 0. It is 0 here, not Optax's
-        0.1: a large start swamps z, and M then stays at the identity.
-      eps: added to diag H inside the root, >= 0: with ``per_element`` this is
-        AdaGrad-Full of H + eps I.
-      min_eigenvalue: the least eigenvalue of M, >= 0. M is singular in real cases (at
-        the first step; in softmax layers). At 0 the floor is only what the dtype can
-        resolve beside the largest eigenvalue, 4 √L eps times it; at 1 the update along
-        block means can shrink but not grow. The default bounds the growth by 1.8: below
-        0.1 the second step, where M is nearly singular, can throw deeper nets off, and
-        on digits little changes (``benchmarks.costs``). To the letter of
-        AdaGrad-Full take 0.
-      form: "left" for :math:`F^{-1/2} Z^{-1} g`, "symmetric" for
-        :math:`Z^{-1/2} F^{-1/2} Z^{-1/2} g`, always a descent direction but
+      partition: the rule that cuts the parameters into blocks, such as
+        ``bma.per_leaf``; see :func:`bma_optax.partition`. An array without blocks gets
+        plain AdaGrad.
+      initial_accumulator_value: the initial value of diag H, a number >= 0. The default
+        is 0, where Optax has 0.1: a large start dominates z and keeps M at the
+        identity.
+      eps: a number >= 0, added to diag H inside the root. With ``per_element`` the
+        method is then AdaGrad-Full of H + eps I.
+      min_eigenvalue: the floor of M's eigenvalues, a number >= 0. M can be singular, as
+        at the first step and in softmax layers. At 0 the floor is what the dtype
+        resolves beside the largest eigenvalue: 4 √L times the machine epsilon times it.
+        At 1 the update along block means can shrink but not grow. The default bounds
+        the growth by 1.8. Below 0.1 deeper networks can diverge at the second step,
+        where M is nearly singular; on digits the value changes little
+        (``benchmarks.costs``). Pass 0 for AdaGrad-Full to the letter.
+      form: "left" for the update :math:`F^{-1/2} Z^{-1} g`. "symmetric" for
+        :math:`Z^{-1/2} F^{-1/2} Z^{-1/2} g`, which is always a descent direction, but
         large where z is tiny and blocks are fine: with ``per_unit`` on digits its
-        largest entry was 13.5, that of "left" 2.0 (``benchmarks.costs``).
-      estimator: "report" for the M above; "projection" for
-        :math:`M = S^{1/2} \frac{U}{v v^T} S^{1/2}`, S = diag(s), diagonal included:
-        eq. (2) of :math:`Z^{-1} H Z^{-1}`, whose off-diagonal entries the report's M
-        shrinks by :math:`\sqrt{s_i s_j}`. Take ``min_eigenvalue=1`` with it on
-        networks. None for the report's, or for the projection if the rule leaves every
-        block alone: there the report's M is 1, which is AdaGrad; no ``eigh`` is run.
-      update_interval: k, the steps from one inverse root to the next. Before step k
-        there is also one at steps 1, 2, 4, 8, ..., as the first gradients change M
-        most. U and diag H take up every gradient whatever it is. With 1000 blocks and
-        0.9 million parameters a step took 9.9 times AdaGrad's at 1, 2.4 times at 10
-        (``benchmarks.costs``).
+        largest entry was 13.5, against 2.0 with "left" (``benchmarks.costs``).
+      estimator: "report" for the M above, which Lu et al. 2018 use. "projection" for
+        :math:`M = S^{1/2} \frac{U}{v v^T} S^{1/2}` with S = diag(s) and the diagonal of
+        U included: eq. 2 applied to :math:`Z^{-1} H Z^{-1}`. "report" shrinks the
+        off-diagonal entries of that M by :math:`\sqrt{s_i s_j}`. With "projection" pass
+        ``min_eigenvalue=1`` on networks. None selects "projection" if the rule leaves
+        every block alone, where "report" has M = 1 and equals AdaGrad; it needs no
+        ``eigh`` there. Otherwise None selects "report".
+      update_interval: k, an integer >= 1: the steps from one computation of M^-½ to the
+        next. M^-½ is also computed at steps 1, 2, 4, 8, ... below k, because the first
+        gradients change M most. Every gradient enters U and diag H, whatever k is. With
+        1000 blocks and 0.9 million parameters a step took 9.9 times as long as
+        AdaGrad's with k = 1, and 2.4 times with k = 10 (``benchmarks.costs``).
 
     Returns:
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleByBMAState`.
-      Updates keep the dtype of the gradients, float16 to float64; statistics are
+      Updates keep the dtype of the gradients, float16 to float64. Statistics are
       float32, or float64 for float64 parameters.
 
     Raises:
-      TypeError: if ``partition`` is no rule or a number is none, or of 16 bits; at
-        ``init`` and ``update``, if a leaf is no real floating array.
-      ValueError: if ``form`` or ``estimator`` is unknown or a number is
-        negative or NaN; at ``init``, if the rule does not fit the parameters; at
-        ``update``, if the gradients are not of the structure and shapes that ``init``
-        saw, or the state is of parameters of another dtype.
+      TypeError: if ``partition`` is not a rule, or if a number is not one or has 16
+        bits; at ``init`` and ``update``, if a leaf is not a real floating array.
+      ValueError: if ``form`` or ``estimator`` is unknown, or if a number is negative or
+        NaN; at ``init``, if the rule does not fit the parameters; at ``update``, if the
+        gradients do not have the structure and shapes that ``init`` saw, or if the
+        state belongs to parameters of another dtype.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -125,8 +140,9 @@ def scale_by_bma(
       Objective function: 1.784
       Objective function: 1.165
 
-    Source: the report's slides "Application to AdaGrad" and "AdaGrad-BMA"; Lu, Harandi,
-    Hartley and Pascanu, `arXiv 1804.05484 <https://arxiv.org/abs/1804.05484>`_, 2018.
+    Source: Lu, Harandi, Hartley and Pascanu, `Block Mean Approximation for Efficient
+    Second Order Optimization <https://arxiv.org/abs/1804.05484>`_, 2018, slides
+    "Application to AdaGrad" and "AdaGrad-BMA".
     """
     _rules.check_rule(partition)
     _inverse_root.check_estimator(estimator)
@@ -169,18 +185,18 @@ def scale_by_bma(
         blocks.check_state(state.U.shape)
         kind = _inverse_root.chosen(estimator, blocks)
 
-        # The passes over memory: g and h to h; sums of g and of √h; g and h to r, in
-        # the gradient's place where it is donated; a sum of r; r and h to the update.
-        # XLA on CPU makes a sum one pass with the arithmetic before it, but not with a
-        # comparison or with another sum, and stores what two passes share: hence a bare
-        # root, and r written once, where it will become the update.
+        # A step passes over memory to update h, to sum g and √h, to write r (into the
+        # memory of g where g is donated), to sum r, and to write the update. XLA on CPU
+        # fuses a sum with the arithmetic before it, but neither with a comparison nor
+        # with another sum, and it stores what two passes share. Therefore the root has
+        # no comparison, and r is written once, where the update will be.
 
-        # Gather: diag H, U.
+        # Gather diag H (h) and U.
         g = _tree.astype(updates, state.sum_of_squares)
         h = jax.tree.map(_add_square, g, state.sum_of_squares)
         U = state.U + _inverse_root.outer(blocks, blocks.block_sums(g))
 
-        # The small matrix and its root.
+        # Compute M and its inverse root.
         def refresh():
             v = _inverse_root.root_sums(blocks, h, eps, state.v)
             root, failures = _inverse_root.inverse_root(
@@ -196,7 +212,7 @@ def scale_by_bma(
             young=True,
         )
 
-        # Apply: r + E (M^-½ - I) Eᵀ r.
+        # Apply them to r = Z^-1 g: the update is r + E (M^-½ - I) Eᵀ r.
         power = -0.5 if form == "left" else -0.25
         r = jax.tree.map(lambda g, h: g * _scale(h, eps, power), g, h)
         correction = blocks.expand(
@@ -225,75 +241,13 @@ def scale_by_bma(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def adagrad_bma(
-    learning_rate: optax.ScalarOrSchedule,
-    partition: _rules.Rule = _rules.per_leaf,
-    *,
-    initial_accumulator_value: jax.typing.ArrayLike = 0.0,
-    eps: jax.typing.ArrayLike = 1e-7,
-    min_eigenvalue: jax.typing.ArrayLike = 0.3,
-    form: str = "left",
-    estimator: str | None = None,
-    update_interval: jax.typing.ArrayLike = 1,
-) -> optax.GradientTransformationExtraArgs:
-    r"""AdaGrad with a block mean approximation of the full matrix.
-
-    .. math:: \theta \leftarrow \theta - \eta \, F^{-1/2} Z^{-1} g
-
-    Args:
-      learning_rate: a number or a schedule.
-      partition: see :func:`scale_by_bma`, as for the arguments below.
-      initial_accumulator_value: the start of diag H.
-      eps: added to diag H inside the root.
-      min_eigenvalue: the least eigenvalue of M.
-      form: "left" or "symmetric".
-      estimator: "report", "projection" or None.
-      update_interval: steps from one inverse root to the next.
-
-    Returns:
-      ``optax.chain(scale_by_bma(...), optax.scale_by_learning_rate(learning_rate))``.
-
-    Raises:
-      TypeError, ValueError: as :func:`scale_by_bma`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import bma_optax as bma
-      >>> def f(x): return jnp.sum(x ** 2)
-      >>> solver = bma.adagrad_bma(learning_rate=1.0)
-      >>> params = jnp.array([1.0, 2.0, 3.0])
-      >>> state = solver.init(params)
-      >>> for _ in range(3):
-      ...     updates, state = solver.update(jax.grad(f)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      ...     print(f"Objective function: {f(params):.2E}")
-      Objective function: 5.00E+00
-      Objective function: 2.39E+00
-      Objective function: 1.25E+00
-
-    Source: the report's slide "AdaGrad-BMA".
-    """
-    return optax.chain(
-        scale_by_bma(
-            partition,
-            initial_accumulator_value=initial_accumulator_value,
-            eps=eps,
-            min_eigenvalue=min_eigenvalue,
-            form=form,
-            estimator=estimator,
-            update_interval=update_interval,
-        ),
-        _rates.scale(learning_rate),
-    )
-
-
 def _add_square(g, h):
-    """diag H takes g² up, but for a gradient that is not finite."""
+    """h + g², and h where g is not finite; arrays of one shape."""
     return jnp.where(jnp.isfinite(g), h + jnp.square(g), h)
 
 
 def _scale(h, eps, power):
-    """(h + eps)^power, and 0 where there has been no gradient, as ``scale_by_rss``."""
+    """(h + eps)^power, and 0 where h is 0, as in ``optax.scale_by_rss``."""
     alive = h > 0
     shifted = jnp.where(alive, h, 1) + jnp.asarray(eps, h.dtype)
     root = jax.lax.rsqrt(shifted if power == -0.5 else jnp.sqrt(shifted))

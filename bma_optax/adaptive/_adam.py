@@ -1,13 +1,23 @@
-"""Adam-BMA: the report's approximation of decayed statistics."""
+"""Adam-BMA: AdaGrad-BMA of Lu et al. 2018 with decayed statistics and momentum.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+The statistics are decayed averages with Adam's bias correction: the momentum m and
+diag H, shaped like the parameters, and U, shape (L, L), of the outer products u uᵀ of
+block sums u. With Z = (diag H + eps_root)^½ + eps and v the block sums of Z's diagonal,
+shape (L,), the update is
+
+    F^-½ Z^-1 m,   F^-½ = I + E (M^-½ - I) Eᵀ,   M = I + (U - diag U) / (v vᵀ).
+
+E is the d x L matrix of normalised block indicators, which is never built.
+``_inverse_root`` computes M, its inverse root and the correction.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _rates, _refresh, _tree
+from bma_optax import _checks, _refresh, _tree
 from bma_optax.adaptive import _inverse_root, _moments
 from bma_optax.partitions import _build, _rules
 
@@ -15,8 +25,8 @@ from bma_optax.partitions import _build, _rules
 class ScaleByAdamBMAState(NamedTuple):
     """State of :func:`scale_by_adam_bma`, for L blocks.
 
-    With several groups (:func:`within`) the L x L arrays hold the groups' small
-    matrices one after the other, shape (Σ L_group²,).
+    With several groups of blocks (:func:`within`), the L x L arrays hold the small
+    matrices of the groups one after the other, shape (Σ L_group²,).
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -29,8 +39,8 @@ class ScaleByAdamBMAState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # shape (), int32: steps taken.
     mu: optax.Updates  # like params: the momentum.
     nu: optax.Updates  # like params, float32 or float64: diag H.
-    U: jax.Array  # shape (L, L): decayed outer products of block sums.
-    v: jax.Array  # shape (L,): block sums of z on the scale of U, as M has them.
+    U: jax.Array  # shape (L, L): decayed average of u uᵀ, not bias-corrected.
+    v: jax.Array  # shape (L,): block sums of z, on the scale of U.
     inverse_root: jax.Array  # shape (L, L): the last finite M^-½.
     failures: jax.Array  # shape (), int32: factorisations that were not finite.
 
@@ -49,48 +59,53 @@ def scale_by_adam_bma(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales updates by Adam with a block mean approximation of the full matrix.
 
-    The statistics of :func:`scale_by_bma` decayed as Adam's are, with its correction of
-    their start, and the momentum m in the place of the gradient:
+    The method decays the statistics of :func:`scale_by_bma` as Adam does, corrects
+    their bias, and scales the momentum m in place of the gradient:
 
     .. math::
         H = (1 - b_2) \sum_\tau b_2^{t - \tau} g_\tau g_\tau^T \,/\, (1 - b_2^t)
         \approx Z F Z, \qquad \text{update} = F^{-1/2} Z^{-1} m
 
     with :math:`Z = (\mathrm{diag} H + \epsilon_{root})^{1/2} + \epsilon`, F = I + E (M
-    - I) Eᵀ, M = I + (U - diag U) / (v vᵀ), U the block sums of H and v those of Z. It
-    is Adam on everything but the L block means; with
-    one block it equals ``optax.scale_by_adam``.
+    - I) Eᵀ and M = I + (U - diag U) / (v vᵀ). The entries of U are the sums of H over
+    pairs of blocks, and v are the block sums of Z's diagonal. The method uses the full
+    matrix on the L block means and is Adam on everything else. With one block it equals
+    ``optax.scale_by_adam``.
 
     Args:
-      b1: the decay of the momentum, in [0, 1).
-      b2: the decay of diag H and U, in [0, 1).
-      eps: added to the root of diag H, >= 0.
-      eps_root: added to diag H inside the root, >= 0.
-      mu_dtype: the dtype of the momentum; that of the parameters if None.
-      partition: the rule that cuts parameters into blocks. An array without blocks gets
+      b1: the decay of the momentum, a number in [0, 1).
+      b2: the decay of diag H and U, a number in [0, 1).
+      eps: a number >= 0, added to the root of diag H.
+      eps_root: a number >= 0, added to diag H inside the root.
+      mu_dtype: the floating dtype of the momentum. None takes the dtype of the
+        parameters.
+      partition: the rule that cuts the parameters into blocks, such as
+        ``bma.per_leaf``; see :func:`bma_optax.partition`. An array without blocks gets
         plain Adam.
-      estimator: "report" for the M above, "projection" for S^½ U / (v vᵀ) S^½, diagonal
-        included, as in :func:`scale_by_bma`. None for the projection if the rule leaves
-        every block alone, else for the report's.
-      min_eigenvalue: the least eigenvalue of M, >= 0; at 1 the update along block means
-        can shrink but not grow. The default bounds its growth by 1.8.
-      update_interval: k, the steps from one inverse root to the next. Before step k
-        there is also one at steps 1, 2, 4, 8, ..., as the first gradients change M
-        most.
+      estimator: "report" for the M above. "projection" for M = S^½ U / (v vᵀ) S^½ with
+        S the diagonal matrix of block sizes and the diagonal of U included; see
+        :func:`scale_by_bma`. None selects "projection" if the rule leaves every block
+        alone, where "report" is plain Adam, and "report" otherwise.
+      min_eigenvalue: the floor of M's eigenvalues, a number >= 0. At 1 the update along
+        block means can shrink but not grow. The default bounds the growth by 1.8.
+      update_interval: k, an integer >= 1: the steps from one computation of M^-½ to the
+        next. M^-½ is also computed at steps 1, 2, 4, 8, ... below k, because the first
+        gradients change M most.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleByAdamBMAState`.
-      Updates keep the dtype of the gradients; statistics are float32, or float64 for
-      float64 parameters. A gradient that is not finite counts as 0 (its whole block is
-      left out of U) and gives an update that is not finite, at that element alone.
+      Updates keep the dtype of the gradients. Statistics are float32, or float64 for
+      float64 parameters. Where an element of the gradient is not finite, the update of
+      this element is not finite either. The statistics take the element for 0, and U
+      leaves its block out.
 
     Raises:
-      TypeError: if ``partition`` is no rule or a number is none, or of 16 bits; at
-        ``init`` and ``update``, if a leaf is no real floating array.
-      ValueError: if ``estimator`` is unknown or a number is out of its
-        range; at ``init``, if the rule does not fit the parameters; at ``update``, if
-        the gradients are not of the structure and shapes that ``init`` saw, or the
-        state is of parameters of another dtype.
+      TypeError: if ``partition`` is not a rule, or if a number is not one or has 16
+        bits; at ``init`` and ``update``, if a leaf is not a real floating array.
+      ValueError: if ``estimator`` is unknown, or if a number is out of its range; at
+        ``init``, if the rule does not fit the parameters; at ``update``, if the
+        gradients do not have the structure and shapes that ``init`` saw, or if the
+        state belongs to parameters of another dtype.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -109,8 +124,9 @@ def scale_by_adam_bma(
       Objective function: 3.552
       Objective function: 1.876
 
-    Source: the report's slide "AdaGrad-BMA"; Kingma and Ba, `Adam
-    <https://arxiv.org/abs/1412.6980>`_, 2014.
+    Source: Lu, Harandi, Hartley and Pascanu, `Block Mean Approximation for Efficient
+    Second Order Optimization <https://arxiv.org/abs/1804.05484>`_, 2018, slide
+    "AdaGrad-BMA"; Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014.
     """
     _rules.check_rule(partition)
     _inverse_root.check_estimator(estimator)
@@ -149,7 +165,7 @@ def scale_by_adam_bma(
         kind = _inverse_root.chosen(estimator, blocks)
         count = optax.safe_increment(state.count)
 
-        # Gather: the momentum, diag H, U.
+        # Gather the momentum, diag H and U, all without bias correction.
         raw = _tree.astype(updates, state.nu)
         g = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), raw)
         mu = jax.tree.map(lambda g, m: _moments.decay(g, m, b1), g, state.mu)
@@ -160,7 +176,8 @@ def scale_by_adam_bma(
             _inverse_root.outer(blocks, blocks.block_sums(raw)), state.U, b2
         )
 
-        # The small matrix and its root; U and v² both lack the correction of the start.
+        # Compute M and its inverse root. Neither U nor v² has a bias correction here,
+        # so that it cancels in U / (v vᵀ); eps and eps_root are scaled to match.
         def refresh():
             start = _moments.bias_correction(count, b2, state.v.dtype)
             inside = 0 if no_eps_root else start * jnp.asarray(eps_root, start.dtype)
@@ -180,7 +197,7 @@ def scale_by_adam_bma(
             young=True,
         )
 
-        # Apply: r + E (M^-½ - I) Eᵀ r.
+        # Apply them to r = Z^-1 m: the update is r + E (M^-½ - I) Eᵀ r.
         def scale(m, h, g):
             m = m / _moments.bias_correction(count, b1, m.dtype)
             h = h / _moments.bias_correction(count, b2, h.dtype)
@@ -205,81 +222,3 @@ def scale_by_adam_bma(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def adam_bma(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    *,
-    partition: _rules.Rule = _rules.per_leaf,
-    estimator: str | None = None,
-    min_eigenvalue: jax.typing.ArrayLike = 0.3,
-    update_interval: jax.typing.ArrayLike = 1,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Adam with a block mean approximation of the full matrix.
-
-    .. math:: \theta \leftarrow \theta - \eta \, (F^{-1/2} Z^{-1} m + \lambda \theta)
-
-    With one block it is ``optax.adamw``.
-
-    Args:
-      learning_rate: a number or a schedule.
-      b1: see :func:`scale_by_adam_bma`, as for the arguments that are not said here.
-      b2: the decay of diag H and U.
-      eps: added to the root of diag H.
-      eps_root: added inside the root.
-      mu_dtype: the dtype of the momentum.
-      weight_decay: λ, a number or a schedule; multiplied by the rate, as in adamw.
-      weight_decay_mask: a tree of booleans like the parameters, or a function of them
-        that gives one: where weights decay. Everywhere if None.
-      partition: the rule that cuts parameters into blocks.
-      estimator: "report", "projection" or None.
-      min_eigenvalue: the least eigenvalue of M.
-      update_interval: steps from one inverse root to the next.
-
-    Returns:
-      A chain of :func:`scale_by_adam_bma`, the decay and the rate. ``update`` needs
-      ``params`` where weights decay.
-
-    Raises:
-      TypeError, ValueError: as :func:`scale_by_adam_bma`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import bma_optax as bma
-      >>> def f(x): return jnp.sum(x ** 2)
-      >>> solver = bma.adam_bma(learning_rate=0.3)
-      >>> params = jnp.array([1.0, 2.0, 3.0])
-      >>> state = solver.init(params)
-      >>> for _ in range(3):
-      ...     updates, state = solver.update(jax.grad(f)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      ...     print(f"Objective function: {f(params):.2E}")
-      Objective function: 1.07E+01
-      Objective function: 7.90E+00
-      Objective function: 5.68E+00
-
-    Source: see :func:`scale_by_adam_bma`; Loshchilov and Hutter, `Decoupled Weight
-    Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019.
-    """
-    return optax.chain(
-        scale_by_adam_bma(
-            b1,
-            b2,
-            eps,
-            eps_root,
-            mu_dtype,
-            partition=partition,
-            estimator=estimator,
-            min_eigenvalue=min_eigenvalue,
-            update_interval=update_interval,
-        ),
-        _rates.decay(weight_decay, weight_decay_mask),
-        _rates.scale(learning_rate),
-    )

@@ -1,4 +1,12 @@
-"""Controls: block means scaled by a constant, without statistics."""
+"""Block means of updates scaled by a constant: the control for other methods.
+
+    x + (c - 1) E Eᵀ x
+
+for updates x shaped like the parameters and a constant c. Column i of E is 1/√s_i on
+block i, of s_i elements, and 0 elsewhere; or, with learned weights, each column of an
+array is the same unit vector q over the inputs of a unit. No statistics are gathered,
+except the direction of q, which ``_direction`` learns.
+"""
 
 from typing import NamedTuple
 
@@ -24,7 +32,7 @@ class ScaleBlockMeanState(NamedTuple):
       (9, 1)
     """
 
-    direction: optax.Updates | None  # a number an input, see ScaleByMiniBMAState.
+    direction: optax.Updates | None  # as in ScaleByMiniBMAState; None: constant.
 
 
 def scale_block_mean(
@@ -36,38 +44,40 @@ def scale_block_mean(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the block means of updates by a constant.
 
-    Units lie on the axis that the names of Flax, Haiku, Equinox and PyTorch tell.
+    Array names of Flax, Haiku, Equinox and PyTorch tell which axis counts the units.
 
     .. math:: x + (c - 1) \, E E^T x
 
-    What methods with block means must beat: it has no statistics, and after
-    ``optax.scale_by_adam`` it did on networks what AdaGrad-BMA and Adam-BMA do, or
-    better. With c = 0 before an optimiser it centralises gradients.
+    This is the control that a method with block means must beat. It gathers no
+    statistics, and after ``optax.scale_by_adam`` it did as well on networks as
+    AdaGrad-BMA and Adam-BMA, or better. With c = 0 before an optimiser it centralises
+    gradients.
 
     Args:
-      factor: c. 0 removes block means, 1 does nothing.
-      partition: the rule that cuts parameters into blocks. ``bma.per_unit``, the
-        default, takes the last axis for ``kernel`` and ``w``, the first one for
-        ``weight`` and ``embedding``, and warns at ``init`` where a name does not tell:
-        pass ``bma.per_column`` or ``bma.per_row`` then.
-      weights: "constant" for plain means. "learned": in each array that is a matrix of
-        units x inputs, the component along one direction of the inputs that follows the
-        largest one of the updates that pass, as in :func:`scale_by_mini_bma`. (There
-        the argument ``factor`` is the control: the direction of gradients, and the
-        factor on momentum.)
-      b3: the decay of the learned direction, in [0, 1).
+      factor: c, a finite number. 0 removes block means; 1 changes nothing.
+      partition: the rule that cuts the parameters into blocks. The default
+        ``bma.per_unit`` takes the last axis for ``kernel`` and ``w`` and the first axis
+        for ``weight`` and ``embedding``. It warns at ``init`` where a name does not
+        tell the axis: pass ``bma.per_column`` (last axis) or ``bma.per_row`` (first
+        axis) then.
+      weights: "constant" for plain means. "learned" scales, in each array that is a
+        matrix of units x inputs, the component along one direction of the inputs. The
+        direction follows the leading direction of the updates that pass, as
+        :func:`scale_by_mini_bma` does for gradients. Other arrays stay as they are.
+      b3: the decay of the learned direction, a number in [0, 1).
 
     Returns:
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleBlockMeanState`,
       which is empty for constant weights. A block with an update that is not finite
-      is left as it is.
+      stays as it is.
 
     Raises:
-      TypeError: if ``partition`` is no rule or a number is none, or of 16 bits; at
-        ``init`` and ``update``, if a leaf is no real floating array.
-      ValueError: if ``weights`` is unknown or a number out of its range; at ``init``,
-        if the rule does not fit the parameters; at ``update`` with learned weights, if
-        updates or parameters are not those that ``init`` saw.
+      TypeError: if ``partition`` is not a rule, or if a number is not one or has 16
+        bits; at ``init`` and ``update``, if a leaf is not a real floating array.
+      ValueError: if ``weights`` is unknown or a number is out of its range; at
+        ``init``, if the rule does not fit the parameters; at ``update`` with learned
+        weights, if the updates or the parameters are not of the structure and shapes
+        that ``init`` saw.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -87,6 +97,8 @@ def scale_block_mean(
     _checks.finite(factor=factor)
 
     def start(params, arrays):
+        """The directions at plain means, as a state."""
+
         def constant(units, p):
             zeros = jnp.zeros_like(p, dtype=_tree.statistic_dtype(p))
             if units is None:
@@ -116,6 +128,7 @@ def scale_block_mean(
         x = jax.tree.map(lambda x: x.astype(_tree.statistic_dtype(x)), updates)
 
         def step(units, x, direction):
+            """Scales one array x along q, and moves its direction towards xᵀ x q."""
             if units is None:
                 return _Array(x, direction)
             matrix = units.split(x)
@@ -123,7 +136,7 @@ def scale_block_mean(
             a = units.times(matrix, q)
             a = jnp.where(jnp.isfinite(a), a, 0)
             direction = _direction.turn(units, direction, matrix, a, b3)
-            # The scaled array takes the memory of the one that the direction is from.
+            # Scale after the direction has read x: the result can then take x's memory.
             along = (jnp.asarray(factor, x.dtype) - 1) * _xla.after(a, direction)
             scaled = matrix + along * q
             return _Array(units.join(scaled, x), direction)
@@ -145,7 +158,7 @@ def scale_block_mean(
 
 
 def _check_directions(expected, state) -> None:
-    """Raises a ValueError for updates unlike the parameters that init saw."""
+    """Raises a ValueError for updates unlike the parameters that ``init`` saw."""
     difference = _tree.unlike(expected.direction, state.direction)
     if difference is not None:
         name, new, old = difference
@@ -157,7 +170,7 @@ def _check_directions(expected, state) -> None:
 
 
 class _Array(NamedTuple):
-    """What there is of one array."""
+    """The update and the direction of one array."""
 
     update: jax.Array | None
     direction: jax.Array

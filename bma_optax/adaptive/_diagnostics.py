@@ -1,8 +1,11 @@
-"""Numbers for a logger, of the states of running sums of gradients.
+"""Numbers for a logger, from the states of methods of running sums.
 
-Each ``of_...`` takes a state with bare arrays and trees as lists of their leaves, the
-partition, the gradients as such a list or None, and the estimator. What all methods
-show, of small matrices and of updates, is here too.
+Each ``of_...`` function computes them from a state: the extreme eigenvalues and the
+correlations of M, and the norms of the update over those of the diagonal method. The
+state comes with bare arrays, and with trees as lists of their leaves. ``blocks`` is the
+partition, ``grads`` such a list or None. Numbers have shape (), but ``correlations``
+(k,), ``correlated_pairs`` (k, 2) and ``effective_rates`` (L,). ``of_matrices`` and
+``of_updates`` serve the other methods too.
 """
 
 from typing import Any, NamedTuple
@@ -19,6 +22,7 @@ _MOST_PAIRS = 10
 
 
 def of_adagrad(state, blocks, grads, estimator):
+    """Numbers of a :class:`ScaleByBMAState`."""
     numbers = _of_roots(blocks, state.U, state.v, state.inverse_root, estimator)
     if grads is not None:
         g = _tree.astype(grads, state.sum_of_squares)
@@ -28,7 +32,8 @@ def of_adagrad(state, blocks, grads, estimator):
 
 
 def of_adam(state, blocks, grads, estimator):
-    del grads  # The momentum is what is scaled.
+    """Numbers of a :class:`ScaleByAdamBMAState`."""
+    del grads  # The transformation scales the momentum in the state.
     numbers = _of_roots(blocks, state.U, state.v, state.inverse_root, estimator)
     m = _tree.astype(state.mu, state.nu)
     r = _over_root(m, state.nu)
@@ -36,10 +41,12 @@ def of_adam(state, blocks, grads, estimator):
 
 
 def of_mini(state, blocks, grads, estimator):
+    """Numbers of a :class:`ScaleByMiniBMAState`; M_i / Λ_i are its eigenvalues."""
     del grads, estimator
     ratios = [jnp.zeros(0, _tree.common_statistic_dtype(state.nu))]
 
     def look(units, mu, nu, mean_nu, direction):
+        """Momentum, diagonal update and full update of one array."""
         mu = mu.astype(nu.dtype)
         if units is None:
             r = _moments.over_root(mu, nu, 0.0)
@@ -68,7 +75,7 @@ def of_mini(state, blocks, grads, estimator):
 
 
 class Updates(NamedTuple):
-    """Trees: what is scaled, by the diagonal method, and by the transformation."""
+    """Trees: what is scaled, the diagonal method's update, and the full update."""
 
     given: Any
     diagonal: Any
@@ -76,7 +83,10 @@ class Updates(NamedTuple):
 
 
 def _of_roots(blocks, U, v, inverse_root, estimator):
-    """From the statistics as they are now, and the root in use."""
+    """Numbers of M, built from the statistics, and of the inverse root in use.
+
+    ``U`` and ``inverse_root`` hold the groups' matrices, ``v`` has shape (L,).
+    """
     estimator = _inverse_root.chosen(estimator, blocks)
     M = [
         _inverse_root.small_matrix(*parts, estimator)
@@ -88,7 +98,8 @@ def _of_roots(blocks, U, v, inverse_root, estimator):
     if M:
         raised = jnp.zeros((), jnp.int32)
         for matrix, root in zip(M, blocks.split_matrix(inverse_root), strict=True):
-            # The least eigenvalue that is in use; the floor, where it did something.
+            # The largest eigenvalue of M^-½ gives the least one of M in use: the floor,
+            # where it replaced smaller ones.
             least = _eigenvalues(root)[:, -1:] ** -2
             below = _eigenvalues(matrix) < 0.999 * least
             raised = raised + jnp.sum(below, dtype=jnp.int32)
@@ -97,7 +108,12 @@ def _of_roots(blocks, U, v, inverse_root, estimator):
 
 
 def of_matrices(blocks, matrices):
-    """The extreme eigenvalues, and the strongest pairs."""
+    """The extreme eigenvalues of M, and its entries of largest correlation.
+
+    Args:
+      blocks: the partition.
+      matrices: M of each bucket of ``blocks.buckets``, shape (groups, n, n).
+    """
     if not matrices:
         return {}
     values = jnp.concatenate([_eigenvalues(M).reshape(-1) for M in matrices])
@@ -124,27 +140,34 @@ def of_matrices(blocks, matrices):
 
 
 def _eigenvalues(M):
-    """Ascending, shape (..., L); of a number it is the number."""
+    """Eigenvalues of M, (..., L, L), in ascending order, shape (..., L)."""
     return M[..., 0] if M.shape[-1] == 1 else jnp.linalg.eigvalsh(M)
 
 
 def _over_root(tree, h):
+    """Each x / √h, and 0 where h is 0, for trees of one structure."""
     return jax.tree.map(lambda x, h: _moments.over_root(x, h, 0.0), tree, h)
 
 
 def _of_root_update(blocks, inverse_root, given, r):
+    """Numbers of the update r + E (M^-½ - I) Eᵀ r; given and r are trees."""
     sums = blocks.block_sums(r)
     shift = blocks.expand(_inverse_root.correction(blocks, inverse_root, sums), r)
     return of_updates(blocks, given, r, jax.tree.map(jnp.add, r, shift))
 
 
 def of_updates(blocks, given, diagonal, full):
-    """Norms: of the difference over that of the diagonal method; of each block."""
+    """Norms of an update, for trees like the parameters.
+
+    Returns ``correction``, the norm of full - diagonal over the norm of diagonal, and
+    ``effective_rates``, the norm of full over the norm of given in each block.
+    """
 
     def squares(tree):
         return jax.tree.map(jnp.square, tree)
 
     def root_ratio(above, below):
+        """√(above / below), and 0 where below is 0."""
         usable = below > 0
         return jnp.sqrt(jnp.where(usable, above, 0) / jnp.where(usable, below, 1))
 

@@ -1,10 +1,11 @@
 """The direction of inputs that the units of an array share, learned from gradients.
 
-G is the gradient of one array as a matrix, units x inputs, and q = y / ‖y‖ a unit
-vector over the inputs, in the place of plain block means. Power iteration moves q
-towards the leading eigenvector of GᵀG, averaged over steps. A unit has two numbers, M
-along q and Λ for all that is orthogonal to it: eq. (2) with q as its weights. Arrays of
-a number a unit, or a number an input, keep all axes, of length 1 where they are summed.
+G is the gradient of one array as a matrix, units x inputs, and q = y / ‖y‖ is a unit
+vector over the inputs, in place of the constant one of plain block means. One step of
+power iteration, y <- b y + (1 - b) Gᵀ G q / ‖Gᵀ G q‖, moves q towards the leading
+eigenvector of the average of Gᵀ G. A unit has two numbers: M along q, and Λ for
+everything orthogonal to q (Lu et al. 2018, eq. 2, with q as weights). Arrays of a
+number a unit, or of a number an input, keep all axes, with length 1 where summed.
 """
 
 import jax
@@ -12,24 +13,24 @@ import jax.numpy as jnp
 
 from bma_optax.adaptive import _moments
 
-MIN_LAMBDA = 1e-3  # times a block's mean square: the least Λ.
+MIN_LAMBDA = 1e-3  # The least Λ, as a part of the unit's mean square.
 
 
 def turn(units, y, G, a, b):
     """One step of power iteration: moves y towards Gᵀ a, where a = G q.
 
-    y stays as it is where Gᵀ a is zero or not finite. Its norm stays between 0 and 1,
-    away from both.
+    y stays as it is where Gᵀ a is zero or not finite. The norm of y stays below or at
+    1, and away from 0.
 
     Args:
       units: the :class:`Units` of the array.
       y: a number an input.
       G: the array in the shape ``units.view``.
       a: a number a unit.
-      b: the part of y that is kept.
+      b: the part of y that is kept, in [0, 1).
 
     Returns:
-      A number an input.
+      The new y.
     """
     target = units.transposed_times(G, _over_largest(a, units.units)[0])
     target, usable = _over_largest(target, units.inputs)
@@ -39,13 +40,19 @@ def turn(units, y, G, a, b):
 
 
 def rest(nu, mean_nu, s):
-    """(s - 1) Λ: what is not along q; numbers that overflowed leave no difference."""
+    """Λ = (nu - mean_nu) / (s - 1), a number a unit, at least ``MIN_LAMBDA`` nu / s.
+
+    Args:
+      nu: h, a number a unit; where it is infinite, Λ is infinite too.
+      mean_nu: M, a number a unit.
+      s: the number of inputs.
+    """
     rest = jnp.where(nu > mean_nu, nu, 0) - jnp.where(nu > mean_nu, mean_nu, 0)
     return jnp.maximum(rest / (s - 1), jnp.asarray(MIN_LAMBDA / s, nu.dtype) * nu)
 
 
 def shrink(M, Lambda):
-    """max(M / Λ, 1)^-½."""
+    """max(M / Λ, 1)^-½, a number a unit: the factor along q, at most 1."""
     larger = M > Lambda
     return jnp.where(
         larger, jnp.sqrt(jnp.where(larger, Lambda, 1) / jnp.where(larger, M, 1)), 1
@@ -53,7 +60,11 @@ def shrink(M, Lambda):
 
 
 def _over_largest(x, axes):
-    """x over its largest entry along ``axes``, and whether it is neither 0 nor inf."""
+    """x over its largest magnitude along ``axes``, and whether that is neither 0 nor
+    infinite.
+
+    The division keeps squares of x in the range of its dtype.
+    """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
     usable = (largest > 0) & jnp.isfinite(largest)
     return jnp.where(usable, x, 0) / jnp.where(usable, largest, 1), usable

@@ -1,13 +1,15 @@
-"""From block sums to the small matrix, its inverse root, and the correction by it.
+"""The small matrix of block sums, its inverse root, and the correction of the update.
 
-With u_i the block sums of a gradient and v_i those of z = (h + eps)^½, for a group of L
-blocks of s_i elements, U the sum of u uᵀ and S = diag(s),
+For one group of L blocks of s_i elements, let u be the block sums of a gradient, U the
+sum of u uᵀ over steps, v the block sums of z = (h + eps)^½, and S = diag(s). The two
+estimators of the small matrix M, shape (L, L), are
 
-    M = I + (U - diag U) / (v vᵀ)      "report": Lu et al. 2018, AdaGrad-BMA
-    M = S^½ U / (v vᵀ) S^½             "projection": eq. (2) of Z^-1 H Z^-1
+    M = I + (U - diag U) / (v vᵀ)      "report": Lu et al. 2018, slide "AdaGrad-BMA"
+    M = S^½ U / (v vᵀ) S^½             "projection": their eq. 2, of Z^-1 H Z^-1
 
-M is L x L, and M^-½ takes an ``eigh``. A block alone has L = 1: M is 1 by the report's
-estimator, which leaves the diagonal method, and s U / v² by the projection.
+An ``eigh`` gives M^-½. A block that is alone in its group has L = 1: its M is 1 with
+"report", which leaves the diagonal method, and s U / v² with "projection". The state
+holds vectors of all groups, shape (L,), and their matrices one after the other.
 """
 
 import jax
@@ -30,10 +32,10 @@ def check_estimator(estimator: str | None) -> None:
 
 
 def chosen(estimator: str | None, blocks: Partition) -> str:
-    """The estimator that None stands for: where blocks are alone, the projection.
+    """Returns the estimator; None stands for "projection" where every block is alone.
 
-    Alone the report's M is 1, the diagonal method. A rule that lets all blocks see each
-    other, and makes but one of an array, stays with the report's.
+    There the M of "report" is 1. Under a rule that lets all blocks see each other, None
+    stands for "report", even where the rule makes only one block.
     """
     if estimator is not None:
         return estimator
@@ -46,7 +48,8 @@ def chosen(estimator: str | None, blocks: Partition) -> str:
 def start(blocks, zeros):
     """U, v and M^-½ before the first step.
 
-    Zeros made from sums over ``zeros`` are typed as later sums are: on their mesh.
+    They are 0 times the block sums of ``zeros``, a tree like the parameters, plus the
+    identity for M^-½. Their types and shardings therefore are those of later steps.
     """
     v = 0 * blocks.block_sums(zeros)
     U = blocks.outer(v)
@@ -60,29 +63,41 @@ def start(blocks, zeros):
 
 
 def outer(blocks, u):
-    """u uᵀ of each group, without the blocks that are not finite."""
+    """u uᵀ of each group, for u of shape (L,); not finite entries of u count as 0."""
     return blocks.outer(jnp.where(jnp.isfinite(u), u, 0))
 
 
 def root_sums(blocks, h, eps, last):
-    """v: the sums of (h + eps)^½ over each block, eps added element by element.
+    """v, shape (L,): the sums of (h + eps)^½ over each block, element by element.
 
     Args:
-      h: a tree like the parameters.
-      eps: a number.
-      last: v of the step before, shape (L,).
+      h: diag H, a tree like the parameters.
+      eps: a number >= 0.
+      last: v of the previous refresh, shape (L,).
     """
     if isinstance(eps, (int, float)) and eps == 0:
         return blocks.block_sums(jax.tree.map(_xla.sqrt, h))
-    # XLA on CPU stores a number that several sums add, as large as the array: a pass
-    # over memory more. One number a block, not known to be equal, is added on the way.
+    # XLA on CPU would expand a single number eps to the shape of each array and store
+    # it, which is one more pass over memory. It adds one eps a block inside the sums,
+    # as long as it cannot see that these numbers are equal.
     each = jnp.broadcast_to(jnp.asarray(eps, last.dtype), last.shape)
     eps = blocks.expand(_xla.materialize(each, last), h)
     return blocks.block_sums(jax.tree.map(lambda h, e: _xla.sqrt(h + e), h, eps))
 
 
 def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):
-    """M^-½ of each group, the last finite one where it fails; and the failures."""
+    """M^-½ of each group, and the number of groups in which it failed.
+
+    A group whose M^-½ is not finite keeps the last finite one.
+
+    Args:
+      blocks: the partition.
+      U: the matrices of the groups.
+      v: shape (L,).
+      last: M^-½ of the previous refresh, in the shape of U.
+      min_eigenvalue: the floor of M's eigenvalues.
+      estimator: "report" or "projection".
+    """
     roots, failures = [], jnp.zeros((), jnp.int32)
     for U_group, v_group, sizes, last_group in zip(
         blocks.split_matrix(U),
@@ -92,7 +107,7 @@ def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):
         strict=True,
     ):
         M = small_matrix(U_group, v_group, sizes, estimator)
-        if M.shape[-1] == 1:  # Blocks that are alone: numbers.
+        if M.shape[-1] == 1:  # Each block is alone: M is a number.
             root = _power_of_numbers(M, min_eigenvalue)
         else:
             matrix = BlockMeanMatrix(jnp.ones_like(v_group), M, sizes)
@@ -104,7 +119,7 @@ def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):
 
 
 def _power_of_numbers(M, floor):
-    """max(M, floor)^-½, infinite where that is 0."""
+    """max(M, floor)^-½ element by element, infinite where the maximum is 0."""
     raised = jnp.maximum(M, jnp.asarray(floor, M.dtype))
     positive = raised > 0
     root = jax.lax.rsqrt(jnp.where(positive, raised, 1))
@@ -112,9 +127,16 @@ def _power_of_numbers(M, floor):
 
 
 def small_matrix(U, v, sizes, estimator):
-    """M = I + (U - diag U) / (v vᵀ), or S^½ U / (v vᵀ) S^½; shape (..., L, L).
+    """M = I + (U - diag U) / (v vᵀ), or S^½ U / (v vᵀ) S^½, shape (..., L, L).
 
-    Blocks whose numbers have left the dtype's range stay at the diagonal.
+    A block whose v² or diagonal of U has left the range of the dtype gets the row and
+    the column of the identity, which is the diagonal method.
+
+    Args:
+      U: shape (..., L, L).
+      v: shape (..., L).
+      sizes: the numbers of elements of the blocks, nested as v.
+      estimator: "report" or "projection".
     """
     info = jnp.finfo(v.dtype)
     in_range = (jnp.square(v) >= info.tiny) & (jnp.square(v) <= info.max)
@@ -132,7 +154,7 @@ def small_matrix(U, v, sizes, estimator):
 def correction(blocks, inverse_root, r_sums):
     """S^-½ (M^-½ - I) S^-½ times the block sums of r, shape (L,).
 
-    A block whose sum is not finite neither gives nor takes a correction.
+    A block whose sum is not finite neither gives nor gets a correction.
     """
     root_sizes = jnp.sqrt(jnp.asarray(blocks.sizes, inverse_root.dtype))
     means = r_sums / root_sizes

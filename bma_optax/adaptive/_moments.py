@@ -1,4 +1,10 @@
-"""Decayed averages of gradients and their squares, as in Adam."""
+"""Decayed averages of gradients and of their squares, as in Adam (Kingma and Ba, 2014).
+
+    m <- b1 m + (1 - b1) g,   nu <- b2 nu + (1 - b2) g²,
+    update = (m / (1 - b1^t)) / ((nu / (1 - b2^t) + eps_root)^½ + eps)
+
+after t steps. The functions work on single arrays, of any shape, unless they say tree.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +13,7 @@ from bma_optax import _tree, _xla
 
 
 def start_momentum(params, mu_dtype):
-    """Zeros like params, of the dtype ``mu_dtype`` or their own."""
+    """Zeros like the tree params, of dtype ``mu_dtype``, or of their own if None."""
     if mu_dtype is not None:
         mu_dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
     return jax.tree.map(
@@ -22,12 +28,15 @@ def decay(new, old, b):
 
 
 def bias_correction(count, b, dtype):
-    """1 - b^count, by which averages over ``count`` steps are divided."""
+    """1 - b^count, the divisor of averages over ``count`` steps; shape ()."""
     return 1 - jnp.asarray(b, dtype) ** count.astype(dtype)
 
 
 def over_root(x, nu, eps, eps_root=0.0):
-    """x / (√(nu + eps_root) + eps), and 0 where nu is: there has been no gradient."""
+    """x / ((nu + eps_root)^½ + eps), and 0 where nu is 0: no gradient has been there.
+
+    nu has the shape of x or broadcasts to it.
+    """
     root = _xla.sqrt(nu + jnp.asarray(eps_root, nu.dtype))
     root = root + jnp.asarray(eps, nu.dtype)
     alive = nu > 0
@@ -37,7 +46,7 @@ def over_root(x, nu, eps, eps_root=0.0):
 def adam(g, mu, nu, count, b1, b2, eps):
     """Adam's update of one array, and its moments after ``count`` steps.
 
-    A gradient that is not finite counts as 0 and gives itself for an update.
+    An element of g that is not finite counts as 0 in the moments and is its own update.
     """
     finite = jnp.isfinite(g)
     mu = decay(jnp.where(finite, g, 0), mu, b1)
