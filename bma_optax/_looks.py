@@ -3,14 +3,13 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from bma_optax import _names, _tree
+from bma_optax import _names
 from bma_optax.adaptive import _diagnostics
 from bma_optax.adaptive._adagrad import ScaleByBMAState
 from bma_optax.adaptive._adam import ScaleByAdamBMAState
 from bma_optax.adaptive._mini import ScaleByMiniBMAState
-from bma_optax.multilevel import _coarse_systems, _two_level
+from bma_optax.newton import _diagnostics as _newton_diagnostics
 from bma_optax.newton._newton import ScaleByNewtonBMAState
 from bma_optax.newton._quadratic_model import ScaleByQuadraticModelState
 
@@ -45,9 +44,7 @@ def misfit(blocks, grads, state) -> str:
             f"rule of the transformation, and {_SEEN}."
         )
     if isinstance(state, ScaleByNewtonBMAState):
-        systems = _coarse_systems.systems(blocks)
-        known = plain(state)
-        if _two_level.shapes(systems) != (known.N.shape, known.K.shape):
+        if not _newton_diagnostics.fits(state, blocks):
             return (
                 f"`blocks` do not fit a {kind}. Pass bma.partition(params, rule) with "
                 "the rule of the transformation, its reach included."
@@ -80,30 +77,6 @@ def _diagonal(state):
     return next(getattr(state, field) for field in fields if hasattr(state, field))
 
 
-def _of_newton(state, blocks, grads, estimator):
-    del estimator  # Curvature has none.
-    systems = _coarse_systems.systems(blocks)
-    numbers = {}
-    if all(isinstance(system, _coarse_systems.Dense) for system in systems):
-        z2 = _two_level.diagonal_of(
-            blocks, state.inverse_diagonal, state.Lambda, state.damping
-        )
-        n = jnp.sqrt(blocks.block_sums(z2))
-        outer = blocks.split_matrix(blocks.outer(n))
-        N = blocks.split_matrix(state.N)
-        M = [x / y for x, y in zip(N, outer, strict=True)]
-        numbers = _diagnostics.of_matrices(blocks, M)
-        if blocks.num_blocks:
-            numbers["floored_share"] = state.floored / blocks.num_blocks
-    if grads is not None:
-        D, K = state.inverse_diagonal, state.K
-        g = _tree.astype(grads, D)
-        r = jax.tree.map(jnp.multiply, D, g)
-        update = _two_level.apply(systems, blocks, D, K, g)
-        numbers |= _diagnostics.of_updates(blocks, g, r, update)
-    return numbers
-
-
 def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
@@ -115,6 +88,6 @@ KINDS: dict[type, tuple[dict[str, str], Any]] = {
     ScaleByBMAState: (_same("count", "failures"), _diagnostics.of_adagrad),
     ScaleByAdamBMAState: (_same("count", "failures"), _diagnostics.of_adam),
     ScaleByMiniBMAState: (_same("count"), _diagnostics.of_mini),
-    ScaleByNewtonBMAState: (_same(*_NEWTON.split()), _of_newton),
+    ScaleByNewtonBMAState: (_same(*_NEWTON.split()), _newton_diagnostics.of_newton),
     ScaleByQuadraticModelState: (_STEP | {"step_products": "products"}, None),
 }

@@ -260,20 +260,6 @@ def test_many_one_element_tiles_have_levels():
     assert condition(laplacian(36), jnp.zeros((36, 36)), 12, ONES) < 4
 
 
-def test_multiplicative_cycle():
-    like = jnp.zeros((32, 32))
-    kwargs = {"cycle": "multiplicative"}
-    assert condition(laplacian(32), like, steps=12, **kwargs) < 8
-    f, like = smooth(3, (0, 1)), jnp.zeros((13, 18))
-    matrix = inverse(f, like, bma.per_tile((4, 4), reach=1), **kwargs)
-    np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * np.abs(matrix).max())
-    assert np.linalg.eigvalsh(matrix)[0] > 0
-    with pytest.raises(ValueError, match="`cycle`"):
-        bma.preconditioner(lambda v: v, like, cycle="other")
-    with pytest.raises(ValueError, match="needs a `reach`"):
-        bma.preconditioner(lambda v: v, like, **kwargs)
-
-
 @pytest.mark.parametrize("rate", [None, 1.3])
 def test_a_field_is_solved_in_twenty_steps(rate):
     f, start = laplacian(64), jnp.zeros((64, 64))
@@ -567,7 +553,8 @@ def test_errors(tile, reach, error, match):
 def test_what_a_reach_holds(shape, rule, megabytes):
     like = jax.ShapeDtypeStruct(shape, "float32")
     state = jax.eval_shape(bma.scale_by_newton_bma(rule).init, like)
-    assert 4 * (state.K.size + state.N.size) < megabytes * 1e6
+    held = sum(4 * x.size for x in jax.tree.leaves((state.N, state.K)))
+    assert held < megabytes * 1e6
 
 
 @pytest.mark.parametrize(

@@ -509,13 +509,14 @@ def test_refreshes_every_interval_and_averages():
         _, state = update(params, state, params, scale=scale)
         seen.append(state)
     assert [int(s.refreshes) for s in seen] == [1, 1, 2]
-    np.testing.assert_array_equal(seen[0].N, seen[1].N)
-    np.testing.assert_allclose(seen[0].N, 4 * 1 + 16)
+    first, second, third = (s.N[0][0][0] for s in seen)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, [[4 * 1 + 16]])
     # Bias-corrected: (0.9 · 0.1 · first + 0.1 · last) / (1 - 0.9²).
     weight = 0.1 / 0.19
-    np.testing.assert_allclose(seen[2].N, (1 - weight) * 20 + weight * 28)
+    np.testing.assert_allclose(third, [[(1 - weight) * 20 + weight * 28]])
     z2 = (1 - weight) * 2 + weight * 4
-    M = seen[2].N / (4 * z2)
+    M = third / (4 * z2)
     Lambda = (4 - M) / 3
     np.testing.assert_allclose(seen[2].Lambda, Lambda[0], rtol=1e-10)
     np.testing.assert_allclose(
@@ -546,29 +547,6 @@ def test_last_good_factor_is_kept():
     third, after = update(params, tx.init(params), params, scale=jnp.nan)
     np.testing.assert_array_equal(third, params)
     np.testing.assert_array_equal(after.Lambda, 1)
-
-
-def test_adaptive_damping_follows_the_model():
-    params = jnp.full(4, 3.0)
-    tx = bma.scale_by_newton_bma(update_interval=1, damping=1.0, adaptive_damping=True)
-
-    def after_a_step(f, step):
-        @jax.jit
-        def run(moved):
-            _, state = tx.update(params, tx.init(params), params, value_fn=f)
-            return tx.update(moved, state, moved, value_fn=f)[1].damping
-
-        return float(run(params + step))
-
-    def square(x):
-        return jnp.sum(x**2)
-
-    assert after_a_step(square, -0.1) == 0.5  # the model is exact
-    assert after_a_step(square, 0.1) == 2.0  # uphill
-    assert after_a_step(square, 0.0) == 1.0  # no step, nothing learnt
-    # The model of a quartic at 3 overrates a long step through its minimum.
-    assert after_a_step(lambda x: jnp.sum(x**4), -5.5) == 2.0
-    assert after_a_step(lambda x: jnp.sum(jnp.log(x)), -3.5) == 2.0  # out of its domain
 
 
 def test_damped_operator_needs_no_new_product():
@@ -863,7 +841,6 @@ def test_diagnostics():
         (lambda: bma.newton_bma(max_norm=0), ValueError, "`max_norm`"),
         (lambda: bma.within("some", bma.per_leaf), ValueError, "`bounds`"),
         (lambda: bma.newton_bma(partition="unit"), TypeError, "rule"),
-        (lambda: bma.newton_bma(adaptive_damping=True), ValueError, "above 0"),
         (lambda: bma.Hessian(num_probes=1), ValueError, "`num_probes`"),
         (lambda: bma.newton_bma().init(jnp.ones(2, int)), TypeError, "floating"),
         (lambda: bma.preconditioner(lambda v: v, "x"), TypeError, "array"),

@@ -1,6 +1,11 @@
-"""Entries of G by products with it: block sums and the diagonal."""
+"""Entries of G by products with it: block sums and the diagonal.
 
-from typing import Any
+G is known by ``v -> G v`` alone. Every function here returns what it found beside the
+number of products that it took, :class:`Probed`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,25 +44,39 @@ def typed_key(data: jax.Array) -> jax.Array:
     return jax.random.wrap_key_data(data.astype(jnp.uint32), impl=_IMPLEMENTATION)
 
 
-def typed(product, params):
-    """``product`` with results on the mesh as the parameters are."""
-    return lambda v: jax.tree.map(_tree.typed_like, product(v), params)
+class LinearOperator(NamedTuple):
+    """G at some parameters, known by its products."""
+
+    product: Callable[[Any], Any]  # v -> G v on trees like params.
+    params: Any
+
+    def __call__(self, v):
+        """G v, with v and the result on the mesh as the parameters are."""
+        y = self.product(jax.tree.map(_tree.typed_like, v, self.params))
+        return jax.tree.map(_tree.typed_like, y, self.params)
 
 
-def block_products(product, blocks, params, positions):
-    """1ᵀ G 1 for the indicators 1 of the blocks at these positions."""
+class Probed(NamedTuple):
+    """What products with G gave, and how many these were."""
+
+    value: Any
+    products: jax.Array  # shape (), int32.
+
+
+def block_products(G: LinearOperator, blocks, positions) -> Probed:
+    """1ᵀ G 1 for the indicators 1 of the n blocks at these positions, shape (n, n)."""
 
     def row(i):
         indicator = (jnp.arange(blocks.num_blocks) == i).astype(jnp.float32)
-        tangent = typed_vector(blocks.expand(indicator, params), params)
-        return blocks.block_sums(product(tangent))[positions]
+        return blocks.block_sums(G(blocks.expand(indicator, G.params)))[positions]
 
-    full = batched(row, (jnp.asarray(positions),), params)
-    return (full + full.T) / 2
+    full = batched(row, (jnp.asarray(positions),), G.params)
+    return Probed((full + full.T) / 2, jnp.int32(len(positions)))
 
 
-def by_units(product, params, active):
-    """e_iᵀ G e_i for every i in the active arrays, 0 in others."""
+def by_units(G: LinearOperator, active) -> Probed:
+    """e_iᵀ G e_i for every i in the active arrays, 0 in others; a tree like params."""
+    params = G.params
     leaves, treedef = jax.tree.flatten(params)
 
     def entry(number, position):
@@ -65,8 +84,10 @@ def by_units(product, params, active):
             ((_positions(leaf) == position) & (number == k)).astype(leaf.dtype)
             for k, leaf in enumerate(leaves)
         ]
-        unit = typed_vector(jax.tree.unflatten(treedef, units), params)
-        return _tree.vdot(unit, product(unit))
+        unit = jax.tree.map(
+            _tree.typed_like, jax.tree.unflatten(treedef, units), params
+        )
+        return _tree.vdot(unit, G(unit))
 
     sizes = [leaf.size if on else 0 for leaf, on in zip(leaves, active, strict=True)]
     numbers = np.repeat(np.arange(len(leaves), dtype=np.int32), sizes)
@@ -78,16 +99,19 @@ def by_units(product, params, active):
         else _tree.zeros_like(leaf, _tree.statistic_dtype)
         for x, leaf, on in zip(_split(entries, sizes), leaves, active, strict=True)
     ]
-    return typed_vector(jax.tree.unflatten(treedef, parts), params)
+    diagonal = jax.tree.unflatten(treedef, parts)
+    diagonal = jax.tree.map(_tree.typed_like, diagonal, params)
+    return Probed(diagonal, jnp.int32(sum(sizes)))
 
 
-def by_signs(product, params, active, key, num_probes):
+def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
     """max(|mean|, standard error) of x ∘ G x over random signs x in active arrays.
 
     The standard error at an entry is that of the others in its row: in units in which
     arrays have curvatures of one size, or one array's would drown another's. They are
     found by the first samples, which are left out, where there are several arrays.
     """
+    params = G.params
     zeros = _tree.zeros_like(params, _tree.statistic_dtype)
     several = sum(active) > 1 and num_probes >= 2 * _FOR_UNITS
     left_out = _FOR_UNITS if several else 0
@@ -106,7 +130,7 @@ def by_signs(product, params, active, key, num_probes):
             _unit if several else lambda c, p: jnp.ones_like(c), size, params
         )
         x = jax.tree.map(lambda x, u: x * u.astype(x.dtype), signs, unit)
-        y = product(typed_vector(x, params))
+        y = G(x)
         return jax.tree.map(
             lambda z, x, y, u: x.astype(z.dtype) * y.astype(z.dtype) / u,
             zeros,
@@ -151,7 +175,8 @@ def by_signs(product, params, active, key, num_probes):
         )
         return jnp.maximum(jnp.abs(mean), size * error)
 
-    return jax.tree.map(combine, first, second, size)
+    diagonal = jax.tree.map(combine, first, second, size)
+    return Probed(diagonal, jnp.int32(num_probes))
 
 
 # Each sample takes a root of the factor by which units are off.
@@ -167,11 +192,6 @@ def _unit(size, leaf):
 
 def _or_one(x):
     return jnp.where(x > 0, x, 1)
-
-
-def typed_vector(tree, params):
-    """``tree`` typed as a tangent of ``params`` must be."""
-    return jax.tree.map(_tree.typed_like, tree, params)
 
 
 def batched(f, xs, params):

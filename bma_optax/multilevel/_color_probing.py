@@ -1,4 +1,10 @@
-"""Vectors on the cells of one color of a grid, and what a product makes of them."""
+"""Probing vectors on the cells of one color of a grid, and what G makes of them.
+
+A probe x has random signs on the cells of one color of one field and is 0 elsewhere.
+Cells are tiles of arrays that share a grid, and may be single elements: a vector over
+cells has shape (fields, *grid), the arrays have shape (n_1, ..., n_dim), n_i elements
+along an axis of g_i cells.
+"""
 
 import itertools
 import math
@@ -9,10 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from bma_optax import _control_flow, _tree
+from bma_optax.curvature._probing import LinearOperator
+from bma_optax.multilevel._stencil import Stencil
 from bma_optax.partitions import _tiles
+from bma_optax.partitions._tiles import Tiles
 
 # Products run side by side as long as their vectors hold no more elements than this.
 BATCH_ELEMENTS = 2**16
+
+
+class Cells(NamedTuple):
+    """Arrays of one shape as fields on one grid, whose cells are tiles; static."""
+
+    arrays: tuple[int, ...]  # their positions among the leaves of the parameters.
+    tiles: Tiles  # of each of them.
+    stencil: Stencil  # the layout of matrices on the cells of all fields.
+
+    def sums(self, arrays):
+        """From elements to cells, shape (fields, *grid)."""
+        return jnp.stack([self.tiles.sums(x) for x in arrays])
+
+    def fill(self, axis: int, x, along: int | None = None):
+        """From cells along an axis of the grid to elements, on an axis of x."""
+        t, n = (self.tiles.tile or ())[axis], self.tiles.shape[axis]
+        return _tiles.axis_fill(x, axis if along is None else along, t, n)
 
 
 class Probe(NamedTuple):
@@ -22,12 +48,13 @@ class Probe(NamedTuple):
     color again for every use of a probe.
     """
 
-    field: jax.Array
-    signs: list[jax.Array]  # one an axis, in the number of its elements.
-    tests: list[jax.Array]  # likewise.
+    field: jax.Array  # shape (), int32.
+    signs: list[jax.Array]  # one an axis, shape (n_i,): ±1 on the color, else 0.
+    tests: list[jax.Array]  # likewise, of uniform numbers.
 
 
 def outer(axes):
+    """The outer product of vectors along the axes, shape (n_1, ..., n_dim)."""
     dim, shape = len(axes), tuple(len(v) for v in axes)
     shaped = [
         jnp.broadcast_to(v.reshape([-1 if i == axis else 1 for i in range(dim)]), shape)
@@ -43,12 +70,11 @@ class ColorProbes:
     bias, not row sums.
     """
 
-    def __init__(self, params, arrays, stencil, tile, key, colors):
-        self.params, self.arrays, self.stencil = params, arrays, stencil
-        self.tile = tile or (1,) * len(stencil.grid)
-        self.colors = colors
-        leaves = jax.tree.leaves(params)
-        self.leaves = [leaves[i] for i in arrays]
+    def __init__(self, G: LinearOperator, cells: Cells, key, colors):
+        self.G, self.cells, self.colors = G, cells, colors
+        self.stencil = stencil = cells.stencil
+        leaves = jax.tree.leaves(G.params)
+        self.leaves = [leaves[i] for i in cells.arrays]
         self.dtype = _tree.common_statistic_dtype(self.leaves)
         # One call: each costs a tenth of a second to compile.
         counts = [g for g in stencil.grid for _ in range(1 + stencil.fields)]
@@ -71,7 +97,7 @@ class ColorProbes:
 
         def rows(axis, v, color):
             on = self.colors[axis].rows()[color]
-            return self._fine(axis, jnp.where(on, v, 0))
+            return self.cells.fill(axis, jnp.where(on, v, 0), along=1)
 
         size = (len(field), 1)
         return Probe(
@@ -98,7 +124,7 @@ class ColorProbes:
     @property
     def side_by_side(self) -> int:
         """How many probes run side by side, in equal chunks."""
-        most = max(1, BATCH_ELEMENTS // max(_tree.size(self.params), 1))
+        most = max(1, BATCH_ELEMENTS // max(_tree.size(self.G.params), 1))
         fits = [b for b in range(1, self.count + 1) if self.count % b == 0]
         return max(b for b in fits if b <= most)
 
@@ -117,20 +143,24 @@ class ColorProbes:
         chunks = jax.tree.map(
             lambda x: x.reshape(-1, size, *x.shape[1:]), self.all_probes()
         )
-        return _control_flow.scan(add, zeros, chunks, operands=self.params)[0]
+        return _control_flow.scan(add, zeros, chunks, operands=self.G.params)[0]
 
     def own(self, probe, a, x):
         """x for the field of the probe, else 0."""
         return x if self.stencil.fields == 1 else jnp.where(probe.field == a, x, 0)
 
-    def respond(self, product, probe, x):
+    def respond(self, probe, x):
         """G x on the arrays, for x in the field of a probe."""
         return self._product(
-            product, [self.own(probe, a, x) for a in range(len(self.arrays))]
+            [self.own(probe, a, x) for a in range(self.stencil.fields)]
         )
 
     def near_signs(self):
-        """For each color and cell the sign of the cell near it that has the color."""
+        """For each color and cell the sign of the cell near it that has the color.
+
+        Shape (1, *colors, 1, *grid): an axis for the field of a probe, and one for that
+        of the response.
+        """
         dim = len(self.stencil.grid)
         counts = [axis.number for axis in self.colors]
         whole = (1, *counts, 1, *self.stencil.grid)  # field, *color, field, *cell
@@ -153,24 +183,26 @@ class ColorProbes:
             ]
         )
 
-    def respond_to_test(self, product, scale):
+    def respond_to_test(self, scale):
         """G times the test vector, on the arrays; ``scale`` has shape (fields, *grid).
 
         It is the same all over a field.
         """
         x = [
             self._fill(scale[a])
-            * outer([self._fine(axis, v[a]) for axis, v in enumerate(self.axis_tests)])
+            * outer(
+                [self._fill_axis(axis, v[a]) for axis, v in enumerate(self.axis_tests)]
+            )
             for a in range(self.stencil.fields)
         ]
-        return stacked(self._product(product, x))
+        return stacked(self._product(x))
 
     def signed_test(self):
         """The signs times the test vector, an array for each field."""
         return [
             outer(
                 [
-                    self._fine(axis, signs * tests[a])
+                    self._fill_axis(axis, signs * tests[a])
                     for axis, (signs, tests) in enumerate(
                         zip(self.axis_signs, self.axis_tests, strict=True)
                     )
@@ -181,28 +213,24 @@ class ColorProbes:
 
     def _fill(self, x):
         """From cells of the grid to elements."""
-        for axis, (t, n) in enumerate(
-            zip(self.tile, self.leaves[0].shape, strict=True)
-        ):
-            x = _tiles.axis_fill(x, axis, t, n) if t > 1 else x
+        for axis in range(x.ndim):
+            x = self.cells.fill(axis, x)
         return x
 
-    def _fine(self, axis, x):
-        """From values on the last axis, cells along one of the grid, to elements."""
-        t, n = self.tile[axis], self.leaves[0].shape[axis]
-        return _tiles.axis_fill(x, x.ndim - 1, t, n) if t > 1 else x
+    def _fill_axis(self, axis, x):
+        """From cells along one axis, shape (g_i,), to elements, shape (n_i,)."""
+        return self.cells.fill(axis, x, along=0)
 
-    def _product(self, product, x):
-        leaves, treedef = jax.tree.flatten(self.params)
-        parts = dict(zip(self.arrays, x, strict=True))
+    def _product(self, x):
+        """G times the vector that is x on the arrays of the cells and 0 elsewhere."""
+        leaves, treedef = jax.tree.flatten(self.G.params)
+        parts = dict(zip(self.cells.arrays, x, strict=True))
         tangent = [
-            _tree.typed_like(parts[i].astype(leaf.dtype), leaf)
-            if i in parts
-            else _tree.zeros_like(leaf)
+            parts[i].astype(leaf.dtype) if i in parts else _tree.zeros_like(leaf)
             for i, leaf in enumerate(leaves)
         ]
-        y = jax.tree.leaves(product(jax.tree.unflatten(treedef, tangent)))
-        return [y[position].astype(self.dtype) for position in self.arrays]
+        y = jax.tree.leaves(self.G(jax.tree.unflatten(treedef, tangent)))
+        return [y[position].astype(self.dtype) for position in self.cells.arrays]
 
 
 def stacked(fields):

@@ -1,8 +1,9 @@
-"""Curvature with a declared reach, exactly, by few products.
+"""Entries of a curvature with a declared reach, exactly, by few products.
 
 Cells of a grid that are further apart than twice the reach share no neighbour: one
-product with all of one color answers for each of them. The declaration is checked by
-products with a random vector.
+product with all of one color answers for each of them. So N = 1ᵀ G 1 for the
+indicators 1 of tiles costs (2 reach + 1)^dim products, whatever their number, and
+diag G (reach + 1)^dim. The declaration is checked by products with a random vector.
 """
 
 from typing import NamedTuple
@@ -11,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from bma_optax import _control_flow, _tree
+from bma_optax.curvature._probing import LinearOperator
 from bma_optax.multilevel._color_probing import (
     BATCH_ELEMENTS,
+    Cells,
     ColorProbes,
     outer,
     stacked,
 )
-from bma_optax.multilevel._stencil import Stencil
-from bma_optax.partitions._tiles import Tiles
 
 
 class Check(NamedTuple):
@@ -37,27 +38,31 @@ class Sums(NamedTuple):
     products: jax.Array  # shape (), int32.
 
 
-def diagonal(product, params, arrays, stencil, key, tolerance):
-    """The diagonal of G on some arrays, and how far it is from what was declared.
+class Diagonal(NamedTuple):
+    """The diagonal on some arrays, and how far it is from what was declared."""
+
+    values: list[jax.Array]  # one of each array.
+    check: Check
+    products: jax.Array  # shape (), int32.
+
+
+def diagonal(G: LinearOperator, cells: Cells, key, tolerance) -> Diagonal:
+    """The diagonal of G on some arrays, whose elements are the cells.
 
     For it, elements of one color may share neighbours if they do not meet: reach + 1
     colors an axis. Those that do meet give two answers to two random vectors.
 
     Args:
-      product: v -> G v on trees like params.
-      params: the parameters.
-      arrays: positions of arrays of one shape.
-      stencil: its cells are the elements.
+      G: the curvature.
+      cells: the elements of some arrays.
       key: a random key.
       tolerance: of the check, from :func:`block_sums`.
-
-    Returns:
-      ``(diagonals, check, products)``: an array for each of ``arrays``.
     """
+    stencil = cells.stencil
 
     def attempt(around):
         colors = stencil.colors(share=True, around=around)
-        probes = ColorProbes(params, arrays, stencil, None, key, colors)
+        probes = ColorProbes(G, cells, key, colors)
 
         def respond(probe):
             # ±1 on the color, 0 elsewhere: times the response it is the diagonal.
@@ -65,8 +70,8 @@ def diagonal(product, params, arrays, stencil, key, tolerance):
             return [
                 [probes.own(probe, a, x * y) for a, y in enumerate(responses)]
                 for responses in (
-                    probes.respond(product, probe, x),
-                    probes.respond(product, probe, outer(probe.tests)),
+                    probes.respond(probe, x),
+                    probes.respond(probe, outer(probe.tests)),
                 )
             ]
 
@@ -78,48 +83,31 @@ def diagonal(product, params, arrays, stencil, key, tolerance):
         seen, expected = stacked(seen), stacked(expected)
         size = _of_fields(jnp.abs(stacked(diagonals)), stencil)
         check = Check(_relative_error(seen / size, expected / size), tolerance)
-        return diagonals, check, jnp.int32(2 * probes.count)
+        return Diagonal(diagonals, check, jnp.int32(2 * probes.count))
 
     return _first_that_passes(attempt, stencil, share=True)
 
 
-def row_sums(product, params, arrays, stencil, key):
-    """Σ_j |G_ij| on some arrays, with arguments as for ``diagonal``."""
-    # More colors than a grid needs that is not periodic: it is not known here.
-    colors = stencil.colors(share=False, around=True)
-    probes = ColorProbes(params, arrays, stencil, None, key, colors)
-
-    def respond(probe):
-        y = probes.respond(product, probe, outer(probe.signs))
-        return [jnp.abs(y) for y in y]
-
-    return probes.total(respond, probes.zeros())
-
-
-def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
-    """The stencil S of N = 1ᵀ G 1 over tiles, and how far it is from G.
+def block_sums(G: LinearOperator, cells: Cells, key) -> Sums:
+    """The stencil S of N = 1ᵀ G 1 over cells, and how far it is from G.
 
     Args:
-      product: v -> G v on trees like params.
-      params: the parameters.
-      arrays: positions of arrays with these tiles.
-      tiles: how each of them is tiled.
-      stencil: its cells are the tiles.
+      G: the curvature.
+      cells: the tiles of some arrays.
       key: a random key.
-
-    Returns:
-      :class:`Sums`.
     """
+    stencil = cells.stencil
 
     def respond_to_colors(around):
         colors = stencil.colors(share=False, around=around)
-        probes = ColorProbes(params, arrays, stencil, tiles.tile, key, colors)
+        probes = ColorProbes(G, cells, key, colors)
 
         def respond(probe):
-            y = probes.respond(product, probe, outer(probe.signs))
-            return jnp.stack([tiles.sums(y) for y in y])
+            return cells.sums(probes.respond(probe, outer(probe.signs)))
 
-        Y = _control_flow.map(respond, probes.all_probes(), probes.side_by_side, params)
+        Y = _control_flow.map(
+            respond, probes.all_probes(), probes.side_by_side, G.params
+        )
         counts = [axis.number for axis in colors]
         Y = Y.reshape(stencil.fields, *counts, stencil.fields, *stencil.grid)
         S = stencil.from_colors(Y * probes.near_signs(), around)
@@ -131,17 +119,14 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
     unit = jnp.sqrt(jnp.min(size) / size)
     # The test vector, and a multiple of it: what G makes of the two differs by the
     # rounding of the arithmetic that the user's function does, whatever its dtype.
-    probes = ColorProbes(params, arrays, stencil, tiles.tile, key, None)
+    probes = ColorProbes(G, cells, key, None)
     image, scaled = _control_flow.map(
-        lambda scale: probes.respond_to_test(product, scale * unit),
+        lambda scale: probes.respond_to_test(scale * unit),
         jnp.array([1.0, _SCALE], probes.dtype),
-        2 if 2 * _tree.size(params) <= BATCH_ELEMENTS else 1,
-        params,
+        2 if 2 * _tree.size(G.params) <= BATCH_ELEMENTS else 1,
+        G.params,
     )
-    image, scaled = (
-        unit * jnp.stack([tiles.sums(y) for y in parts])
-        for parts in (image, scaled / _SCALE)
-    )
+    image, scaled = (unit * cells.sums(parts) for parts in (image, scaled / _SCALE))
     rounding = _relative_error(image, scaled)
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in probes.leaves)
     tolerance = jnp.clip(16 * rounding, min(eps**0.5, _MOST), _MOST)
@@ -152,10 +137,10 @@ def block_sums(product, params, arrays, tiles: Tiles, stencil: Stencil, key):
 
     def attempt(around):
         found, spent = respond_to_colors(True) if around else (S, products)
-        return found, check(found), spent
+        return Sums(found, check(found), rounding, spent)
 
-    S, passed, products = _first_that_passes(attempt, stencil, share=False)
-    return Sums(S, passed, rounding, products + 2)
+    sums = _first_that_passes(attempt, stencil, share=False)
+    return sums._replace(products=sums.products + 2)
 
 
 def _of_fields(values, stencil):
@@ -188,11 +173,11 @@ def _first_that_passes(attempt, stencil, share):
     result, colors = attempt(False), stencil.colors(share=share, around=False)
     if all(g % c.number == 0 for g, c in zip(stencil.grid, colors, strict=True)):
         return result  # The colors around the edge are the same.
-    _, check, products = result
+    check = result.check
 
     def again():
-        found, check, more = attempt(True)
-        return found, check, products + more
+        second = attempt(True)
+        return second._replace(products=result.products + second.products)
 
     return _control_flow.cond(check.error <= check.tolerance, lambda: result, again)
 

@@ -1,15 +1,17 @@
 """An approximate inverse of a block stencil by nested block means.
 
-Below the finest level, where products with the matrix cost little: on each level a
-symmetric cycle (smooth, correct the block means, smooth), and a few Chebyshev steps
-with it, so that its quality does not fall with the number of levels (algebraic
-multilevel iteration, Axelsson and Vassilevski 1989). Linear, symmetric, and positive
-definite where the matrix is.
+On each level a symmetric cycle (smooth, correct the block means, smooth), and a few
+Chebyshev steps with it, so that its quality does not fall with the number of levels
+(algebraic multilevel iteration, Axelsson and Vassilevski 1989). Linear, symmetric, and
+positive definite where the matrix is. It lies below the finest level, that of the
+parameters, so that products with the matrix cost little.
+
+Restriction sums over tiles of cells, prolongation fills them, and the Galerkin operator
+of the next level is PᵀSP. A vector on a level has shape (fields, *grid).
 """
 
 import dataclasses
-import itertools
-import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +28,23 @@ from bma_optax.partitions._rules import Shape
 _INTERVAL = (0.2, 1.1)
 _STEPS = (2, 3)  # At the first level, and at those below, where they cost little.
 # Of the rows' absolute sums, which bound the eigenvalues: below 2 every step converges.
-RELAXATION = 1.6
+_RELAXATION = 1.6
+
+
+class Levels(NamedTuple):
+    """What a solve needs beside the operator of the first level."""
+
+    smoothers: tuple[jax.Array, ...]  # of all levels but the last, (fields, *cell).
+    operators: tuple[jax.Array, ...]  # S[b, a, *offset, *cell] of those but the first.
+    inverse: jax.Array  # of the last level, (n, n) for its n cells.
 
 
 @dataclasses.dataclass(frozen=True)
-class Levels:
-    """The layout of the levels below the finest one; static."""
+class Hierarchy:
+    """The layout of the levels; static."""
 
     levels: tuple[tuple[Stencil, Shape], ...]  # With the tile to the next one.
     bottom: Stencil
-
-    @property
-    def packed_size(self) -> int:
-        """The length of what ``pack`` returns."""
-        return self._starts[-1] + self.bottom.num_cells**2
 
     @property
     def share(self) -> float:
@@ -47,26 +52,38 @@ class Levels:
         first = self.levels[0][0] if self.levels else self.bottom
         return self.bottom.num_cells / max(first.num_cells, 1)
 
-    @_control_flow.compiled
-    def pack(self, S, n2, floor, null):
-        """Everything ``solve`` needs in one vector; and M's eigenvalues at the bottom.
+    def like(self, dtype) -> Levels:
+        """The shapes of what ``setup`` makes."""
+        n, stencils = self.bottom.num_cells, [stencil for stencil, _ in self.levels]
+
+        def array(*shape):
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        return Levels(
+            tuple(array(stencil.fields, *stencil.grid) for stencil in stencils),
+            tuple(array(*stencil.shape) for stencil in stencils[1:]),
+            array(n, n),
+        )
+
+    def setup(self, S, n2, floor, null) -> tuple[Levels, jax.Array]:
+        """What a solve needs, and the eigenvalues of M on the last level.
 
         Smoothers and M are taken in the units of the metric: those of S may differ
         from field to field by any factor.
 
         Args:
-          S: the stencil of the first level.
+          S: the operator of the first level.
           n2: the diagonal of the metric there, shape (fields, *grid).
           floor: the least eigenvalue of the dense matrix relative to the metric.
           null: an eigenvalue of it that is no larger is taken for 0.
         """
-        parts = []
+        smoothers, operators = [], []
         for stencil, tile in self.levels:
             sums = stencil.absolute_row_sums(S, _or_one(n2))
-            smoother = RELAXATION / _or_one(sums)
-            parts += [S.reshape(-1), smoother.reshape(-1)]
+            smoothers.append(_RELAXATION / _or_one(sums))
             _, S = stencil.coarsen(S, tile)
-            n2 = _sums(n2, tile)
+            operators.append(S)
+            n2 = _restrict(n2, tile)
         root = jnp.sqrt(_or_one(n2).reshape(-1))
         outer = root[:, None] * jnp.broadcast_to(root, (root.size, root.size))
         M = self.bottom.dense(S) / outer
@@ -74,65 +91,55 @@ class Levels:
         inverse = _symmetric_power.matrix_power(
             M, -1, floor, relative, absolute=True, null=null
         )
-        parts.append((inverse / outer).reshape(-1))
         eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
-        return jnp.concatenate(parts), eigenvalues
+        found = Levels(tuple(smoothers), tuple(operators[:-1]), inverse / outer)
+        return found, eigenvalues
 
-    @_control_flow.compiled
-    def solve(self, packed, r):
-        """The approximate inverse times r of shape (fields, *grid)."""
-        n = self.bottom.num_cells
+    def solve(self, product, levels: Levels, r):
+        """The approximate inverse times r.
 
-        def factors(level):
-            # Taken where they are used: from outside a loop they would be copied.
-            stencil, start = self.levels[level][0], self._starts[level]
-            split = start + math.prod(stencil.shape)
-            S = packed[start:split].reshape(stencil.shape)
-            smoother = packed[split : split + stencil.num_cells]
-            return S, smoother.reshape(stencil.fields, *stencil.grid)
+        Args:
+          product: ``x -> S x`` on the first level.
+          levels: the rest, of ``setup``.
+          r: shape (fields, *grid) of the first level.
+        """
+
+        def multiply(level, x):
+            if level == 0:
+                return product(x)
+            return self.levels[level][0].matvec(levels.operators[level - 1], x)
 
         def solve(level, r):
             if level == len(self.levels):
-                inverse = packed[self._starts[level] :].reshape(n, n)
                 x = jnp.matmul(
-                    inverse, r.reshape(-1), precision=jax.lax.Precision.HIGHEST
+                    levels.inverse, r.reshape(-1), precision=jax.lax.Precision.HIGHEST
                 )
                 return x.reshape(r.shape)
-            stencil, tile = self.levels[level]
+            tile, smoother = self.levels[level][1], levels.smoothers[level]
 
             def cycle(r):
-                S, smoother = factors(level)
                 x = smoother * r
-                coarse = solve(level + 1, _sums(r - stencil.matvec(S, x), tile))
-                x = x + _fill(coarse, tile, r.shape)
-                return x + smoother * (r - stencil.matvec(S, x))
+                residual = r - multiply(level, x)
+                coarse = solve(level + 1, _restrict(residual, tile))
+                x = x + _prolong(coarse, tile, r.shape)
+                return x + smoother * (r - multiply(level, x))
 
             # A loop, not copies: those would double at every level.
             def step(carry, coefficients):
                 x, d, r = carry
                 a, b = coefficients
-                r = _control_flow.cond(
-                    b > 0, lambda: r - stencil.matvec(factors(level)[0], d), lambda: r
-                )
+                r = _control_flow.cond(b > 0, lambda: r - multiply(level, d), lambda: r)
                 d = a * cycle(r) + b * d
                 return (x + d, d, r), None
 
             zero = jnp.zeros_like(r)
             coefficients = _chebyshev(_STEPS[level > 0], r.dtype)
             carry, _ = _control_flow.scan(
-                step, (zero, zero, r), coefficients, operands=packed
+                step, (zero, zero, r), coefficients, operands=levels
             )
             return carry[0]
 
         return solve(0, r)
-
-    @property
-    def _starts(self) -> list[int]:
-        """Where each level's part of the vector begins; the last is the bottom's."""
-        sizes = [
-            math.prod(stencil.shape) + stencil.num_cells for stencil, _ in self.levels
-        ]
-        return list(itertools.accumulate(sizes, initial=0))
 
 
 def _chebyshev(steps, dtype):
@@ -152,14 +159,16 @@ def _or_one(x):
     return jnp.where(x > 0, x, 1)
 
 
-def _sums(x, tile):
+def _restrict(x, tile):
+    """The sums over tiles of cells, on the next level."""
     for axis, t in enumerate(tile):
         if t > 1:
             x = _tiles.axis_sums(x, 1 + axis, t)
     return x
 
 
-def _fill(x, tile, shape):
+def _prolong(x, tile, shape):
+    """The tiles of cells filled, in the shape of vectors on the finer level."""
     for axis, t in enumerate(tile):
         if t > 1:
             x = _tiles.axis_fill(x, 1 + axis, t, shape[1 + axis])

@@ -1,4 +1,4 @@
-"""The inverse of a block mean of curvature, eq. (3): from N and diag G to C.
+"""The inverse of a block mean of curvature, eq. (3): from products with G to C.
 
 With z² = |diag G| and F = Z^-1 G Z^-1, E is weighted by z so that constants are
 represented: Z^-1 E is then the indicator of each block over ‖z‖ there, and
@@ -6,136 +6,256 @@ represented: Z^-1 E is then the indicator of each block over ‖z‖ there, and
     M = Eᵀ F E = N / (n nᵀ),   n_i² = Σ_block z²,   Λ_i = (s_i - M_ii) / (s_i - 1),
     C = Z^-1 [Λ̄^-1 (I - P) + E M^-1 Eᵀ] Z^-1 = (Λ̄ z²)^-1 + 1 K 1ᵀ
 
-where 1 are the indicators and K = (M^-1 - Λ^-1) / (n nᵀ).
+where 1 are the indicators, N = 1ᵀ G 1 and K = (M^-1 - Λ^-1) / (n nᵀ): a diagonal
+smoother and a coarse correction of the L block sums.
 """
 
+import dataclasses
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _tree
-from bma_optax.multilevel import _coarse_systems
+from bma_optax import _alarm, _control_flow, _tree
+from bma_optax.curvature import _diagonal
+from bma_optax.curvature._probing import LinearOperator, Probed
+from bma_optax.multilevel import _coloring
+from bma_optax.multilevel._dense import Dense, dense_system
+from bma_optax.multilevel._nested import Nested, nested_systems
+from bma_optax.multilevel._smoother import positive
+from bma_optax.partitions import _build
+from bma_optax.partitions._blocks import Partition
+from bma_optax.partitions._rules import Rule
 
 
-class Inverse(NamedTuple):
+class Gathered(NamedTuple):
+    """What a refresh finds of a curvature."""
+
+    N: Any  # a part for each system, see TwoLevel.like.
+    diagonal: Any  # like params: |diag G|.
+    rounding: tuple[jax.Array, ...]  # of M, one a system, shape ().
+    local: jax.Array  # shape (), bool: whether G reaches no further than declared.
+    products: jax.Array  # shape (), int32.
+
+
+class Factor(NamedTuple):
     """C = diag(inverse_diagonal) + 1 K 1ᵀ, and what it says of the curvature."""
 
     inverse_diagonal: Any  # like params: 1 / (Λ̄ z²), Λ damped.
-    Lambda: jax.Array  # (L,): Λ + damping.
-    # One vector, of all systems one after the other: as Optax's placeholder for params
-    # has no arrays, a state may not hold a number of arrays that depends on them.
-    K: jax.Array
-    coarse_ratio: jax.Array  # (): min eig(M) / median(Λ), undamped.
-    floored: jax.Array  # (), int32: eigenvalues of M negative or below the floor.
+    Lambda: jax.Array  # shape (L,): Λ + damping.
+    K: Any  # a part for each system, see TwoLevel.like.
+    coarse_ratio: jax.Array  # shape (): min eig(M) / median(Λ), undamped.
+    floored: jax.Array  # shape (), int32: eigenvalues of M negative or below the floor.
 
 
-def shapes(systems):
-    """The shapes of N and of K: a matrix if there is just one."""
-    if len(systems) == 1 and isinstance(systems[0], _coarse_systems.Dense):
-        (system,) = systems
-        if system.count == 1:
-            return (system.n, system.n), (system.n, system.n)
-    N_size = sum(system.N_size for system in systems)
-    return (N_size,), (sum(system.K_size for system in systems),)
+@dataclasses.dataclass(frozen=True)
+class TwoLevel:
+    """The two-level method on one partition; static. N and K are arrays beside it."""
+
+    blocks: Partition
+
+    @functools.cached_property
+    def systems(self) -> tuple[Dense | Nested, ...]:
+        """The coarse systems, in the order of their blocks."""
+        return *dense_system(self.blocks), *nested_systems(self.blocks)
+
+    def like(self, dtype) -> tuple[Any, Any]:
+        """The shapes of N and of K: a tuple with a part for each system.
+
+        One empty array where there is none: Optax's placeholder for the parameters has
+        no arrays, and what is held for it must be a prefix of what is held for others.
+        """
+        if not self.systems:
+            return (jax.ShapeDtypeStruct((0,), dtype),) * 2
+        N, K = zip(*(system.like(dtype) for system in self.systems), strict=True)
+        return N, K
+
+    def check_state(self, N, K) -> None:
+        """Raises a ValueError for what another partition has made."""
+        found, expected = (
+            tuple(x.shape for x in jax.tree.leaves(tree))
+            for tree in ((N, K), self.like(jnp.float32))
+        )
+        self.blocks.check_state(*found, expected=expected)
+
+    def initial(self, params) -> tuple[Any, Factor]:
+        """N = 0, and the factor of C = I for a damping of 0."""
+        ones = jax.tree.map(
+            lambda p: jnp.ones_like(p, dtype=_tree.statistic_dtype(p)), params
+        )
+        zeros = 0 * self.blocks.block_sums(ones)
+        # On the mesh of the parameters, as is then all that it is added to.
+        zero = jnp.sum(zeros)
+        N, K = jax.tree.map(
+            lambda x: zero + jnp.zeros(x.shape, x.dtype), self.like(zero.dtype)
+        )
+        return N, Factor(ones, zeros + 1, K, zero + 1, zero.astype(jnp.int32))
+
+    def gather(
+        self, curvature, G: LinearOperator, key, extra_args, known_far=False
+    ) -> Gathered:
+        """N, |diag G|, and whether a declared reach is true, by products with G.
+
+        Where it is not, this raises or, traced, warns, unless that is known before. The
+        diagonal is then one for which the reach does not matter.
+
+        Args:
+          curvature: knows its diagonal, or how many products that may cost.
+          G: the curvature at the parameters.
+          key: a random key for the probes.
+          extra_args: what functions of the curvature may take.
+          known_far: whether it is known to reach further.
+        """
+        key_N, key_diagonal, key_rounding = jax.random.split(key, 3)
+        dtype = _tree.common_statistic_dtype(G.params)
+        sums = [
+            system.block_sums(G, self.blocks, jax.random.fold_in(key_N, number))
+            for number, system in enumerate(self.systems)
+        ]
+        sums = [x._replace(N=_cast(x.N, dtype)) for x in sums]
+        N = tuple(x.N for x in sums) or jnp.zeros(0, dtype)
+
+        given = _diagonal.given(curvature, G.params, extra_args)
+        if given is None:
+            (diagonal, more), checks = self._diagonal(curvature, G, sums, key_diagonal)
+        else:
+            diagonal, more, checks = given, jnp.int32(0), []
+        products = sum((x.products for x in sums), start=more)
+        checks += [x.check for x in sums if x.check is not None]
+        local = jnp.asarray(True)
+        if checks:
+            check = _coloring.worst(checks)
+            local = check.error <= check.tolerance
+            # What is not finite is a failure of the curvature, not of its reach.
+            reaches_far = ~local & _tree.all_finite(N) & ~jnp.asarray(known_far)
+            _alarm.alarm(reaches_far, _reaches_far, *check)
+            if given is None:
+
+                def without_a_reach():
+                    every = [True] * len(jax.tree.leaves(G.params))
+                    found, more = _diagonal.probed(curvature, G, every, key_diagonal)
+                    return found, products + more
+
+                diagonal, products = _control_flow.cond(
+                    local, lambda: (diagonal, products), without_a_reach
+                )
+        diagonal = jax.tree.map(jnp.abs, diagonal)
+        rounding = [
+            system.rounding(G, self.blocks, part, diagonal, key_rounding)
+            for system, part in zip(self.systems, sums, strict=True)
+        ]
+        return Gathered(
+            N,
+            diagonal,
+            tuple(x.value for x in rounding),
+            local,
+            sum((x.products for x in rounding), start=products),
+        )
+
+    def _diagonal(self, curvature, G, sums, key) -> tuple[Probed, list]:
+        """diag G, as far as the systems find it and else probed; and their checks."""
+        zeros = _tree.zeros_like(G.params, _tree.statistic_dtype)
+        leaves, treedef = jax.tree.flatten(zeros)
+        rest, checks, products = [True] * len(leaves), [], jnp.int32(0)
+        for number, (system, part) in enumerate(zip(self.systems, sums, strict=True)):
+            key_system = jax.random.fold_in(key, number)
+            found = system.diagonal(G, self.blocks, part, key_system)
+            for position, values in found.values.items():
+                zero, rest[position] = leaves[position], False
+                leaves[position] = zero + values.astype(zero.dtype)
+            checks += [found.check] if found.check is not None else []
+            products = products + found.products
+        if any(x.size for x, on in zip(leaves, rest, strict=True) if on):
+            probed, more = _diagonal.probed(curvature, G, rest, key)
+            added = zip(leaves, jax.tree.leaves(probed), strict=True)
+            leaves, products = [x + y for x, y in added], products + more
+        return Probed(jax.tree.unflatten(treedef, leaves), products), checks
+
+    def invert(self, found: Gathered, damping, min_eigenvalue) -> Factor:
+        """The inverse of the block mean of G + damping · Z², positive definite.
+
+        Absolute eigenvalues of M + damping I, at least ``min_eigenvalue`` and
+        ``damping``, stand in the place of its eigenvalues; along directions in which
+        they are no larger than rounding there is the diagonal alone. So there is
+        everywhere where G is not local as declared.
+        """
+        z2 = positive(self.blocks, found.diagonal)
+        n2 = self.blocks.block_sums(z2)
+        damping = jnp.asarray(damping).astype(n2.dtype)
+        floor = jnp.maximum(jnp.asarray(min_eigenvalue).astype(n2.dtype), damping)
+        parts = [
+            system.invert(N, part, damping, floor, rounding)
+            for system, N, part, rounding in zip(
+                self.systems, found.N, self._split(n2), found.rounding, strict=True
+            )
+        ]
+        _, (_, Lambda, K, ratio, floored) = self.initial(found.diagonal)
+        if parts:
+            undamped = jnp.concatenate([part.Lambda for part in parts])
+            Lambda = jnp.maximum(undamped + damping, floor)
+            Lambda = jnp.where(found.local, Lambda, 1 + damping)
+            K = tuple(part.K for part in parts)
+            K = jax.tree.map(lambda x: jnp.where(found.local, x, 0), K)
+            smallest = jnp.min(jnp.stack([part.smallest for part in parts]))
+            # A sort of all would cost as much as the rest.
+            median = jnp.median(undamped[:: 1 + len(undamped) // 1000])
+            # Where every direction is null there is nothing to correct.
+            ratio = jnp.where(jnp.isinf(smallest), 1, smallest / median)
+            floored = sum(part.floored for part in parts)
+        scale = self.blocks.expand(1 / Lambda, z2, default=1 / (1 + damping))
+        return Factor(jax.tree.map(jnp.divide, scale, z2), Lambda, K, ratio, floored)
+
+    def apply(self, inverse_diagonal, N, K, g):
+        """C g, in the dtypes of statistics."""
+        g = _tree.astype(g, inverse_diagonal)
+        sums = self.blocks.block_sums(g)
+        parts = zip(self.systems, N, K, self._split(sums), strict=True)
+        corrections = [system.correct(*part) for system, *part in parts]
+        means = jnp.concatenate(corrections) if corrections else sums
+        shift = self.blocks.expand(means, g)
+        return jax.tree.map(lambda d, g, c: d * g + c, inverse_diagonal, g, shift)
+
+    def diagonal(self, inverse_diagonal, Lambda, damping):
+        """The z² that a factor was made of."""
+        scale = self.blocks.expand(
+            1 / Lambda, inverse_diagonal, default=1 / (1 + damping)
+        )
+        return jax.tree.map(jnp.divide, scale, inverse_diagonal)
+
+    def small_matrices(self, N, z2) -> list[jax.Array]:
+        """M of all dense groups, shape (groups, blocks, blocks) for each bucket."""
+        n2 = self._split(self.blocks.block_sums(z2))
+        parts = zip(self.systems, N, n2, strict=True)
+        matrices = [system.small_matrices(*part) for system, *part in parts]
+        return list(itertools.chain(*matrices))
+
+    def _split(self, values):
+        """A vector over all blocks as one for each system."""
+        counts = [system.num_blocks for system in self.systems]
+        bounds = itertools.accumulate(counts, initial=0)
+        return [values[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def identity(systems, blocks, params) -> Inverse:
-    """C = I, for a damping of 0."""
-    ones = jax.tree.map(
-        lambda p: jnp.ones_like(p, dtype=_tree.statistic_dtype(p)), params
+def two_level(params, rule: Rule) -> TwoLevel:
+    """That of parameters and a rule, for use in ``update``."""
+    return TwoLevel(_build.layout(params, rule))
+
+
+def checked_two_level(params, rule: Rule) -> TwoLevel:
+    """The same for use in ``init``: refuses what is too large, warns of guesses."""
+    return TwoLevel(_build.partition(params, rule))
+
+
+def _cast(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def _reaches_far(error, tolerance) -> str:
+    return (
+        "The curvature reaches further than `reach` declares: a product with it is "
+        f"{float(error):.1e} from what that reach foretells, relative, where rounding "
+        f"explains {float(tolerance):.1e}. Pass a larger `reach`, or None. Under "
+        "jax.jit the diagonal alone is used, and `local` in bma.diagnostics is False."
     )
-    zeros = 0 * blocks.block_sums(ones)
-    zero = jnp.sum(zeros)
-    K = zero + jnp.zeros(shapes(systems)[1], zero.dtype)
-    return Inverse(ones, zeros + 1, K, zero + 1, zero.astype("int32"))
-
-
-def invert(
-    systems, blocks, N, diagonal, rounding, damping, min_eigenvalue, local
-) -> Inverse:
-    """The inverse of the block mean of G + damping · Z², positive definite.
-
-    Absolute eigenvalues of M + damping I, at least ``min_eigenvalue`` and ``damping``,
-    stand in the place of its eigenvalues; along directions in which they are no larger
-    than ``rounding``, one number a system, there is the diagonal alone. So there is
-    everywhere where G is not ``local`` as declared.
-    """
-    z2 = positive(blocks, diagonal)
-    n2 = blocks.block_sums(z2)
-    damping = jnp.asarray(damping).astype(n2.dtype)
-    floor = jnp.maximum(jnp.asarray(min_eigenvalue).astype(n2.dtype), damping)
-    factors = [
-        system.invert(part, _coarse_systems.take(system, n2), damping, floor, this)
-        for system, part, this in zip(
-            systems,
-            _coarse_systems.split(systems, N, lambda system: system.N_size),
-            rounding,
-            strict=True,
-        )
-    ]
-    unit = identity(systems, blocks, diagonal)
-    Lambda, K, ratio, count = unit[1:]
-    if factors:
-        Lambda = 1 / _coarse_systems.assemble(
-            systems, [f.inverse_Lambda for f in factors], n2
-        )
-        Lambda = jnp.where(local, Lambda, 1 + damping)
-        K = jnp.concatenate([f.K for f in factors]).reshape(unit.K.shape)
-        K = jnp.where(local, K, 0)
-        smallest = jnp.min(jnp.stack([f.smallest for f in factors]))
-        Lambdas = jnp.concatenate([f.Lambda for f in factors])
-        # A sort of all would cost as much as the rest.
-        median = jnp.median(Lambdas[:: 1 + len(Lambdas) // 1000])
-        # Where every direction is null there is nothing to correct.
-        ratio = jnp.where(jnp.isinf(smallest), 1, smallest / median)
-        count = jnp.sum(jnp.stack([f.floored for f in factors]), dtype=jnp.int32)
-    scale = blocks.expand(1 / Lambda, z2, default=1 / (1 + damping))
-    inverse_diagonal = jax.tree.map(jnp.divide, scale, z2)
-    return Inverse(inverse_diagonal, Lambda, K, ratio, count)
-
-
-def diagonal_of(blocks, inverse_diagonal, Lambda, damping):
-    """The z² that an inverse was made of."""
-    scale = blocks.expand(1 / Lambda, inverse_diagonal, default=1 / (1 + damping))
-    return jax.tree.map(jnp.divide, scale, inverse_diagonal)
-
-
-def apply(systems, blocks, inverse_diagonal, K, g):
-    """C g, in the dtypes of statistics."""
-    g = _tree.astype(g, inverse_diagonal)
-    shift = blocks.expand(correct(systems, K, blocks.block_sums(g)), g)
-    return jax.tree.map(lambda d, g, c: d * g + c, inverse_diagonal, g, shift)
-
-
-def correct(systems, K, sums):
-    """K times a vector over blocks."""
-    parts = [
-        system.correct(part, _coarse_systems.take(system, sums))
-        for system, part in zip(
-            systems,
-            _coarse_systems.split(systems, K, lambda system: system.K_size),
-            strict=True,
-        )
-    ]
-    return _coarse_systems.assemble(systems, parts, sums)
-
-
-def positive(blocks, diagonal):
-    """z²: |diag G|, and for an element without curvature that of its neighbours.
-
-    That is the mean over its block, else the largest number of its array, else 1. No
-    floor: one that is relative to other elements would couple their units.
-    """
-    tiny = {x.dtype: float(jnp.finfo(x.dtype).tiny) for x in jax.tree.leaves(diagonal)}
-    z2 = jax.tree.map(lambda x: jnp.where(x <= tiny[x.dtype], 0, x), diagonal)
-    sums = blocks.block_sums(z2)
-    means = blocks.expand(sums / jnp.asarray(blocks.sizes, sums.dtype), z2)
-
-    def fill(x, mean):
-        largest = jnp.max(x, initial=0)
-        other = jnp.where(mean == 0, jnp.where(largest == 0, 1, largest), mean)
-        # What is not a number stays.
-        return jnp.where(x == 0, _tree.typed_like(other, x), x)
-
-    return jax.tree.map(fill, z2, means)

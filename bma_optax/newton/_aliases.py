@@ -20,7 +20,6 @@ def newton_bma(
     update_interval: jax.typing.ArrayLike = 10,
     b2: jax.typing.ArrayLike = 0.0,
     damping: jax.typing.ArrayLike = 0.0,
-    adaptive_damping: bool = False,
     min_eigenvalue: jax.typing.ArrayLike = 0.0,
     max_norm: jax.typing.ArrayLike | None = None,
     key: jax.typing.ArrayLike = 0,
@@ -37,7 +36,6 @@ def newton_bma(
       update_interval: steps from one refresh of the factor to the next.
       b2: the decay of the averages over refreshes.
       damping: μ >= 0.
-      adaptive_damping: whether μ follows Levenberg and Marquardt's rule.
       min_eigenvalue: the least eigenvalue of M.
       max_norm: the largest global norm of a step; None for no limit.
       key: a seed or a random key.
@@ -78,7 +76,6 @@ def newton_bma(
             update_interval=update_interval,
             b2=b2,
             damping=damping,
-            adaptive_damping=adaptive_damping,
             min_eigenvalue=min_eigenvalue,
             key=key,
         ),
@@ -97,7 +94,6 @@ def natural_bma(
     update_interval: jax.typing.ArrayLike = 10,
     b2: jax.typing.ArrayLike = 0.95,
     damping: jax.typing.ArrayLike = 1e-2,
-    adaptive_damping: bool = False,
     min_eigenvalue: jax.typing.ArrayLike = 0.0,
     max_norm: jax.typing.ArrayLike | None = None,
     key: jax.typing.ArrayLike = 0,
@@ -114,7 +110,6 @@ def natural_bma(
       update_interval: steps from one refresh of the factor to the next.
       b2: the decay of the averages over refreshes.
       damping: μ >= 0.
-      adaptive_damping: whether μ follows Levenberg and Marquardt's rule.
       min_eigenvalue: the least eigenvalue of M.
       max_norm: the largest global norm of a step; None for no limit.
       key: a seed or a random key.
@@ -153,7 +148,6 @@ def natural_bma(
             update_interval=update_interval,
             b2=b2,
             damping=damping,
-            adaptive_damping=adaptive_damping,
             min_eigenvalue=min_eigenvalue,
             key=key,
         ),

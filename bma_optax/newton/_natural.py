@@ -15,7 +15,6 @@ def scale_by_natural_bma(
     update_interval: jax.typing.ArrayLike = 10,
     b2: jax.typing.ArrayLike = 0.95,
     damping: jax.typing.ArrayLike = 1e-2,
-    adaptive_damping: bool = False,
     min_eigenvalue: jax.typing.ArrayLike = 0.0,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -31,7 +30,6 @@ def scale_by_natural_bma(
       update_interval: steps from one refresh of the factor to the next.
       b2: the decay of the averages over refreshes.
       damping: μ >= 0.
-      adaptive_damping: whether μ follows Levenberg and Marquardt's rule.
       min_eigenvalue: the least eigenvalue of M.
       key: a seed or a random key, for the sampled labels and the probes.
 
@@ -69,7 +67,6 @@ def scale_by_natural_bma(
         update_interval=update_interval,
         b2=b2,
         damping=damping,
-        adaptive_damping=adaptive_damping,
         min_eigenvalue=min_eigenvalue,
         key=key,
     )

@@ -1,41 +1,51 @@
-"""Newton-BMA: eq. (1) and (3) with true curvature."""
+"""Newton-BMA: the direction C g, eq. (1) and (3) with true curvature.
 
-from typing import NamedTuple
+Every so many steps a refresh gathers N = 1ᵀ G 1 and diag G by products, averages them
+and makes C of them; between refreshes an update applies C to the gradient.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bma_optax import _checks, _refresh, _tree
-from bma_optax.curvature import _kinds, _probing, _user_functions
+from bma_optax.curvature import _kinds, _probing
 from bma_optax.curvature._kinds import Curvature
-from bma_optax.multilevel import _gather, _two_level
-from bma_optax.newton import _damping
+from bma_optax.curvature._probing import LinearOperator
+from bma_optax.multilevel import _two_level
 from bma_optax.partitions import _rules
 
 
 class ScaleByNewtonBMAState(NamedTuple):
     """State of :func:`scale_by_newton_bma`, for L blocks.
 
-    With several groups (:func:`within`) the L x L arrays hold the groups' small
-    matrices one after the other, shape (Σ L_group²,).
+    N and K are tuples of parts, for blocks that see each other; without blocks they are
+    one empty array.
+
+    - The first part is that of dense groups, where there are any: for each number n of
+      blocks that c groups have an array of shape (c, n, n).
+    - One follows for each grid, of f fields on a grid of cells with o offsets between
+      cells that meet: N is a stencil of shape (f, f, *o, *cells), K a named tuple of
+      arrays of shape (f, *cells) and of the levels below.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
       >>> state = bma.scale_by_newton_bma().init({"w": jnp.ones((2, 3))})
-      >>> state.inverse_diagonal["w"].shape, state.N.shape
-      ((2, 3), (1, 1))
+      >>> ((N,),) = state.N
+      >>> state.inverse_diagonal["w"].shape, N.shape
+      ((2, 3), (1, 1, 1))
     """
 
     count: jax.Array  # type: ignore[assignment]  # shape (), int32: steps taken.
     key: jax.Array  # shape (2,), uint32: the numbers of a random key, never another.
     inverse_diagonal: optax.Updates  # like params: 1 / (Λ̄ z²).
     Lambda: jax.Array  # shape (L,): the damped Λ.
-    K: jax.Array  # shape (L, L): (M^-1 - Λ^-1) / (n nᵀ) of the last good factor.
-    N: jax.Array  # shape (L, L): block sums of G, averaged.
+    K: Any  # (M^-1 - Λ^-1) / (n nᵀ) of the last good factor; on a grid without N.
+    N: Any  # block sums of G, averaged.
     refreshes: jax.Array  # shape (), int32: factors made.
     damping: jax.Array  # shape ().
-    previous_params: optax.Params  # like params if the damping adapts, else ().
     products: jax.Array  # shape (), int32: products with G spent.
     failures: jax.Array  # shape (), int32: factors that were not finite.
     coarse_ratio: jax.Array  # shape (): min eig(M) / median(Λ).
@@ -50,7 +60,6 @@ def scale_by_newton_bma(
     update_interval: jax.typing.ArrayLike = 10,
     b2: jax.typing.ArrayLike = 0.0,
     damping: jax.typing.ArrayLike = 0.0,
-    adaptive_damping: bool = False,
     min_eigenvalue: jax.typing.ArrayLike = 0.0,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -87,11 +96,6 @@ def scale_by_newton_bma(
         mini-batches. Bias-corrected.
       damping: μ >= 0: the inverse is that of the block mean of F + μ I, that is M + μ I
         and Λ + μ.
-      adaptive_damping: whether μ follows Levenberg and Marquardt's rule from there: at
-        a refresh it is halved if the last step's decrease of the loss was above 3/4
-        of what the quadratic model at its start foretold, and doubled if it was below
-        1/4. This costs a gradient and a product a refresh, and a copy of the
-        parameters.
       min_eigenvalue: the least eigenvalue of M, >= 0. Below it, the damping, and what
         the dtype resolves, absolute eigenvalues are raised to these.
       key: a seed or a random key, for the probes and for ``bma.Fisher``.
@@ -144,157 +148,109 @@ def scale_by_newton_bma(
     _checks.at_least_one(update_interval=update_interval)
     _checks.random_key(key)
     update_interval = _checks.plain(update_interval)
-    _checks.boolean(adaptive_damping=adaptive_damping)
-    if adaptive_damping and _checks.is_zero(damping):
-        raise ValueError("`adaptive_damping` needs a `damping` above 0 to start from.")
 
     def init_fn(params):
         params = _tree.parameters(params)
-        blocks, systems = _gather.plan(params, partition, warn=True)
-        inverse = _two_level.identity(systems, blocks, params)
+        method = _two_level.checked_two_level(params, partition)
+        N, factor = method.initial(params)
 
         def zero():  # A new one each time: donated buffers must not be shared.
-            return jnp.zeros_like(inverse.floored)
+            return jnp.zeros_like(factor.floored)
 
         return ScaleByNewtonBMAState(
             count=jnp.zeros((), jnp.int32),
             key=_probing.key_data(key),
-            inverse_diagonal=inverse.inverse_diagonal,
-            Lambda=inverse.Lambda,
-            K=inverse.K,
-            N=0 * inverse.coarse_ratio
-            + jnp.zeros(_two_level.shapes(systems)[0], inverse.K.dtype),
+            N=N,
             refreshes=zero(),
-            damping=jnp.zeros_like(inverse.coarse_ratio)
-            + jnp.asarray(damping).astype(inverse.coarse_ratio.dtype),
-            previous_params=_tree.zeros_like(params) if adaptive_damping else (),
+            damping=jnp.zeros_like(factor.coarse_ratio) + _as(factor.Lambda, damping),
             products=zero(),
             failures=zero(),
-            coarse_ratio=inverse.coarse_ratio,
-            floored=zero(),
             local=zero() == 0,
+            **factor._asdict(),
         )
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
-        if params is None:
-            raise ValueError(
-                "`update` needs the parameters here. Pass update(grads, state, params, "
-                "...)."
-            )
-        _tree.check_statistics(params, state.inverse_diagonal)
-        updates = _tree.like_init(updates, state.inverse_diagonal)
-        updates, state, params = _tree.arrays((updates, state, params))
-        random_key = _probing.typed_key(state.key)
-        state = _tree.whole(
-            state,
-            *("count", "refreshes", "products", "failures", "floored"),
-            flags=("local",),
-        )
-        blocks, systems = _gather.plan(updates, partition)
-        blocks.check_state(
-            state.N.shape,
-            state.K.shape,
-            expected=_two_level.shapes(systems),
-        )
+        updates, state, params = _checked(updates, state, params)
+        method = _two_level.two_level(updates, partition)
+        method.check_state(state.N, state.K)
 
         def refresh():
-            # The same probes at every refresh, or the directions that conjugate
-            # gradients build would lose their meaning; new ones where averages gain.
-            again = jnp.where(jnp.asarray(b2) > 0, state.refreshes, 0)
+            random_key = _probing.typed_key(state.key)
             key_labels = jax.random.fold_in(random_key, state.count)
-
-            def linearize(params):
-                return _kinds.product_at(
-                    curvature, params, key_labels, value_fn, extra_args
-                )
-
-            if adaptive_damping:
-                adapted = _damping.levenberg_marquardt(
-                    state.damping,
-                    _user_functions.loss(value_fn, extra_args),
-                    linearize,
-                    _tree.astype(state.previous_params, params),
-                    params,
-                )
-                mu = jnp.where(state.count > 0, adapted, state.damping)
-            else:
-                mu = jnp.full_like(state.damping, damping)
-
-            # Gather: N and diag G.
-            product = linearize(params)
-            key_probes = jax.random.fold_in(random_key, again)
-            N, diagonal, rounding, local, products = _gather.gather(
+            product = _kinds.product_at(
+                curvature, params, key_labels, value_fn, extra_args
+            )
+            # The same probes at every refresh, so that C changes only where the
+            # curvature does: conjugate directions need that. With b2 > 0 new ones:
+            # the averages reduce their noise.
+            draw = jnp.where(jnp.asarray(b2) > 0, state.refreshes, 0)
+            found = method.gather(
                 curvature,
-                systems,
-                blocks,
-                product,
-                params,
-                key_probes,
+                LinearOperator(product, params),
+                jax.random.fold_in(random_key, draw),
                 extra_args,
-                known=~state.local,
+                known_far=~state.local,
             )
-            N = N.reshape(state.N.shape)
-            if not (isinstance(b2, (int, float)) and b2 == 0):
-                last = _two_level.diagonal_of(
-                    blocks, state.inverse_diagonal, state.Lambda, state.damping
-                )
-                b = jnp.asarray(b2).astype(N.dtype)
-                weight = (1 - b) / (1 - b ** (state.refreshes + 1).astype(N.dtype))
-                N, diagonal = jax.tree.map(
-                    lambda new, old: _average(new, old, weight.astype(new.dtype)),
-                    (N, diagonal),
-                    (state.N, last),
-                )
-
-            # The small matrix and its inverse.
-            inverse = _two_level.invert(
-                systems, blocks, N, diagonal, rounding, mu, min_eigenvalue, local
-            )
-            refreshed = state._replace(
-                inverse_diagonal=inverse.inverse_diagonal,
-                Lambda=inverse.Lambda,
-                K=inverse.K,
-                N=N,
-                refreshes=optax.safe_increment(state.refreshes),
-                damping=mu,
-                coarse_ratio=inverse.coarse_ratio,
-                floored=inverse.floored,
-                local=local,
-            )
-            failed = state._replace(failures=optax.safe_increment(state.failures))
-            finite = _tree.all_finite((inverse, N, diagonal))
-            chosen = jax.tree.map(
-                lambda x, y: x if x is y else jnp.where(finite, x, y),
-                refreshed,
-                failed,
-            )
-            return chosen._replace(
-                products=state.products + products + int(adaptive_damping)
-            )
+            averaged = _averaged(method, found, state, b2)
+            factor = method.invert(averaged, damping, min_eigenvalue)
+            return _last_good(state, averaged, factor, damping)
 
         state = _refresh.every(update_interval, state.count, refresh, state)
-
-        # Apply.
-        result = _two_level.apply(
-            systems,
-            blocks,
-            state.inverse_diagonal,
-            state.K,
-            updates,
-        )
+        result = method.apply(state.inverse_diagonal, state.N, state.K, updates)
         # An array without a gradient is frozen, or at rest: P C P is positive definite
         # on the others, where P C g were no descent direction.
         result = _tree.zero_like(_tree.astype(result, updates), updates)
-        return result, state._replace(
-            count=optax.safe_increment(state.count),
-            previous_params=_tree.astype(params, state.previous_params)
-            if adaptive_damping
-            else (),
-        )
+        return result, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _average(new, old, weight):
-    """The bias-corrected moving average: ``new`` alone at the first refresh."""
-    return (1 - weight) * old + weight * new
+def _checked(updates, state, params):
+    """The three as JAX's arrays, once they are known to fit each other."""
+    if params is None:
+        raise ValueError(
+            "`update` needs the parameters here. Pass update(grads, state, params, "
+            "...)."
+        )
+    _tree.check_statistics(params, state.inverse_diagonal)
+    updates = _tree.like_init(updates, state.inverse_diagonal)
+    updates, state, params = _tree.arrays((updates, state, params))
+    counters = "count", "refreshes", "products", "failures", "floored"
+    return updates, _tree.whole(state, *counters, flags=("local",)), params
+
+
+def _averaged(method, found, state, b2):
+    """What was found with N and diag G averaged over refreshes, bias-corrected."""
+    if isinstance(b2, (int, float)) and b2 == 0:
+        return found
+    last = method.diagonal(state.inverse_diagonal, state.Lambda, state.damping)
+    b = _as(state.Lambda, b2)
+    # 1 at the first refresh.
+    weight = (1 - b) / (1 - b ** (state.refreshes + 1).astype(b.dtype))
+    N, diagonal = jax.tree.map(
+        lambda new, old: (1 - _as(new, weight)) * old + _as(new, weight) * new,
+        (found.N, found.diagonal),
+        (state.N, last),
+    )
+    return found._replace(N=N, diagonal=diagonal)
+
+
+def _last_good(state, found, factor, damping):
+    """The state with this factor if it is finite, else with the one that it has."""
+    refreshed = state._replace(
+        N=found.N,
+        refreshes=optax.safe_increment(state.refreshes),
+        damping=jnp.full_like(state.damping, damping),
+        local=found.local,
+        **factor._asdict(),
+    )
+    failed = state._replace(failures=optax.safe_increment(state.failures))
+    finite = _tree.all_finite((factor, found.N, found.diagonal))
+    chosen = jax.tree.map(
+        lambda x, y: x if x is y else jnp.where(finite, x, y), refreshed, failed
+    )
+    return chosen._replace(products=state.products + found.products)
+
+
+def _as(like, number):
+    return jnp.asarray(number).astype(like.dtype)

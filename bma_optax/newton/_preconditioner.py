@@ -1,24 +1,21 @@
-"""Newton-BMA as a preconditioner of an operator known by its products."""
+"""Newton-BMA as a preconditioner of an operator known by its products.
+
+One refresh of :func:`scale_by_newton_bma` without an optimiser: C for conjugate
+gradients on A x = b, where x and b are trees of arrays.
+"""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from bma_optax import _alarm, _checks, _tree
 from bma_optax.curvature import _kinds, _probing, _user_functions
-from bma_optax.multilevel import (
-    _coarse_systems,
-    _diagonal,
-    _gather,
-    _hierarchy,
-    _two_level,
-)
-from bma_optax.partitions import _blocks, _rules
-
-_CYCLES = ("additive", "multiplicative")
+from bma_optax.curvature._probing import LinearOperator
+from bma_optax.multilevel import _two_level
+from bma_optax.partitions import _rules
 
 
 @jax.tree_util.register_dataclass
@@ -36,14 +33,10 @@ class Preconditioner:
     """  # noqa: E501
 
     inverse_diagonal: Any
-    K: jax.Array
+    N: Any
+    K: Any
     local: jax.Array  # shape (), bool: whether the operator is as local as declared.
-    cycle: tuple[Any, ...]  # () or what _multiplicative needs
-    blocks: _blocks.Partition = dataclasses.field(metadata={"static": True})
-    systems: tuple[_coarse_systems.System, ...] = dataclasses.field(
-        metadata={"static": True}
-    )
-    product_fn: Any = dataclasses.field(default=None, metadata={"static": True})
+    method: _two_level.TwoLevel = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Any) -> Any:
         """C x, in the dtypes of x.
@@ -68,39 +61,15 @@ class Preconditioner:
         difference = _tree.unlike(x, self.inverse_diagonal)
         if difference is not None:
             name, new, old = difference
-            shapes = ["none" if v is None else str(jnp.shape(v)) for v in (new, old)]
+            shapes = ["none" if v is None else str(np.shape(v)) for v in (new, old)]
             raise ValueError(
                 f"The vector at {name!r} has shape {shapes[0]}; the preconditioner is "
                 f"of {shapes[1]}. Pass one vector of the structure and shapes of "
                 "`like`; for several right-hand sides jax.vmap(C)."
             )
         x = _tree.arrays(_tree.in_order(x, self.inverse_diagonal))
-        if self.product_fn is None:
-            y = _two_level.apply(
-                self.systems, self.blocks, self.inverse_diagonal, self.K, x
-            )
-        else:
-            y = self._multiplicative(x)
+        y = self.method.apply(self.inverse_diagonal, self.N, self.K, x)
         return _tree.astype(y, x)
-
-    def _multiplicative(self, g):
-        """Smooth, correct the block means, smooth: symmetric, two products."""
-        smoother, coarse_diagonal = self.cycle
-        g = _tree.astype(g, smoother)
-        product = _user_functions.product(self.product_fn, g, "product_fn")
-
-        def residual(x):
-            return jax.tree.map(jnp.subtract, g, product(_tree.astype(x, g)))
-
-        def smooth(r):
-            return jax.tree.map(jnp.multiply, smoother, r)
-
-        x = smooth(g)
-        sums = self.blocks.block_sums(residual(x))
-        means = _two_level.correct(self.systems, self.K, sums)
-        filled = self.blocks.expand(means + coarse_diagonal * sums, x)
-        x = jax.tree.map(jnp.add, x, filled)
-        return jax.tree.map(jnp.add, x, smooth(residual(x)))
 
     def as_lineax(self) -> Any:
         """C as a ``lineax.FunctionLinearOperator``, tagged positive semi-definite.
@@ -128,7 +97,6 @@ def preconditioner(
     partition: _rules.Rule = _rules.per_leaf,
     *,
     diagonal: Any = None,
-    cycle: str = "additive",
     damping: jax.typing.ArrayLike = 0.0,
     min_eigenvalue: jax.typing.ArrayLike = 0.0,
     num_probes: int = 32,
@@ -147,9 +115,6 @@ def preconditioner(
       partition: the rule that cuts it into blocks; its ``reach`` is how far entries of
         A that meet are apart.
       diagonal: the diagonal of A, a tree like ``like``, if it is known.
-      cycle: "additive" for C, or with a reach "multiplicative" for the symmetric cycle
-        smooth, correct, smooth: fewer iterations at two more products each. It calls
-        ``product_fn``, which must then not close over traced arrays.
       damping: μ >= 0.
       min_eigenvalue: the least eigenvalue of M, >= 0.
       num_probes: products for the diagonal, see :class:`Curvature`.
@@ -180,8 +145,6 @@ def preconditioner(
     Source: the report's eq. (3).
     """
     _checks.not_negative(damping=damping, min_eigenvalue=min_eigenvalue)
-    if cycle not in _CYCLES:
-        raise ValueError(f"`cycle` must be one of {_CYCLES}, got {cycle!r}.")
     _checks.functions(product_fn=product_fn)
     _checks.random_key(key)
     like = _tree.parameters(like)
@@ -193,32 +156,18 @@ def preconditioner(
         diagonal_fn=None if diagonal is None else lambda _: diagonal,
         num_probes=num_probes,
     )
-    blocks, systems = _gather.plan(like, partition, warn=True)
-    zeros = _tree.zeros_like(like)
+    method = _two_level.checked_two_level(like, partition)
     key = _probing.typed_key(_probing.key_data(key))
-    N, z2, rounding, local, _ = _gather.gather(
-        curvature, systems, blocks, product, zeros, key, {}
-    )
-    inverse = _two_level.invert(
-        systems, blocks, N, z2, rounding, damping, min_eigenvalue, local
-    )
+    G = LinearOperator(product, _tree.zeros_like(like))
+    found = method.gather(curvature, G, key, {})
+    factor = method.invert(found, damping, min_eigenvalue)
     _alarm.alarm(
-        ~_tree.all_finite((inverse, N, z2)),
+        ~_tree.all_finite((factor, found.N, found.diagonal)),
         lambda: (
             "`product_fn` gives numbers that are not finite, and so does the "
             "preconditioner. Pass an operator whose products with finite vectors are."
         ),
     )
-    scale, K = inverse.inverse_diagonal, inverse.K
-    if cycle == "additive":
-        return Preconditioner(scale, K, local, (), blocks, systems)
-    product = _probing.typed(product, zeros)
-    z2 = _two_level.diagonal_of(blocks, scale, inverse.Lambda, damping)
-    rows = _diagonal.row_sums(systems, product, z2, zeros, key)
-    smoother = jax.tree.map(
-        lambda r: _hierarchy.RELAXATION / jnp.where(r > 0, r, 1), rows
-    )
-    coarse_diagonal = 1 / (inverse.Lambda * blocks.block_sums(z2))
     return Preconditioner(
-        scale, K, local, (smoother, coarse_diagonal), blocks, systems, product_fn
+        factor.inverse_diagonal, found.N, factor.K, found.local, method
     )

@@ -10,6 +10,7 @@ from bma_optax import _checks, _control_flow, _tree
 from bma_optax.algebra import _symmetric_power
 from bma_optax.curvature import _kinds, _probing, _user_functions
 from bma_optax.curvature._kinds import Curvature
+from bma_optax.curvature._probing import LinearOperator
 
 _TRIALS = 12  # Each shrinks the step to between a tenth and a half.
 _SUFFICIENT_DECREASE = 1e-4
@@ -123,13 +124,13 @@ def scale_by_quadratic_model(
         dtype = state.learning_rate.dtype
         value, gradient = jax.value_and_grad(f)(params)
         product = _kinds.product_at(curvature, params, key, value_fn, extra_args)
-        product = _probing.typed(product, params)
+        G = LinearOperator(product, params)
         previous = _tree.zero_like(state.previous_step, updates)
         direction, previous = (
             jax.tree.map(_tree.typed_like, _tree.astype(x, params), params)
             for x in (updates, previous)
         )
-        a, b, slope = _minimise(gradient, product, direction, previous, dtype)
+        a, b, slope = _minimise(gradient, G, direction, previous, dtype)
         step = _combine(a, direction, b, previous)
         if max_norm is not None:
             square = _tree.vdot(step, step).astype(dtype)
@@ -156,9 +157,9 @@ def scale_by_quadratic_model(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _minimise(gradient, product, direction, previous, dtype):
+def _minimise(gradient, G, direction, previous, dtype):
     """The minimiser (a, b) of the model over the two directions, and its slope."""
-    curved, curved_previous = product(direction), product(previous)
+    curved, curved_previous = G(direction), G(previous)
     vdot = _tree.vdot
     mixed = vdot(direction, curved_previous)
     A = jnp.array(

@@ -20,7 +20,7 @@ import numpy as np
 from bma_optax import _tree, _xla
 from bma_optax.partitions import _table
 from bma_optax.partitions._rules import Rule, Shape
-from bma_optax.partitions._systems import DenseGroups, GridFields, System
+from bma_optax.partitions._systems import GridFields
 from bma_optax.partitions._tiles import Tiles
 
 _FEW_ARRAYS = 8  # Too few for compilation to take long.
@@ -85,18 +85,6 @@ class Partition:
             for grid in self.grids
         ]
         return (*dense, *grids)
-
-    @property
-    def systems(self) -> tuple[System, ...]:
-        """The groups as systems: dense ones of one size together, and the grids."""
-        ends = itertools.accumulate(count * n for count, n in self.buckets)
-        dense = [
-            DenseGroups(((end - count * n, end),), count, n, sizes)
-            for end, (count, n), sizes in zip(
-                ends, self.buckets, self.split_sizes(), strict=True
-            )
-        ]
-        return (*dense, *self.grids)
 
     @property
     def matrix_shape(self) -> Shape:

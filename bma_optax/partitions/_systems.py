@@ -21,16 +21,6 @@ Spans = tuple[tuple[int, int], ...]  # Positions of consecutive blocks.
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseGroups:
-    """Groups of equally many blocks, one after the other."""
-
-    spans: Spans  # The positions of their blocks.
-    count: int  # The number of groups.
-    n: int  # The number of blocks of each.
-    sizes: tuple[tuple[int, ...], ...]  # The sizes of each group's blocks.
-
-
-@dataclasses.dataclass(frozen=True)
 class GridFields:
     """Arrays of one shape, tile and reach: fields on one grid."""
 
@@ -75,9 +65,11 @@ class GridFields:
     def num_statistics(self) -> int:
         """The numbers that a state holds: the stencil, and all that inverts it."""
         levels, bottom = self.levels
-        below = sum(math.prod(grid.shape) + grid.num_cells for grid, _ in levels)
-        cells = self.tiles.num_cells
-        return math.prod(self.tiles.shape) + cells + below + bottom.num_cells**2
-
-
-System = DenseGroups | GridFields
+        stencils = [self.tiles, *(grid for grid, _ in levels[1:])]
+        # Two vectors on the first level, and the smoothers of all levels but the last.
+        vectors = [self.tiles, self.tiles, *(grid for grid, _ in levels)]
+        return (
+            sum(math.prod(grid.shape) for grid in stencils)
+            + sum(grid.num_cells for grid in vectors)
+            + bottom.num_cells**2
+        )

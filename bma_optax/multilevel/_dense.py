@@ -1,0 +1,173 @@
+"""Groups of blocks that all see each other: N and K are dense matrices.
+
+For each bucket of c groups of n blocks N and K have shape (c, n, n); M = N / (n nᵀ) is
+inverted by its eigenvalues. L products, one a block, give all of N.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax import _control_flow, _tree
+from bma_optax.algebra import _symmetric_power
+from bma_optax.algebra._expansions import diagonal_matrix
+from bma_optax.curvature import _probing
+from bma_optax.curvature._probing import LinearOperator, Probed
+from bma_optax.multilevel import _coarse_system
+from bma_optax.multilevel._coarse_system import BlockSums, Entries, Inverted
+from bma_optax.multilevel._smoother import positive
+from bma_optax.partitions._blocks import Partition
+
+_COMBINATIONS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """All groups of blocks that have a dense matrix; static."""
+
+    buckets: tuple[tuple[int, int], ...]  # (groups, blocks of each).
+    sizes: tuple[int, ...]  # of the blocks, which come first of all.
+    is_whole: bool  # whether each element of the parameters is a block: N is then G.
+
+    @property
+    def num_blocks(self) -> int:
+        """L_dense."""
+        return len(self.sizes)
+
+    def like(self, dtype) -> tuple[Any, Any]:
+        """The shapes of N and of K."""
+        matrices = tuple(
+            jax.ShapeDtypeStruct((count, n, n), dtype) for count, n in self.buckets
+        )
+        return matrices, matrices
+
+    def block_sums(self, G: LinearOperator, blocks: Partition, key) -> BlockSums:
+        """N by a product for each block."""
+        del key
+        full, products = _probing.block_products(G, blocks, np.arange(self.num_blocks))
+        N, row = [], 0
+        for count, n in self.buckets:
+            square = full[row : row + count * n, row : row + count * n]
+            square = square.reshape(count, n, count, n)
+            N.append(jnp.einsum("gigj->gij", square))
+            row += count * n
+        return BlockSums(tuple(N), None, full, products)
+
+    def diagonal(self, G: LinearOperator, blocks: Partition, sums, key) -> Entries:
+        """Nothing, unless N is G."""
+        del key
+        values = {}
+        if self.is_whole:
+            parts = [jnp.diagonal(x, axis1=1, axis2=2).reshape(-1) for x in sums.N]
+            zeros = _tree.zeros_like(G.params, _tree.statistic_dtype)
+            filled = blocks.expand(jnp.concatenate(parts), zeros)
+            values = dict(enumerate(jax.tree.leaves(filled)))
+        return Entries(values, None, jnp.int32(0))
+
+    def rounding(self, G, blocks: Partition, sums, diagonal, key) -> Probed:
+        """How far rounding moves eigenvalues of M, shape ().
+
+        A product with a random combination of blocks differs from that combination of
+        their products by the rounding of the arithmetic that was done, whatever its
+        dtype. The largest of a few: of a single block one may be small by chance.
+        """
+        n = jnp.sqrt(blocks.block_sums(positive(blocks, diagonal)))
+        mine = np.arange(blocks.num_blocks) < self.num_blocks
+        least = jnp.min(n, initial=jnp.inf, where=mine)  # The vectors are of size 1.
+
+        def difference(weights):
+            t = jnp.where(mine, weights * least / n, 0)
+            image = blocks.block_sums(G(blocks.expand(t, G.params)))
+            expected = jnp.matmul(
+                sums.evidence, t[: self.num_blocks], precision=jax.lax.Precision.HIGHEST
+            )
+            return (image[: self.num_blocks] - expected) / (
+                least * n[: self.num_blocks]
+            )
+
+        weights = jax.random.uniform(
+            key, (_COMBINATIONS, *n.shape), n.dtype, minval=0.5, maxval=1.5
+        )
+        found = _probing.batched(difference, (weights,), G.params)
+        found = 8 * jnp.max(jnp.abs(jax.lax.stop_gradient(found)), initial=0)
+        found = jnp.maximum(found, 4 * float(jnp.finfo(n.dtype).eps))
+        return Probed(found, jnp.int32(_COMBINATIONS))
+
+    @_control_flow.compiled
+    def invert(self, N, n2, damping, floor, rounding) -> Inverted:
+        """K by the absolute eigenvalues of the damped M."""
+        small, s = self.small_matrices(N, n2), self._split(np.asarray(self.sizes))
+        parts = [
+            _invert(M, n2, s, damping, floor, rounding)
+            for M, n2, s in zip(small, self._split(n2), s, strict=True)
+        ]
+        return Inverted(
+            tuple(part.K for part in parts),
+            jnp.concatenate([part.Lambda.reshape(-1) for part in parts]),
+            jnp.min(jnp.stack([part.smallest for part in parts])),
+            jnp.sum(jnp.stack([part.floored for part in parts]), dtype=jnp.int32),
+        )
+
+    @_control_flow.compiled
+    def correct(self, N, K, r):
+        """K r."""
+        del N
+        products = [
+            jnp.einsum("gij,gj->gi", x, part, precision=jax.lax.Precision.HIGHEST)
+            for x, part in zip(K, self._split(r), strict=True)
+        ]
+        return jnp.concatenate([product.reshape(-1) for product in products])
+
+    def small_matrices(self, N, n2) -> list[jax.Array]:
+        """M = N / (n nᵀ) of each bucket, shape (groups, blocks, blocks)."""
+        roots = [jnp.sqrt(x) for x in self._split(n2)]
+        return [x / _outer(root) for x, root in zip(N, roots, strict=True)]
+
+    def _split(self, values):
+        """A vector over the blocks as (groups, blocks) for each bucket."""
+        ends = itertools.accumulate(map(math.prod, self.buckets), initial=0)
+        return [
+            values[a:b].reshape(shape)
+            for (a, b), shape in zip(
+                itertools.pairwise(ends), self.buckets, strict=True
+            )
+        ]
+
+
+def _invert(M, n2, s, damping, floor, rounding) -> Inverted:
+    """One bucket, with M of shape (groups, blocks, blocks)."""
+    Lambda = _coarse_system.smoother_mean(
+        s.astype(n2.dtype), jnp.diagonal(M, axis1=1, axis2=2)
+    )
+    eye = jnp.broadcast_to(jnp.eye(M.shape[-1], dtype=M.dtype), M.shape)
+    relative = _symmetric_power.resolution(M.shape[-1], M.dtype)
+    inverse = _symmetric_power.matrix_power(
+        M + damping * eye, -1, floor, relative, absolute=True, null=rounding
+    )
+    smooth = diagonal_matrix(1 / jnp.maximum(Lambda + damping, floor))
+    eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
+    return Inverted(
+        (inverse - smooth) / _outer(jnp.sqrt(n2)),
+        Lambda,
+        *_coarse_system.spectrum(eigenvalues, damping, floor, rounding),
+    )
+
+
+def dense_system(blocks: Partition) -> tuple[Dense, ...]:
+    """That of the dense groups of a partition, where there are any."""
+    is_whole = not blocks.grids and all(
+        array.num_blocks == math.prod(array.shape) and array.owner == array.path
+        for array in blocks.arrays
+    )
+    num_blocks = sum(count * n for count, n in blocks.buckets)
+    sizes = blocks.sizes[:num_blocks]
+    return (Dense(blocks.buckets, sizes, is_whole),) if sizes else ()
+
+
+def _outer(root):
+    return root[:, :, None] * root[:, None, :]

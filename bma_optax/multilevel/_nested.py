@@ -1,0 +1,153 @@
+"""Arrays on one grid of tiles whose curvature has a reach: K by nested levels.
+
+N is a block stencil S[b, a, *offset, *cell], gathered by products with vectors on cells
+of one color. With the hierarchy's approximate inverse B of N + damping n² the coarse
+correction is K = B - (Λ n²)^-1. Vectors over the blocks have shape (fields, *grid).
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bma_optax import _control_flow
+from bma_optax.curvature._probing import LinearOperator, Probed
+from bma_optax.multilevel import _coarse_system, _coloring
+from bma_optax.multilevel._coarse_system import BlockSums, Entries, Inverted
+from bma_optax.multilevel._color_probing import Cells
+from bma_optax.multilevel._hierarchy import Hierarchy, Levels
+from bma_optax.multilevel._stencil import Stencil
+from bma_optax.partitions._blocks import Partition
+from bma_optax.partitions._grids import Grid
+from bma_optax.partitions._systems import GridFields
+
+
+class Correction(NamedTuple):
+    """K, but for the operator of the first level, which is N."""
+
+    smoother: jax.Array  # (fields, *grid): Λ n², Λ damped.
+    damping: jax.Array  # (fields, *grid): damping n², to be added to N's diagonal.
+    levels: Levels
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """Arrays on one grid; static."""
+
+    fields: GridFields
+
+    @functools.cached_property
+    def elements(self) -> Cells:
+        """Every element as a cell."""
+        array = self.fields.arrays[0]
+        single = dataclasses.replace(array, tile=(1,) * len(array.shape))
+        return Cells(self.fields.positions, single, _stencil(self.fields.elements))
+
+    @functools.cached_property
+    def tiles(self) -> Cells:
+        """Every block as a cell."""
+        stencil = _stencil(self.fields.tiles)
+        return Cells(self.fields.positions, self.fields.arrays[0], stencil)
+
+    @functools.cached_property
+    def hierarchy(self) -> Hierarchy:
+        """The levels from the blocks down."""
+        levels, bottom = self.fields.levels
+        stencils = tuple((_stencil(grid), tile) for grid, tile in levels)
+        return Hierarchy(stencils, _stencil(bottom))
+
+    @property
+    def num_blocks(self) -> int:
+        """The blocks of all fields."""
+        return self.fields.tiles.num_cells
+
+    def like(self, dtype) -> tuple[Any, Any]:
+        """The shapes of N and of K."""
+        stencil = self.tiles.stencil
+        vector: Any = jax.ShapeDtypeStruct(self._shape, dtype)
+        return (
+            jax.ShapeDtypeStruct(stencil.shape, dtype),
+            Correction(vector, vector, self.hierarchy.like(dtype)),
+        )
+
+    def block_sums(self, G: LinearOperator, blocks: Partition, key) -> BlockSums:
+        """N by colors, with a check of the reach."""
+        del blocks
+        S, check, rounding, products = _coloring.block_sums(G, self.tiles, key)
+        return BlockSums(S, check, rounding, products)
+
+    def diagonal(self, G: LinearOperator, blocks: Partition, sums, key) -> Entries:
+        """That of the arrays, by colors, with a check of the reach."""
+        del blocks
+        tolerance = sums.check.tolerance
+        found = _coloring.diagonal(G, self.elements, key, tolerance)
+        values = dict(zip(self.elements.arrays, found.values, strict=True))
+        return Entries(values, found.check, found.products)
+
+    def rounding(self, G, blocks: Partition, sums, diagonal, key) -> Probed:
+        """How far rounding moves eigenvalues of M on the last level, shape ().
+
+        There an entry is a sum of many, whose errors are independent.
+        """
+        del G, blocks, diagonal, key
+        eps = float(jnp.finfo(sums.N.dtype).eps)
+        rounding = jnp.maximum(sums.evidence.astype(sums.N.dtype), eps)
+        return Probed(rounding * self.hierarchy.share**0.5, jnp.int32(0))
+
+    @_control_flow.compiled
+    def invert(self, N, n2, damping, floor, rounding) -> Inverted:
+        """The nested levels of the damped N; eigenvalues are those of the last one."""
+        stencil, n2 = self.tiles.stencil, n2.reshape(self._shape)
+        s = self.fields.sizes.astype(n2.dtype)
+        diagonal, shift = stencil.diagonal(N), damping * n2
+        Lambda = _coarse_system.smoother_mean(s, diagonal / n2)
+        # A block without any curvature has no part in the metric of coarser levels.
+        metric = jnp.where(diagonal == 0, 0, n2)
+        levels, eigenvalues = self.hierarchy.setup(
+            stencil.add_diagonal(N, shift), metric, floor, rounding
+        )
+        return Inverted(
+            Correction(jnp.maximum(Lambda + damping, floor) * n2, shift, levels),
+            Lambda.reshape(-1),
+            *_coarse_system.spectrum(eigenvalues - damping, damping, floor, rounding),
+        )
+
+    @_control_flow.compiled
+    def correct(self, N, K: Correction, r):
+        """K r; 0 where an indefinite matrix would have made it an ascent direction.
+
+        rᵀ(N^-1 - (Λn²)^-1)r + gᵀ(Λ̄z²)^-1g is at least rᵀN^-1r for the block sums r of
+        g, by Cauchy and Schwarz.
+        """
+
+        def product(x):
+            return self.tiles.stencil.matvec(N, x) + K.damping * x
+
+        r = r.reshape(self._shape)
+        x = self.hierarchy.solve(product, K.levels, r)
+        # K is 0 for another reach.
+        used = (jnp.sum(r * x) >= 0) & (K.smoother > 0)
+        # x - r / smoother, to end in a division: XLA would compute anything cheaper,
+        # and the block sums r with it, again for each element of a block.
+        x = jnp.where(used, K.smoother * x - r, 0) / jnp.where(used, K.smoother, 1)
+        return x.reshape(-1)
+
+    def small_matrices(self, N, n2) -> list[jax.Array]:
+        """None: the eigenvalues of N are not known."""
+        del N, n2
+        return []
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.tiles.stencil.fields, *self.tiles.stencil.grid
+
+
+def nested_systems(blocks: Partition) -> tuple[Nested, ...]:
+    """Those of the grids of a partition."""
+    return tuple(map(Nested, blocks.grids))
+
+
+def _stencil(grid: Grid) -> Stencil:
+    return Stencil(grid.fields, grid.grid, grid.reach)
