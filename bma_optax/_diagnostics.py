@@ -1,11 +1,22 @@
-"""What the states say of a run, as numbers for a logger."""
+"""What the states say of a run, as numbers for a logger.
+
+A state is found by its kind in an optimiser's state. Its scalars are numbers as they
+are; what its small matrices and its update show is computed beside each method.
+"""
 
 from typing import Any
 
 import jax
 
-from bma_optax import _looks
+from bma_optax import _names
+from bma_optax.adaptive import _diagnostics as _adaptive
 from bma_optax.adaptive import _inverse_root
+from bma_optax.adaptive._adagrad import ScaleByBMAState
+from bma_optax.adaptive._adam import ScaleByAdamBMAState
+from bma_optax.adaptive._mini import ScaleByMiniBMAState
+from bma_optax.newton import _diagnostics as _newton
+from bma_optax.newton._newton import ScaleByNewtonBMAState
+from bma_optax.newton._quadratic_model import ScaleByQuadraticModelState
 from bma_optax.partitions._blocks import Partition
 
 
@@ -107,9 +118,9 @@ def diagnostics(
     found = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            state, is_leaf=lambda x: type(x) in _looks.KINDS
+            state, is_leaf=lambda x: type(x) in _KINDS
         )
-        if type(leaf) in _looks.KINDS
+        if type(leaf) in _KINDS
     ]
     if not found:
         raise ValueError(
@@ -120,19 +131,98 @@ def diagnostics(
     misfits, looks = [], 0
     result: dict[str, jax.Array] = {}
     for path, boxed in found:
-        fields, look = _looks.KINDS[type(boxed)]
-        state = _looks.plain(boxed)
+        fields, look = _KINDS[type(boxed)]
+        state = _plain(boxed)
         numbers = {name: getattr(state, field) for name, field in fields.items()}
         if blocks is not None and look is not None:
-            misfit = _looks.misfit(blocks, grads, boxed)
-            if misfit:
-                misfits.append(misfit)
+            problem = _misfit(blocks, grads, boxed)
+            if problem:
+                misfits.append(problem)
             else:
                 looks += 1
-                leaves = None if grads is None else _looks.in_order(grads, blocks)
+                leaves = None if grads is None else _in_order(grads, blocks)
                 numbers |= look(state, blocks, leaves, estimator)
         prefix = f"{path}/" if kinds.count(type(boxed)) > 1 else ""
         result |= {prefix + name: number for name, number in numbers.items()}
     if misfits and not looks:
         raise ValueError(misfits[0])
     return result
+
+
+def _plain(state):
+    """The state with bare arrays, and with its trees as lists of their leaves.
+
+    Flax's ``nnx.Optimizer`` boxes each array of a state, and each of the gradients in
+    another kind of box.
+    """
+    fields = type(state).__annotations__
+    return type(state)(
+        *(
+            jax.tree.leaves(x)[0] if fields[name] is jax.Array else jax.tree.leaves(x)
+            for name, x in zip(state._fields, state, strict=True)
+        )
+    )
+
+
+def _misfit(blocks, grads, state) -> str:
+    """What to pass instead, where these are not what the state is of; else empty."""
+    kind = type(state).__name__
+    tree = state[1] if isinstance(state, ScaleByMiniBMAState) else _diagonal(state)
+    shapes = {path: leaf.shape for path, leaf in _names.named_leaves(tree)}
+    fits = {array.path: array.shape for array in blocks.arrays} == shapes
+    packed = getattr(state, "U", None)
+    if packed is not None:
+        fits = fits and jax.tree.leaves(packed)[0].shape == blocks.matrix_shape
+    if not fits:
+        return (
+            f"`blocks` do not fit a {kind}. Pass bma.partition(params, rule) with the "
+            f"rule of the transformation, and {_SEEN}."
+        )
+    if isinstance(state, ScaleByNewtonBMAState):
+        if not _newton.fits(state, blocks):
+            return (
+                f"`blocks` do not fit a {kind}. Pass bma.partition(params, rule) with "
+                "the rule of the transformation, its reach included."
+            )
+    given = {} if grads is None else dict(_names.named_leaves(grads))
+    for path in {**given, **shapes} if grads is not None else ():
+        if path not in shapes or getattr(given.get(path), "shape", ()) != shapes[path]:
+            return (
+                f"{_names.name_of(path)!r}: `grads` do not fit a {kind}. Pass the "
+                f"gradients of {_SEEN}."
+            )
+    return ""
+
+
+def _in_order(grads, blocks):
+    """The leaves of ``grads`` in the order of the arrays of ``blocks``."""
+    leaves = dict(_names.named_leaves(grads))
+    return [leaves[array.path] for array in blocks.arrays]
+
+
+_SEEN = (
+    "the parameters that it sees; under optax.masked or optax.partition these have "
+    "optax.MaskedNode in the place of others"
+)
+
+
+def _diagonal(state):
+    """The tree like the parameters that it has."""
+    fields = ("sum_of_squares", "nu", "inverse_diagonal")
+    return next(getattr(state, field) for field in fields if hasattr(state, field))
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+_NEWTON = "count coarse_ratio products damping floored local refreshes failures"
+_STEP = _same("learning_rate", "momentum", "backtracking")
+# For each kind of state: the names of its scalars, and a look at the rest.
+_KINDS: dict[type, tuple[dict[str, str], Any]] = {
+    ScaleByBMAState: (_same("count", "failures"), _adaptive.of_adagrad),
+    ScaleByAdamBMAState: (_same("count", "failures"), _adaptive.of_adam),
+    ScaleByMiniBMAState: (_same("count"), _adaptive.of_mini),
+    ScaleByNewtonBMAState: (_same(*_NEWTON.split()), _newton.of_newton),
+    ScaleByQuadraticModelState: (_STEP | {"step_products": "products"}, None),
+}
