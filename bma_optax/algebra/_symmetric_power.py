@@ -1,8 +1,9 @@
 """Powers of small symmetric matrices (..., L, L), with derivatives of every order.
 
 For M = R diag(l) Rᵀ, M^p = R diag(l^p) Rᵀ. The derivative of ``eigh`` is NaN where
-eigenvalues are equal, as in the identity, from which every optimiser starts. Not so
-that of f(M), f(x) = x^p; by Daleckii and Krein, its n-th along A_1, ..., A_n is
+eigenvalues are equal, as in the identity, from which every optimiser starts. The power
+f(x) = x^p has finite derivatives there. By Daleckii and Krein, the n-th derivative of
+f(M) along A_1, ..., A_n is
 
     R [sum over orders of the A's  f[l_i0, ..., l_in] (RᵀA_1R)_i0,i1 ...] Rᵀ
 

@@ -95,8 +95,9 @@ def like_params(tree: Any, params: Any, name: str) -> Any:
 def product(fn: Any, params: Any, name: str) -> Callable[[Any], Any]:
     """Returns ``fn`` as a product v -> G v with trees like ``params``.
 
-    The product checks each result with :func:`like_params`. A result keeps the dtype of
-    the parameter, or of its statistics; any other is cast to that of its statistics.
+    The product checks each result with :func:`like_params`. A result may have the dtype
+    of its parameter or of the parameter's statistics; otherwise it is cast to the
+    latter.
     """
     if not callable(fn):
         raise TypeError(
