@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _tree
+from bma_optax import _sharding
 
 # Decorates a method of a static, hashable object. Outside ``jax.jit`` the method is
 # compiled as one program, once for each object. Inside, ``inline`` makes it part of the
@@ -48,7 +48,7 @@ def scan(f, init, xs=None, length=None, operands=()):
         if _in_shard_map():
             first = jax.tree.map(lambda x: x[0], xs)
             carry, _ = jax.eval_shape(f, init, first)
-            init = jax.tree.map(_tree.varying_like, init, carry)
+            init = jax.tree.map(_sharding.varying_like, init, carry)
         return jax.lax.scan(f, init, xs, length)
     carry, ys = init, []
     for i in range(_length(xs) if length is None else length):
@@ -81,4 +81,4 @@ def _in_shard_map() -> bool:
 
 def _varying(fn, like):
     """Returns ``fn`` with results that vary along the axes of ``like`` as well."""
-    return lambda *operands: jax.tree.map(_tree.varying_like, fn(*operands), like)
+    return lambda *operands: jax.tree.map(_sharding.varying_like, fn(*operands), like)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bma_optax import _sharding
 from bma_optax._names import name_of, named_leaves
 
 
@@ -39,28 +40,6 @@ def common_statistic_dtype(tree) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
-def typed_like(x, leaf):
-    """Returns ``x`` with the sharding that is part of the type of ``leaf``.
-
-    This is the sharding over a mesh's explicit axes, and inside ``jax.shard_map`` the
-    axes along which devices hold different values. ``x`` has the shape of ``leaf``.
-    """
-    sharding = jax.typeof(leaf).sharding
-    if not sharding.mesh.empty and jax.typeof(x).sharding.spec != sharding.spec:
-        x = jax.sharding.reshard(x, sharding)
-    return varying_like(x, leaf)
-
-
-def varying_like(x, leaf):
-    """Returns ``x`` marked as varying over the mesh axes over which ``leaf`` varies.
-
-    Inside ``jax.shard_map``, the type of an array says along which axes devices hold
-    different values. Elsewhere ``x`` is returned as it is.
-    """
-    missing = jax.typeof(leaf).mat.varying - jax.typeof(x).mat.varying
-    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
-
-
 def zeros_like(tree, dtype=dtype_of):
     """Returns zeros in the shapes and shardings of ``tree``; leaves may be abstract.
 
@@ -68,7 +47,7 @@ def zeros_like(tree, dtype=dtype_of):
     sharding of an array that a traced function closes over.
     """
     return jax.tree.map(
-        lambda x: typed_like(jnp.zeros_like(x, dtype=dtype(x)), x), tree
+        lambda x: _sharding.typed_like(jnp.zeros_like(x, dtype=dtype(x)), x), tree
     )
 
 

@@ -1,8 +1,11 @@
-"""Curvature: what the matrix G of eq. (1) is, and entries of it by products.
+"""Curvature: the matrix G of eq. 1 (Lu et al. 2018), known by products v -> G v.
 
-_kinds             Hessian, GaussNewton, Fisher, ...: products v -> G v
-_user_functions    what users' functions are given, and what they must return
-_derivatives       products by differentiation, with custom rules in the model
-_probing           block sums and the diagonal of G from products with vectors
-_diagonal          the diagonal of G: given, or probed
+The step of eq. 1 is θ <- θ - η G^-1 ∇f(θ). G is d x d and never built: all that later
+folders need (its diagonal, block sums) comes from products with trees like params.
+
+_kinds             Hessian, GaussNewton, Fisher, Operator: each gives v -> G v
+_user_functions    checks of what users' functions are given, and of what they return
+_derivatives       products by differentiation, also for models with custom rules
+_probing           block sums and the diagonal of G, from products with chosen vectors
+_diagonal          the diagonal of G: given by the curvature, or probed
 """

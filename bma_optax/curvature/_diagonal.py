@@ -1,7 +1,8 @@
 """The diagonal of G: given by the curvature, or probed.
 
-Probed by one product for each unit vector where these are few, else by products with
-random signs: diag G is the mean of x ∘ G x.
+diag G is a tree like params, in the dtype of statistics. Probing takes one product with
+each unit vector, e_iᵀ G e_i, if there are at most ``num_probes`` of them. Otherwise it
+averages x ∘ G x over that many vectors x of random signs.
 """
 
 import jax
@@ -13,7 +14,7 @@ from bma_optax.curvature._probing import LinearOperator, Probed
 
 
 def given(curvature, params, extra_args):
-    """The diagonal that a curvature knows, in the dtypes of statistics, or None."""
+    """Returns the diagonal that ``curvature`` knows, like ``params``, or None."""
     known = curvature.diagonal(params, extra_args)
     if known is None:
         return None
@@ -27,13 +28,13 @@ def given(curvature, params, extra_args):
 
 
 def probed(curvature, G: LinearOperator, active, key) -> Probed:
-    """diag G on the active arrays, 0 on others; a tree like the parameters.
+    """Probes diag G: a tree like the parameters, 0 in arrays that are not active.
 
     Args:
-      curvature: tells how many products it may cost.
+      curvature: the curvature, whose ``num_probes`` bounds the number of products.
       G: the curvature at the parameters.
-      active: whether each array is to be probed.
-      key: a random key.
+      active: a flag for each array: whether to probe its diagonal.
+      key: a typed random key.
     """
     leaves = jax.tree.leaves(G.params)
     size = sum(x.size for x, on in zip(leaves, active, strict=True) if on)

@@ -1,7 +1,11 @@
-"""Entries of G by products with it: block sums and the diagonal.
+"""Probing: entries of G from products with chosen vectors.
 
-G is known by ``v -> G v`` alone. Every function here returns what it found beside the
-number of products that it took, :class:`Probed`.
+Vectors v and products G v are trees like params, of d elements in all. With 1_i the
+indicator of block i, the sum of G over blocks i and j is 1_iᵀ G 1_j. The diagonal of G
+is e_iᵀ G e_i with unit vectors e_i, exactly and for d products, or the mean of x ∘ G x
+over random signs x (Hutchinson; Bekas, Kokiopoulou and Saad 2007). ``active``, a flag
+for each array, says where the diagonal is wanted; it is 0 elsewhere. Results come with
+the number of products that they took, as :class:`Probed`.
 """
 
 from collections.abc import Callable
@@ -11,24 +15,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _tree
+from bma_optax import _control_flow, _sharding, _tree
 
-# Products run side by side as long as their vectors hold no more elements than this.
+# Products run side by side while their vectors hold at most this many elements in all.
 _BATCH_ELEMENTS = 2**22
 
-_IMPLEMENTATION = "threefry2x32"  # The same numbers on every device.
+_IMPLEMENTATION = "threefry2x32"  # It gives the same numbers on every device.
 
 
 def key_data(key: Any) -> jax.Array:
-    """Two numbers of 32 bits from a seed or a key of any kind, for a state to hold.
+    """Returns the numbers of a key, uint32 of shape (2,), from a seed or any key.
 
-    Arrays of numbers can be saved, averaged and compared, typed keys cannot.
+    A state holds numbers because they can be saved, averaged and compared; typed keys
+    cannot.
     """
     if jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     elif getattr(key, "shape", ()) == ():
         return jax.random.key_data(jax.random.key(key, impl=_IMPLEMENTATION))
-    # A key of the user's stays with the user: other numbers are drawn here.
+    # Fold the user's key, so that the user and the library draw different numbers.
     if key.shape == (2,):
         ours = jax.random.fold_in(typed_key(key), 0)
     else:
@@ -39,32 +44,35 @@ def key_data(key: Any) -> jax.Array:
 
 
 def typed_key(data: jax.Array) -> jax.Array:
-    """The random key that a state holds as numbers."""
-    # An average of states has numbers of another dtype.
+    """Returns the typed random key of the numbers, shape (2,), that a state holds."""
+    # The cast is for an average of states, whose numbers have another dtype.
     return jax.random.wrap_key_data(data.astype(jnp.uint32), impl=_IMPLEMENTATION)
 
 
 class LinearOperator(NamedTuple):
-    """G at some parameters, known by its products."""
+    """The matrix G at given parameters, known by its products."""
 
     product: Callable[[Any], Any]  # v -> G v on trees like params.
     params: Any
 
     def __call__(self, v):
-        """G v, with v and the result on the mesh as the parameters are."""
-        y = self.product(jax.tree.map(_tree.typed_like, v, self.params))
-        return jax.tree.map(_tree.typed_like, y, self.params)
+        """Returns G v; v and G v are trees like ``params``, sharded as they are."""
+        y = self.product(jax.tree.map(_sharding.typed_like, v, self.params))
+        return jax.tree.map(_sharding.typed_like, y, self.params)
 
 
 class Probed(NamedTuple):
-    """What products with G gave, and how many these were."""
+    """A quantity that was found by products with G, and their number."""
 
     value: Any
     products: jax.Array  # shape (), int32.
 
 
 def block_products(G: LinearOperator, blocks, positions) -> Probed:
-    """1ᵀ G 1 for the indicators 1 of the n blocks at these positions, shape (n, n)."""
+    """Returns the sums of G over pairs of blocks, 1_iᵀ G 1_j, shape (n, n).
+
+    ``positions``, n integers, are the positions of the blocks in the partition.
+    """
 
     def row(i):
         indicator = (jnp.arange(blocks.num_blocks) == i).astype(jnp.float32)
@@ -75,7 +83,7 @@ def block_products(G: LinearOperator, blocks, positions) -> Probed:
 
 
 def by_units(G: LinearOperator, active) -> Probed:
-    """e_iᵀ G e_i for every i in the active arrays, 0 in others; a tree like params."""
+    """Returns e_iᵀ G e_i for every entry i of the active arrays, a tree like params."""
     params = G.params
     leaves, treedef = jax.tree.flatten(params)
 
@@ -85,7 +93,7 @@ def by_units(G: LinearOperator, active) -> Probed:
             for k, leaf in enumerate(leaves)
         ]
         unit = jax.tree.map(
-            _tree.typed_like, jax.tree.unflatten(treedef, units), params
+            _sharding.typed_like, jax.tree.unflatten(treedef, units), params
         )
         return _tree.vdot(unit, G(unit))
 
@@ -100,16 +108,17 @@ def by_units(G: LinearOperator, active) -> Probed:
         for x, leaf, on in zip(_split(entries, sizes), leaves, active, strict=True)
     ]
     diagonal = jax.tree.unflatten(treedef, parts)
-    diagonal = jax.tree.map(_tree.typed_like, diagonal, params)
+    diagonal = jax.tree.map(_sharding.typed_like, diagonal, params)
     return Probed(diagonal, jnp.int32(sum(sizes)))
 
 
 def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
-    """max(|mean|, standard error) of x ∘ G x over random signs x in active arrays.
+    """Returns max(|mean|, standard error) of x ∘ G x over random signs x, like params.
 
-    The standard error at an entry is that of the others in its row: in units in which
-    arrays have curvatures of one size, or one array's would drown another's. They are
-    found by the first samples, which are left out, where there are several arrays.
+    The error of an entry comes from the other entries of its row, also from those of
+    other arrays, and an array of large curvature would drown the rest. Therefore x is
+    scaled in each array by a unit, c^-½ for a mean curvature c. Where several arrays
+    are active, the first ``_FOR_UNITS`` samples find the units and are then left out.
     """
     params = G.params
     zeros = _tree.zeros_like(params, _tree.statistic_dtype)
@@ -117,6 +126,7 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
     left_out = _FOR_UNITS if several else 0
 
     def sample(key, size):
+        """Returns x ∘ G x / unit, like params, from the mean size of each array, ()."""
         leaves, treedef = jax.tree.flatten(params)
         keys = jax.random.split(key, len(leaves))
         signs = [
@@ -140,6 +150,7 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
         )
 
     def add(carry, number_and_key):
+        """Adds a sample to the sums of values and of their squares over size²."""
         first, second, size = carry
         number, key = number_and_key
         y = sample(key, size)
@@ -153,7 +164,7 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
         )
         used = number >= left_out
         first = jax.tree.map(lambda s, y: s + jnp.where(used, y, 0), first, y)
-        # In units of one size: the squares would overflow or vanish.
+        # Divide by the size first, or the squares would overflow or vanish.
         second = jax.tree.map(
             lambda s, y, c: s + jnp.where(used, jnp.square(y / c), 0), second, y, size
         )
@@ -179,12 +190,16 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
     return Probed(diagonal, jnp.int32(num_probes))
 
 
-# Each sample takes a root of the factor by which units are off.
+# The number of samples that find the units. Each takes the square root of the factor by
+# which a unit is wrong.
 _FOR_UNITS = 6
 
 
 def _unit(size, leaf):
-    """About 1/√size: a power of 2, by which nothing is rounded, in a leaf's range."""
+    """Returns the power of 2 near 1/√size, in the range of the leaf's dtype.
+
+    Multiplying by a power of 2 rounds nothing.
+    """
     most = min(30, int(jnp.finfo(leaf.dtype).maxexp) // 2)
     exponent = jnp.round(-jnp.log2(size) / 2)
     return jnp.exp2(jnp.clip(exponent, -most, most))
@@ -195,7 +210,10 @@ def _or_one(x):
 
 
 def batched(f, xs, params):
-    """``f`` over the first axis in chunks that bound the memory."""
+    """Maps ``f`` over the first axis of the arrays ``xs``, in chunks.
+
+    A chunk's vectors like ``params`` hold at most ``_BATCH_ELEMENTS`` elements.
+    """
     length = len(xs[0])
     batch = max(1, min(length, _BATCH_ELEMENTS // max(_tree.size(params), 1)))
     return _control_flow.map(lambda x: f(*x), xs, batch, params)
@@ -206,7 +224,10 @@ def _split(x, sizes):
 
 
 def _positions(leaf):
-    """The flat position of each element, without a reshape of a sharded array."""
+    """Returns each element's flat position, int32 in the shape of ``leaf``.
+
+    It reshapes nothing, because JAX refuses to reshape a sharded axis.
+    """
     positions = jnp.zeros(leaf.shape, jnp.int32)
     for axis, n in enumerate(leaf.shape):
         iota = jax.lax.broadcasted_iota(jnp.int32, leaf.shape, axis)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _tree
+from bma_optax import _control_flow, _sharding, _tree
 from bma_optax.curvature._probing import LinearOperator
 from bma_optax.multilevel._stencil import Stencil
 from bma_optax.partitions import _tiles
@@ -235,4 +235,4 @@ class ColorProbes:
 
 def stacked(fields):
     """Arrays of one shape as one, which lies on every device."""
-    return jnp.stack([_tiles.replicated(x) for x in fields])
+    return jnp.stack([_sharding.replicated(x) for x in fields])

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _tree
+from bma_optax import _sharding
 
 
 def positive(blocks, diagonal):
@@ -21,6 +21,6 @@ def positive(blocks, diagonal):
         largest = jnp.max(x, initial=0)
         other = jnp.where(mean == 0, jnp.where(largest == 0, 1, largest), mean)
         # What is not a number stays.
-        return jnp.where(x == 0, _tree.typed_like(other, x), x)
+        return jnp.where(x == 0, _sharding.typed_like(other, x), x)
 
     return jax.tree.map(fill, z2, means)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _alarm, _control_flow, _tree
+from bma_optax import _control_flow, _tree, _warnings
 from bma_optax.curvature import _diagonal
 from bma_optax.curvature._probing import LinearOperator, Probed
 from bma_optax.multilevel import _coloring
@@ -130,7 +130,7 @@ class TwoLevel:
             local = check.error <= check.tolerance
             # What is not finite is a failure of the curvature, not of its reach.
             reaches_far = ~local & _tree.all_finite(N) & ~jnp.asarray(known_far)
-            _alarm.alarm(reaches_far, _reaches_far, *check)
+            _warnings.raise_or_warn(reaches_far, _reaches_far, *check)
             if given is None:
 
                 def without_a_reach():

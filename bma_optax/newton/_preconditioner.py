@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bma_optax import _alarm, _checks, _tree
+from bma_optax import _checks, _tree, _warnings
 from bma_optax.curvature import _kinds, _probing, _user_functions
 from bma_optax.curvature._probing import LinearOperator
 from bma_optax.multilevel import _two_level
@@ -161,7 +161,7 @@ def preconditioner(
     G = LinearOperator(product, _tree.zeros_like(like))
     found = method.gather(curvature, G, key, {})
     factor = method.invert(found, damping, min_eigenvalue)
-    _alarm.alarm(
+    _warnings.raise_or_warn(
         ~_tree.all_finite((factor, found.N, found.diagonal)),
         lambda: (
             "`product_fn` gives numbers that are not finite, and so does the "

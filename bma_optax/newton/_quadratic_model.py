@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _control_flow, _tree
+from bma_optax import _checks, _control_flow, _sharding, _tree
 from bma_optax.algebra import _symmetric_power
 from bma_optax.curvature import _kinds, _probing, _user_functions
 from bma_optax.curvature._kinds import Curvature
@@ -127,7 +127,7 @@ def scale_by_quadratic_model(
         G = LinearOperator(product, params)
         previous = _tree.zero_like(state.previous_step, updates)
         direction, previous = (
-            jax.tree.map(_tree.typed_like, _tree.astype(x, params), params)
+            jax.tree.map(_sharding.typed_like, _tree.astype(x, params), params)
             for x in (updates, previous)
         )
         a, b, slope = _minimise(gradient, G, direction, previous, dtype)

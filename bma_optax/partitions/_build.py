@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bma_optax import _names, _warn
+from bma_optax import _names, _warnings
 from bma_optax.partitions import _rules, _sizes
 from bma_optax.partitions._blocks import Partition
 from bma_optax.partitions._combinators import ByPath, Stacked, Within
@@ -86,7 +86,7 @@ def warn_of_guesses(result: Partition) -> None:
     rule = result.rule
     guessed = [a.path for a in result.arrays if rule._guesses(a.path, a.shape)]
     if guessed:
-        _warn.warn(
+        _warnings.warn(
             f"{_listed(guessed)}: per_unit takes the last axis for that of units, as "
             "no name tells. Pass bma.per_column or bma.per_row instead, or "
             "bma.by_path with one of these for some of the arrays."

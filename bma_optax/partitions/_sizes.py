@@ -4,7 +4,7 @@ A dense group of L blocks holds L² numbers and costs O(L³) a solve. A grid hol
 numbers a block and costs (2 k + 1)^dim products for each of its fields.
 """
 
-from bma_optax import _names, _warn
+from bma_optax import _names, _warnings
 from bma_optax.partitions._blocks import Partition
 
 _MANY_BLOCKS = 1000
@@ -38,7 +38,7 @@ def check_dense(blocks: Partition) -> None:
         raise ValueError(
             f"{found}a {largest:,} × {largest:,} matrix cannot be held. {advice}."
         )
-    _warn.warn(f"{found}each step factors a matrix of that size. {advice}.")
+    _warnings.warn(f"{found}each step factors a matrix of that size. {advice}.")
 
 
 def check_grids(blocks: Partition) -> None:
@@ -62,6 +62,6 @@ def check_grids(blocks: Partition) -> None:
                 f"the last of its levels, cannot be held. {advice}"
             )
         if grid.num_products > _MANY_BLOCKS:
-            _warn.warn(
+            _warnings.warn(
                 f"{found}each refresh costs {grid.num_products:,} products. {advice}"
             )

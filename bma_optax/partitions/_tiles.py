@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _names
+from bma_optax import _names, _sharding
 from bma_optax.partitions._rules import Path, Shape
 
 _MAX_SLICES = 16
@@ -90,8 +90,8 @@ class Tiles:
         whole = [g == 1 for g in self.grid]
         x = jnp.sum(x, axis=[i for i, w in enumerate(whole) if w], keepdims=True)
         if all(w or t == 1 for w, t in zip(whole, tile, strict=True)):
-            return replicated(x)
-        x = replicated(x)  # Splitting an axis must not split a sharded one.
+            return _sharding.replicated(x)
+        x = _sharding.replicated(x)  # Splitting an axis must not split a sharded one.
         for axis, (w, t) in enumerate(zip(whole, tile, strict=True)):
             if not w and t > 1:
                 x = axis_sums(x, axis, t)
@@ -137,12 +137,3 @@ def axis_fill(x: jax.Array, axis: int, t: int, n: int) -> jax.Array:
     filled = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), whole)
     shape = (*x.shape[:axis], x.shape[axis] * t, *x.shape[axis + 1 :])
     return jax.lax.slice_in_dim(filled.reshape(shape), 0, n, axis=axis)
-
-
-def replicated(x: jax.Array) -> jax.Array:
-    """``x`` on every device, where its type says that an axis is sharded."""
-    sharding = jax.typeof(x).sharding
-    if all(axis is None for axis in sharding.spec):
-        return x
-    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.P())
-    return jax.sharding.reshard(x, everywhere)

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _names, _tree
+from bma_optax import _names, _sharding
 from bma_optax.partitions._rules import Shape
-from bma_optax.partitions._tiles import Tiles, replicated
+from bma_optax.partitions._tiles import Tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +57,15 @@ class Units:
 
     def split(self, x: jax.Array) -> jax.Array:
         """An array in the shape of the view."""
-        return x if self.view == self.shape else replicated(x).reshape(self.view)
+        return (
+            x if self.view == self.shape else _sharding.replicated(x).reshape(self.view)
+        )
 
     def join(self, x: jax.Array, like: jax.Array) -> jax.Array:
         """The inverse of :meth:`split`, sharded as the array is."""
         if self.view == self.shape:
             return x
-        return _tree.typed_like(x.reshape(self.shape), like)
+        return _sharding.typed_like(x.reshape(self.shape), like)
 
     def over_inputs(self, x: jax.Array) -> jax.Array:
         """Sums over each block."""

@@ -1,0 +1,39 @@
+"""The sharding that is part of an array's type, and how to give it to another array.
+
+On a mesh with explicit axes, JAX puts each array's sharding into its type; inside
+``jax.shard_map``, also the axes along which devices hold different values ("varying").
+Operations on two arrays, tangents, and states before and after a step must agree in
+both. Arrays may have any shape.
+"""
+
+import jax
+
+
+def typed_like(x, leaf):
+    """Returns ``x`` with the sharding that is part of the type of ``leaf``.
+
+    This is the sharding over a mesh's explicit axes, and inside ``jax.shard_map`` the
+    axes along which devices hold different values. ``x`` has the shape of ``leaf``.
+    """
+    sharding = jax.typeof(leaf).sharding
+    if not sharding.mesh.empty and jax.typeof(x).sharding.spec != sharding.spec:
+        x = jax.sharding.reshard(x, sharding)
+    return varying_like(x, leaf)
+
+
+def varying_like(x, leaf):
+    """Returns ``x`` marked as varying over the mesh axes over which ``leaf`` varies.
+
+    Outside ``jax.shard_map`` no array varies, and ``x`` is returned as it is.
+    """
+    missing = jax.typeof(leaf).mat.varying - jax.typeof(x).mat.varying
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """Returns ``x`` on every device, if its type says that an axis is sharded."""
+    sharding = jax.typeof(x).sharding
+    if all(axis is None for axis in sharding.spec):
+        return x
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.P())
+    return jax.sharding.reshard(x, everywhere)
