@@ -1,6 +1,7 @@
 """Numbers for a logger against dense matrices, and for every transformation."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -139,10 +140,10 @@ def test_curvature(reach):
     rule = bma.per_tile((4,), reach=reach)
     tx = bma.scale_by_newton_bma(rule, damping=0.01)
     g = jax.grad(f)(u)
-    update, state = tx.update(g, tx.init(u), u, value_fn=f)
+    update, state = jax.jit(functools.partial(tx.update, value_fn=f))(g, tx.init(u), u)
     blocks = bma.partition(u, rule)
     numbers = jax.jit(lambda s, g: bma.diagnostics(s, blocks, g))(state, g)
-    G = np.asarray(jax.hessian(f)(u))
+    G = np.asarray(jax.jit(jax.hessian(f))(u))
     z = np.sqrt(np.diag(G))
     E = np.repeat(np.eye(8), 4, axis=0) * z[:, None]
     E /= np.linalg.norm(E, axis=0)
