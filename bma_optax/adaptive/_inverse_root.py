@@ -79,7 +79,8 @@ def root_sums(blocks, h, eps, last):
         return blocks.block_sums(jax.tree.map(_xla.sqrt, h))
     # XLA on CPU would expand a single number eps to the shape of each array and store
     # it, which is one more pass over memory. It adds one eps a block inside the sums,
-    # as long as it cannot see that these numbers are equal.
+    # as long as it cannot see that these numbers are equal. The step is then 5 % longer
+    # than without eps at a million parameters, 6 to 16 % at 30 million; else 27 %.
     each = jnp.broadcast_to(jnp.asarray(eps, last.dtype), last.shape)
     eps = blocks.expand(_xla.materialize(each, last), h)
     return blocks.block_sums(jax.tree.map(lambda h, e: _xla.sqrt(h + e), h, eps))
