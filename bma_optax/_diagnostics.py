@@ -1,7 +1,9 @@
-"""What the states say of a run, as numbers for a logger.
+"""Numbers for a logger, from the states of a run.
 
-A state is found by its kind in an optimiser's state. Its scalars are numbers as they
-are; what its small matrices and its update show is computed beside each method.
+:func:`diagnostics` finds the states of this library inside an optimiser's state, by
+their types. The scalars of a state are numbers as they are, of shape (). The module
+``_diagnostics`` of each method's folder computes numbers of the small matrices M and of
+the update, as eigenvalues of M, shape (L, L), and norms over the L blocks.
 """
 
 from typing import Any
@@ -27,67 +29,69 @@ def diagnostics(
     *,
     estimator: str | None = None,
 ) -> dict[str, jax.Array]:
-    r"""Numbers to log, from the states of this library inside an optimiser's state.
+    """Returns numbers to log, from the states of this library inside an optimiser's state.
 
-    Nothing of it is computed in ``update``: call it as often as you log. It can be
+    ``update`` computes none of them: call this function as often as you log. It can be
     jitted, with ``blocks`` closed over.
 
-    From the state alone:
+    These numbers need the state alone:
 
-    - ``count``: steps taken. ``refreshes`` and ``failures``: factors made, and not
-      finite.
-    - ``coarse_ratio``, min eig(M) / median(Λ) over the eigenvalues that rounding tells
-      from 0: a bound on what blocks can gain. They divide the number of steps by about
-      1/√coarse_ratio at most. Near or above 1 they cannot help: finer or other blocks
-      may, or else a diagonal method. Far below 1 they may, as for fields on grids; but
-      not where slow directions vary inside blocks too (networks, fields that share a
-      block), which M does not show. Below 0 the curvature is indefinite.
-    - ``floored``: eigenvalues of M that were negative, below the floor or no larger
-      than rounding, so that absolute values, the floor or, along directions that are
-      null, those of the diagonal stood in their place.
+    - ``count``: the steps so far. ``refreshes``: the factors made. ``failures``: the
+      factors that were not finite.
+    - ``coarse_ratio``: min eig(M) / median(Λ), over the eigenvalues that rounding tells
+      from 0. It bounds what blocks can gain: they divide the number of steps by at most
+      about 1/√coarse_ratio. Near or above 1 these blocks cannot help; finer or other
+      blocks may, or else a diagonal method. Far below 1 they may help, as for fields on
+      grids. They do not where slow directions vary inside blocks too (networks, fields
+      that share a block): M does not show such directions. Below 0 the curvature is
+      indefinite.
+    - ``floored``: the number of eigenvalues of M that were negative, below the floor,
+      or no larger than rounding. Absolute values, the floor, or along null directions
+      the diagonal replaced them.
     - ``local``: whether the curvature reached no further than declared.
-    - ``products``: products with the curvature so far, each about two gradients for
-      the Hessian. ``step_products`` are those of the step rule.
-    - ``damping``.
+    - ``products``: the products with the curvature so far. With the Hessian each costs
+      about two gradients. ``step_products``: the products of the step rule.
+    - ``damping``: μ.
     - ``learning_rate``, ``momentum``: a and b of the last step of
-      :func:`scale_by_quadratic_model`; ``backtracking``: the part of it that was taken,
-      0 if the step was refused.
+      :func:`scale_by_quadratic_model`. ``backtracking``: the part of that step that was
+      taken, 0 if the step was refused.
 
-    With ``blocks``, where there are small matrices (not between nested levels):
+    These numbers need ``blocks``, and small matrices (nested levels have none):
 
-    - ``min_eigenvalue``, ``max_eigenvalue`` of M, before its floor. For mini-BMA these
-      are the least and the largest M_i / Λ_i, as in all that follows.
-    - ``floored_share``: the part of M's eigenvalues that the floor, or the absolute
-      value, replaced; for mini-BMA the part of units that do not shrink, M_i < Λ_i.
+    - ``min_eigenvalue``, ``max_eigenvalue``: of M, before its floor. For mini-BMA, the
+      least and the largest M_i / Λ_i take their place here and below.
+    - ``floored_share``: the part of M's eigenvalues that the floor or the absolute
+      value replaced. For mini-BMA, the part of units that do not shrink, M_i < Λ_i.
     - ``correlations``: up to 10 of M's entries over the roots of its diagonal, those
-      furthest from 0 first, and ``correlated_pairs``: the two blocks of each, as
-      positions in ``blocks.names``.
+      furthest from 0 first. ``correlated_pairs``: the two blocks of each, as positions
+      in ``blocks.names``.
 
-    With ``blocks`` and ``grads``, or with ``blocks`` where the state has a momentum:
+    These numbers need ``blocks``, and ``grads`` unless the state has a momentum:
 
-    - ``correction``: the norm of what block means add to the update, over that of the
-      diagonal method's update; of the form "left".
-    - ``effective_rates``: the norm of the update in each block, over that of the
-      gradient or the momentum there; learning rates and what else the chain has come
-      on top, and Adam's correction of the start is not in it.
+    - ``correction``: the norm of what block means add to the update, over the norm of
+      the diagonal method's update. It describes the form "left".
+    - ``effective_rates``: the norm of the update in each block, over the norm of the
+      gradient or the momentum there. Learning rates, later parts of the chain and
+      Adam's bias correction are not in it.
 
     Args:
       state: the state of any optimiser, such as a chain or ``nnx.Optimizer``'s
         ``opt_state``.
       blocks: :func:`bma_optax.partition` of the parameters by the rule of the
-        transformation (within "block" for mini-BMA); for Flax's nnx, of
-        ``nnx.state(model, nnx.Param)``. States that they do not fit give the rest.
-      grads: a tree like the parameters: what the transformation is given.
-      estimator: that of the transformation.
+        transformation (within "block" for mini-BMA). For Flax's nnx, the parameters are
+        ``nnx.state(model, nnx.Param)``. States that ``blocks`` do not fit give the
+        numbers that need no blocks.
+      grads: a tree like the parameters: the gradients that the transformation is given.
+      estimator: the ``estimator`` of the transformation.
 
     Returns:
-      A dictionary of scalars, shape (); ``correlations`` has shape (k,),
-      ``correlated_pairs`` (k, 2), ``effective_rates`` (L,). With several states of one
-      kind, under ``optax.partition`` say, names have the path of the state before them.
+      A dictionary of scalars, shape (), but ``correlations`` has shape (k,),
+      ``correlated_pairs`` (k, 2) and ``effective_rates`` (L,). If several states have
+      one type, as under ``optax.partition``, the path of the state precedes each name.
 
     Raises:
       ValueError: if there is no state of this library, if ``blocks`` and ``grads`` fit
-        none, or if ``grads`` come without ``blocks``.
+        no state, or if ``grads`` come without ``blocks``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, bma_optax as bma
@@ -150,10 +154,10 @@ def diagnostics(
 
 
 def _plain(state):
-    """The state with bare arrays, and with its trees as lists of their leaves.
+    """Returns the state with bare arrays, and with its trees as lists of their leaves.
 
-    Flax's ``nnx.Optimizer`` boxes each array of a state, and each of the gradients in
-    another kind of box.
+    Flax's ``nnx.Optimizer`` puts each array of a state in a box, and each gradient in a
+    box of another type.
     """
     fields = type(state).__annotations__
     return type(state)(
@@ -165,7 +169,7 @@ def _plain(state):
 
 
 def _misfit(blocks, grads, state) -> str:
-    """What to pass instead, where these are not what the state is of; else empty."""
+    """What to pass instead if these do not fit the state, else an empty string."""
     kind = type(state).__name__
     tree = state[1] if isinstance(state, ScaleByMiniBMAState) else _diagonal(state)
     shapes = {path: leaf.shape for path, leaf in _names.named_leaves(tree)}
@@ -195,7 +199,7 @@ def _misfit(blocks, grads, state) -> str:
 
 
 def _in_order(grads, blocks):
-    """The leaves of ``grads`` in the order of the arrays of ``blocks``."""
+    """The leaves of ``grads``, in the order of the arrays of ``blocks``."""
     leaves = dict(_names.named_leaves(grads))
     return [leaves[array.path] for array in blocks.arrays]
 
@@ -207,7 +211,7 @@ _SEEN = (
 
 
 def _diagonal(state):
-    """The tree like the parameters that it has."""
+    """The tree like the parameters that a state has."""
     fields = ("sum_of_squares", "nu", "inverse_diagonal")
     return next(getattr(state, field) for field in fields if hasattr(state, field))
 
@@ -218,7 +222,7 @@ def _same(*names: str) -> dict[str, str]:
 
 _NEWTON = "count coarse_ratio products damping floored local refreshes failures"
 _STEP = _same("learning_rate", "momentum", "backtracking")
-# For each kind of state: the names of its scalars, and a look at the rest.
+# For each type of state: the fields of its scalars, and the function for the rest.
 _KINDS: dict[type, tuple[dict[str, str], Any]] = {
     ScaleByBMAState: (_same("count", "failures"), _adaptive.of_adagrad),
     ScaleByAdamBMAState: (_same("count", "failures"), _adaptive.of_adam),

@@ -60,10 +60,10 @@ def shrink(M, Lambda):
 
 
 def _over_largest(x, axes):
-    """x over its largest magnitude along ``axes``, and whether that is neither 0 nor
-    infinite.
+    """x over its largest magnitude along ``axes``, and whether that can be divided by.
 
-    The division keeps squares of x in the range of its dtype.
+    It can be unless it is 0 or not finite. The division keeps squares of x in the range
+    of the dtype.
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
     usable = (largest > 0) & jnp.isfinite(largest)

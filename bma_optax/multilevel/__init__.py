@@ -1,10 +1,13 @@
-"""From a curvature G, known by products, to the approximate inverse C of eq. (3).
+"""From a curvature G, known by products, to its approximate inverse C.
 
-_two_level                   products -> N = 1ᵀ G 1, diag G -> C, and C times a vector
-_smoother                    its diagonal part
-_coarse_system               its coarse correction: what both kinds have in common
-_dense, _nested              dense groups of blocks; grids, by nested levels
-_hierarchy                   the levels: restriction, prolongation, smoothing cycles
-_stencil                     G or N on a grid where near neighbours alone meet
-_coloring, _color_probing    all entries of a stencil from a few products
+C inverts a block mean of G, Lu et al. 2018, eq. 3.
+
+_two_level          products -> N = 1ᵀ G 1 and diag G -> C, and C times a vector
+_smoother           the diagonal part of C
+_coarse_system      the coarse correction in C, as far as both of its kinds share it
+_dense, _nested     dense groups of blocks; arrays on grids, by nested levels
+_hierarchy          the levels: restriction, prolongation, smoothing cycles
+_stencil            G or N on a grid where only near neighbours meet
+_coloring           all entries of a stencil from few products, and a check of them
+_color_probing      the probing vectors, one color at a time
 """

@@ -1,9 +1,10 @@
-"""Probing vectors on the cells of one color of a grid, and what G makes of them.
+"""Probing vectors on the cells of one color of a grid, and the products G x with them.
 
-A probe x has random signs on the cells of one color of one field and is 0 elsewhere.
-Cells are tiles of arrays that share a grid, and may be single elements: a vector over
-cells has shape (fields, *grid), the arrays have shape (n_1, ..., n_dim), n_i elements
-along an axis of g_i cells.
+A probe x has random signs on the cells of one color of one field, and is 0 elsewhere.
+Its signs are products of signs along the axes: if the declared reach is wrong, the
+other cells of the color then add noise without bias. A cell is a tile of arrays that
+share a grid; it may be a single element. A vector over cells has shape (fields, *grid).
+The arrays have shape (n_1, ..., n_dim), with n_i elements along an axis of g_i cells.
 """
 
 import itertools
@@ -20,41 +21,44 @@ from bma_optax.multilevel._stencil import Stencil
 from bma_optax.partitions import _tiles
 from bma_optax.partitions._tiles import Tiles
 
-# Products run side by side as long as their vectors hold no more elements than this.
+# As many products run side by side as have no more elements than this in all.
 BATCH_ELEMENTS = 2**16
 
 
 class Cells(NamedTuple):
-    """Arrays of one shape as fields on one grid, whose cells are tiles; static."""
+    """Arrays of one shape, the fields, on one grid whose cells are tiles; static."""
 
     arrays: tuple[int, ...]  # their positions among the leaves of the parameters.
     tiles: Tiles  # of each of them.
     stencil: Stencil  # the layout of matrices on the cells of all fields.
 
     def sums(self, arrays):
-        """From elements to cells, shape (fields, *grid)."""
+        """Sums the elements of each cell, shape (fields, *grid)."""
         return jnp.stack([self.tiles.sums(x) for x in arrays])
 
     def fill(self, axis: int, x, along: int | None = None):
-        """From cells along an axis of the grid to elements, on an axis of x."""
+        """Repeats the numbers of cells along one axis of the grid for their elements.
+
+        The numbers are on the axis ``along`` of x, which is ``axis`` if None.
+        """
         t, n = (self.tiles.tile or ())[axis], self.tiles.shape[axis]
         return _tiles.axis_fill(x, axis if along is None else along, t, n)
 
 
 class Probe(NamedTuple):
-    """Vectors along the axes of the grid; outer products of them are on one color.
+    """A probe as the outer product of vectors along the axes of the grid.
 
-    Made for all colors at once: in a loop over colors XLA would select the cells of a
-    color again for every use of a probe.
+    The probes of all colors are made at once: in a loop over colors, XLA would select
+    the cells of a color again at every use of a probe.
     """
 
     field: jax.Array  # shape (), int32.
     signs: list[jax.Array]  # one an axis, shape (n_i,): ±1 on the color, else 0.
-    tests: list[jax.Array]  # likewise, of uniform numbers.
+    tests: list[jax.Array]  # one an axis, shape (n_i,): uniform numbers on the color.
 
 
 def outer(axes):
-    """The outer product of vectors along the axes, shape (n_1, ..., n_dim)."""
+    """The outer product of one vector an axis, shape (n_1, ..., n_dim)."""
     dim, shape = len(axes), tuple(len(v) for v in axes)
     shaped = [
         jnp.broadcast_to(v.reshape([-1 if i == axis else 1 for i in range(dim)]), shape)
@@ -64,10 +68,13 @@ def outer(axes):
 
 
 class ColorProbes:
-    """Vectors of random signs on the cells of one color, products of one-axis ones.
+    """The probes of all colors and fields, a test vector, and products with them.
 
-    Where the declaration is wrong, other cells of the color then give noise without
-    bias, not row sums.
+    Args:
+      G: the curvature.
+      cells: the cells.
+      key: a random key.
+      colors: the colors along each axis; None if only the test vector is used.
     """
 
     def __init__(self, G: LinearOperator, cells: Cells, key, colors):
@@ -76,7 +83,7 @@ class ColorProbes:
         leaves = jax.tree.leaves(G.params)
         self.leaves = [leaves[i] for i in cells.arrays]
         self.dtype = _tree.common_statistic_dtype(self.leaves)
-        # One call: each costs a tenth of a second to compile.
+        # Draw all numbers in one call: each call takes 0.1 s to compile.
         counts = [g for g in stencil.grid for _ in range(1 + stencil.fields)]
         uniform = jax.random.uniform(
             key, (sum(counts),), self.dtype, minval=-1.0, maxval=1.0
@@ -90,12 +97,13 @@ class ColorProbes:
             )
 
     def all_probes(self) -> Probe:
-        """Every probe, each array with one row for each."""
+        """All probes, along a leading axis of each array of :class:`Probe`."""
         counts = [range(axis.number) for axis in self.colors]
         every = itertools.product(range(self.stencil.fields), *counts)
         field, *colors = np.array(list(every), np.int32).T
 
         def rows(axis, v, color):
+            """v, one row a probe, on the cells of the probe's color along an axis."""
             on = self.colors[axis].rows()[color]
             return self.cells.fill(axis, jnp.where(on, v, 0), along=1)
 
@@ -123,17 +131,17 @@ class ColorProbes:
 
     @property
     def side_by_side(self) -> int:
-        """How many probes run side by side, in equal chunks."""
+        """The number of probes that run side by side; it divides their number."""
         most = max(1, BATCH_ELEMENTS // max(_tree.size(self.G.params), 1))
         fits = [b for b in range(1, self.count + 1) if self.count % b == 0]
         return max(b for b in fits if b <= most)
 
     def zeros(self):
-        """Zeros for each of the arrays, in the dtype in which they meet."""
+        """Zeros for each of the arrays, in their common dtype of statistics."""
         return _tree.zeros_like(self.leaves, lambda _: self.dtype)
 
     def total(self, respond, zeros):
-        """The sum over all probes of what ``respond(probe)`` gives."""
+        """The sum of ``respond(probe)`` over all probes, a tree like ``zeros``."""
 
         def add(total, chunk):
             parts = jax.vmap(respond)(chunk)
@@ -146,20 +154,20 @@ class ColorProbes:
         return _control_flow.scan(add, zeros, chunks, operands=self.G.params)[0]
 
     def own(self, probe, a, x):
-        """x for the field of the probe, else 0."""
+        """x if the field a is the probe's, else 0."""
         return x if self.stencil.fields == 1 else jnp.where(probe.field == a, x, 0)
 
     def respond(self, probe, x):
-        """G x on the arrays, for x in the field of a probe."""
+        """G x on the arrays, for x in the field of a probe and 0 in the others."""
         return self._product(
             [self.own(probe, a, x) for a in range(self.stencil.fields)]
         )
 
     def near_signs(self):
-        """For each color and cell the sign of the cell near it that has the color.
+        """The sign of the cell of each color that is near each cell.
 
-        Shape (1, *colors, 1, *grid): an axis for the field of a probe, and one for that
-        of the response.
+        The shape is (1, *colors, 1, *grid). The first axis stands for the field of a
+        probe, the axis after the colors for the field of the response.
         """
         dim = len(self.stencil.grid)
         counts = [axis.number for axis in self.colors]
@@ -175,7 +183,7 @@ class ColorProbes:
         return product
 
     def coarse_test(self):
-        """The test vector, shape (fields, *grid)."""
+        """The test vector on cells, shape (fields, *grid)."""
         return jnp.stack(
             [
                 outer([test[a] for test in self.axis_tests])
@@ -184,9 +192,10 @@ class ColorProbes:
         )
 
     def respond_to_test(self, scale):
-        """G times the test vector, on the arrays; ``scale`` has shape (fields, *grid).
+        """G times the scaled test vector, shape (fields, n_1, ..., n_dim).
 
-        It is the same all over a field.
+        Args:
+          scale: shape (fields, *grid), one number for all cells of a field.
         """
         x = [
             self._fill(scale[a])
@@ -198,7 +207,7 @@ class ColorProbes:
         return stacked(self._product(x))
 
     def signed_test(self):
-        """The signs times the test vector, an array for each field."""
+        """The signs times the test vector on elements, one array a field."""
         return [
             outer(
                 [
@@ -212,13 +221,13 @@ class ColorProbes:
         ]
 
     def _fill(self, x):
-        """From cells of the grid to elements."""
+        """Repeats numbers of cells, shape grid, for their elements."""
         for axis in range(x.ndim):
             x = self.cells.fill(axis, x)
         return x
 
     def _fill_axis(self, axis, x):
-        """From cells along one axis, shape (g_i,), to elements, shape (n_i,)."""
+        """Repeats numbers of cells along one axis, shape (g_i,), for n_i elements."""
         return self.cells.fill(axis, x, along=0)
 
     def _product(self, x):
@@ -234,5 +243,5 @@ class ColorProbes:
 
 
 def stacked(fields):
-    """Arrays of one shape as one, which lies on every device."""
+    """Stacks arrays of one shape as one array, which lies on every device."""
     return jnp.stack([_sharding.replicated(x) for x in fields])

@@ -1,9 +1,10 @@
-"""Entries of a curvature with a declared reach, exactly, by few products.
+"""All entries of a curvature with a declared reach, exactly, from few products.
 
-Cells of a grid that are further apart than twice the reach share no neighbour: one
-product with all of one color answers for each of them. So N = 1ᵀ G 1 for the
-indicators 1 of tiles costs (2 reach + 1)^dim products, whatever their number, and
-diag G (reach + 1)^dim. The declaration is checked by products with a random vector.
+Cells of a grid that are further apart than twice the reach have no common neighbour.
+One product with all cells of one color therefore gives the entries of each of them.
+N = 1ᵀ G 1 for the indicators 1 of tiles takes (2 reach + 1)^dim products, whatever the
+number of tiles; diag G takes (reach + 1)^dim. Products with a random vector check the
+declared reach. N is a stencil S[b, a, *offset, *cell], for several fields on one grid.
 """
 
 from typing import NamedTuple
@@ -23,25 +24,25 @@ from bma_optax.multilevel._color_probing import (
 
 
 class Check(NamedTuple):
-    """How far a product is from what a declared reach foretells of it, relative."""
+    """How far a product is from what the declared reach predicts, relative."""
 
-    error: jax.Array  # shape (): infinite for what is not finite.
-    tolerance: jax.Array  # shape (): what rounding of the products explains.
+    error: jax.Array  # shape (): infinite if the product is not finite.
+    tolerance: jax.Array  # shape (): the error that rounding explains.
 
 
 class Sums(NamedTuple):
-    """The block sums of a matrix on a grid."""
+    """The block sums N of a matrix on a grid."""
 
-    S: jax.Array  # as a stencil.
+    S: jax.Array  # N as a stencil, shape (fields, fields, *offsets, *grid).
     check: Check
-    rounding: jax.Array  # shape (): of the products, relative.
+    rounding: jax.Array  # shape (): the rounding error of products, relative.
     products: jax.Array  # shape (), int32.
 
 
 class Diagonal(NamedTuple):
-    """The diagonal on some arrays, and how far it is from what was declared."""
+    """The diagonal on some arrays, and a check of the declared reach."""
 
-    values: list[jax.Array]  # one of each array.
+    values: list[jax.Array]  # one like each array.
     check: Check
     products: jax.Array  # shape (), int32.
 
@@ -49,14 +50,15 @@ class Diagonal(NamedTuple):
 def diagonal(G: LinearOperator, cells: Cells, key, tolerance) -> Diagonal:
     """The diagonal of G on some arrays, whose elements are the cells.
 
-    For it, elements of one color may share neighbours if they do not meet: reach + 1
-    colors an axis. Those that do meet give two answers to two random vectors.
+    For the diagonal, elements of one color may have common neighbours as long as they
+    do not meet each other: reach + 1 colors an axis are enough. If some do meet, two
+    random vectors give two different answers.
 
     Args:
       G: the curvature.
       cells: the elements of some arrays.
       key: a random key.
-      tolerance: of the check, from :func:`block_sums`.
+      tolerance: the tolerance of the check, from :func:`block_sums`.
     """
     stencil = cells.stencil
 
@@ -65,7 +67,7 @@ def diagonal(G: LinearOperator, cells: Cells, key, tolerance) -> Diagonal:
         probes = ColorProbes(G, cells, key, colors)
 
         def respond(probe):
-            # ±1 on the color, 0 elsewhere: times the response it is the diagonal.
+            # x is ±1 on the color and 0 elsewhere, so x ∘ G x is the diagonal there.
             x = outer(probe.signs)
             return [
                 [probes.own(probe, a, x * y) for a, y in enumerate(responses)]
@@ -77,7 +79,7 @@ def diagonal(G: LinearOperator, cells: Cells, key, tolerance) -> Diagonal:
 
         zeros = probes.zeros()
         diagonals, seen = probes.total(respond, [zeros, zeros])
-        # Where two of a color meet, the diagonal does not explain the second response.
+        # If two elements of a color meet, the diagonal misses the second response.
         signed = probes.signed_test()
         expected = [d * x for d, x in zip(diagonals, signed, strict=True)]
         seen, expected = stacked(seen), stacked(expected)
@@ -89,7 +91,7 @@ def diagonal(G: LinearOperator, cells: Cells, key, tolerance) -> Diagonal:
 
 
 def block_sums(G: LinearOperator, cells: Cells, key) -> Sums:
-    """The stencil S of N = 1ᵀ G 1 over cells, and how far it is from G.
+    """The stencil S of N = 1ᵀ G 1 over cells, with a check of the declared reach.
 
     Args:
       G: the curvature.
@@ -113,12 +115,13 @@ def block_sums(G: LinearOperator, cells: Cells, key) -> Sums:
         S = stencil.from_colors(Y * probes.near_signs(), around)
         return S, jnp.int32(probes.count)
 
-    # In units in which fields have curvature 1: else one would hide another's error.
+    # Check in units in which every field has curvature 1. In others, a field of large
+    # curvature would hide the errors of the rest.
     S, products = respond_to_colors(False)
     size = _of_fields(jnp.abs(stencil.diagonal(S)), stencil)
     unit = jnp.sqrt(jnp.min(size) / size)
-    # The test vector, and a multiple of it: what G makes of the two differs by the
-    # rounding of the arithmetic that the user's function does, whatever its dtype.
+    # Multiply G by the test vector and by a multiple of it. The two products differ by
+    # the rounding of the user's function, whatever dtype it computes in.
     probes = ColorProbes(G, cells, key, None)
     image, scaled = _control_flow.map(
         lambda scale: probes.respond_to_test(scale * unit),
@@ -146,7 +149,7 @@ def block_sums(G: LinearOperator, cells: Cells, key) -> Sums:
 def _of_fields(values, stencil):
     """The mean over each field of numbers >= 0, shape (fields, *grid); 1 if it is 0.
 
-    Fields are arrays, and entries along axes where all of them meet.
+    Entries along an axis on which all cells meet count as fields of their own.
     """
     axes = [
         1 + axis
@@ -158,21 +161,22 @@ def _of_fields(values, stencil):
 
 
 def worst(checks):
-    """The check that is furthest from passing."""
+    """The check whose error is largest relative to its tolerance."""
     error, tolerance = (jnp.stack(x) for x in zip(*checks, strict=True))
-    # An infinite error stays the largest.
+    # An infinite error is the largest.
     most = jnp.argmax(error / tolerance)
     return Check(error[most], tolerance[most])
 
 
 def _first_that_passes(attempt, stencil, share):
-    """``attempt(around=False)``, and with more colors where its check fails.
+    """``attempt(around=False)``, or ``attempt(around=True)`` if its check fails.
 
-    As on a periodic grid whose number of cells is no multiple of the number of colors.
+    The second has more colors. A periodic grid needs them if the number of colors does
+    not divide its number of cells.
     """
     result, colors = attempt(False), stencil.colors(share=share, around=False)
     if all(g % c.number == 0 for g, c in zip(stencil.grid, colors, strict=True)):
-        return result  # The colors around the edge are the same.
+        return result  # With ``around`` the colors are the same.
     check = result.check
 
     def again():
@@ -182,15 +186,15 @@ def _first_that_passes(attempt, stencil, share):
     return _control_flow.cond(check.error <= check.tolerance, lambda: result, again)
 
 
-_SCALE = 1.3  # No power of 2, so that it changes how numbers are rounded.
-_MOST = 0.1  # A false reach is off by more, however little the arithmetic resolves.
+_SCALE = 1.3  # Not a power of 2, so that it changes how numbers are rounded.
+_MOST = 0.1  # The error of a false reach is larger than this in any dtype.
 
 
 def _relative_error(x, y):
     """‖x - y‖ over the larger norm: 0 for zeros, infinite if one is not finite.
 
-    Over the largest entry before numbers are squared, or the squares would overflow
-    or vanish.
+    x and y are divided by their largest entry first: the squares would overflow or
+    vanish.
     """
     largest = jnp.maximum(jnp.max(jnp.abs(x)), jnp.max(jnp.abs(y)))
     usable = largest >= float(jnp.finfo(x.dtype).tiny)

@@ -1,7 +1,10 @@
 """Groups of blocks that all see each other: N and K are dense matrices.
 
-For each bucket of c groups of n blocks N and K have shape (c, n, n); M = N / (n nᵀ) is
-inverted by its eigenvalues. L products, one a block, give all of N.
+    M = N / (n nᵀ),   K = (M^-1 - Λ^-1) / (n nᵀ)
+
+with n_i² the sum of z² over block i. For each bucket of c groups of n blocks, N, M and
+K have shape (c, n, n). One product with G for each block gives all of N, and the
+absolute eigenvalues of M give its inverse.
 """
 
 import dataclasses
@@ -23,7 +26,7 @@ from bma_optax.multilevel._coarse_system import BlockSums, Entries, Inverted
 from bma_optax.multilevel._smoother import positive
 from bma_optax.partitions._blocks import Partition
 
-_COMBINATIONS = 4
+_COMBINATIONS = 4  # Products that measure the rounding of M.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,23 +34,23 @@ class Dense:
     """All groups of blocks that have a dense matrix; static."""
 
     buckets: tuple[tuple[int, int], ...]  # (groups, blocks of each).
-    sizes: tuple[int, ...]  # of the blocks, which come first of all.
-    is_whole: bool  # whether each element of the parameters is a block: N is then G.
+    sizes: tuple[int, ...]  # of the blocks, the first ones of the partition.
+    is_whole: bool  # whether each element of the parameters is a block.
 
     @property
     def num_blocks(self) -> int:
-        """L_dense."""
+        """L_dense, the number of blocks in dense groups."""
         return len(self.sizes)
 
     def like(self, dtype) -> tuple[Any, Any]:
-        """The shapes of N and of K."""
+        """The shapes of N and of K, for each bucket."""
         matrices = tuple(
             jax.ShapeDtypeStruct((count, n, n), dtype) for count, n in self.buckets
         )
         return matrices, matrices
 
     def block_sums(self, G: LinearOperator, blocks: Partition, key) -> BlockSums:
-        """N by a product for each block."""
+        """Gathers N by one product with the indicator of each block."""
         del key
         full, products = _probing.block_products(G, blocks, np.arange(self.num_blocks))
         N, row = [], 0
@@ -59,7 +62,7 @@ class Dense:
         return BlockSums(tuple(N), None, full, products)
 
     def diagonal(self, G: LinearOperator, blocks: Partition, sums, key) -> Entries:
-        """Nothing, unless N is G."""
+        """The diagonal of N if N is G, each element being a block; else nothing."""
         del key
         values = {}
         if self.is_whole:
@@ -72,9 +75,10 @@ class Dense:
     def rounding(self, G, blocks: Partition, sums, diagonal, key) -> Probed:
         """How far rounding moves eigenvalues of M, shape ().
 
-        A product with a random combination of blocks differs from that combination of
-        their products by the rounding of the arithmetic that was done, whatever its
-        dtype. The largest of a few: of a single block one may be small by chance.
+        The product with a random combination of blocks differs from that combination of
+        their products by the rounding of the user's function, whatever dtype it
+        computes in. The result is the largest of a few differences: a single one can be
+        small by chance.
         """
         n = jnp.sqrt(blocks.block_sums(positive(blocks, diagonal)))
         mine = np.arange(blocks.num_blocks) < self.num_blocks
@@ -100,7 +104,13 @@ class Dense:
 
     @_control_flow.compiled
     def invert(self, N, n2, damping, floor, rounding) -> Inverted:
-        """K by the absolute eigenvalues of the damped M."""
+        """K from the absolute eigenvalues of M + damping I.
+
+        Args:
+          N: the matrices of the groups, see :meth:`like`.
+          n2: n², shape (L_dense,).
+          damping, floor, rounding: numbers of shape ().
+        """
         small, s = self.small_matrices(N, n2), self._split(np.asarray(self.sizes))
         parts = [
             _invert(M, n2, s, damping, floor, rounding)
@@ -115,7 +125,7 @@ class Dense:
 
     @_control_flow.compiled
     def correct(self, N, K, r):
-        """K r."""
+        """K r for block sums r, shape (L_dense,)."""
         del N
         products = [
             jnp.einsum("gij,gj->gi", x, part, precision=jax.lax.Precision.HIGHEST)
@@ -129,7 +139,7 @@ class Dense:
         return [x / _outer(root) for x, root in zip(N, roots, strict=True)]
 
     def _split(self, values):
-        """A vector over the blocks as (groups, blocks) for each bucket."""
+        """Splits a vector over the blocks into (groups, blocks) for each bucket."""
         ends = itertools.accumulate(map(math.prod, self.buckets), initial=0)
         return [
             values[a:b].reshape(shape)
@@ -140,7 +150,13 @@ class Dense:
 
 
 def _invert(M, n2, s, damping, floor, rounding) -> Inverted:
-    """One bucket, with M of shape (groups, blocks, blocks)."""
+    """Inverts one bucket.
+
+    Args:
+      M: shape (groups, blocks, blocks).
+      n2, s: n² and the sizes of blocks, shape (groups, blocks).
+      damping, floor, rounding: numbers of shape ().
+    """
     Lambda = _coarse_system.smoother_mean(
         s.astype(n2.dtype), jnp.diagonal(M, axis1=1, axis2=2)
     )
@@ -159,7 +175,7 @@ def _invert(M, n2, s, damping, floor, rounding) -> Inverted:
 
 
 def dense_system(blocks: Partition) -> tuple[Dense, ...]:
-    """That of the dense groups of a partition, where there are any."""
+    """A tuple with the system of a partition's dense groups, or () if it has none."""
     is_whole = not blocks.grids and all(
         array.num_blocks == math.prod(array.shape) and array.owner == array.path
         for array in blocks.arrays
@@ -170,4 +186,5 @@ def dense_system(blocks: Partition) -> tuple[Dense, ...]:
 
 
 def _outer(root):
+    """n nᵀ for n of shape (groups, blocks)."""
     return root[:, :, None] * root[:, None, :]

@@ -1,13 +1,13 @@
-"""An approximate inverse of a block stencil by nested block means.
+"""An approximate inverse of a block stencil, by nested levels of block means.
 
-On each level a symmetric cycle (smooth, correct the block means, smooth), and a few
-Chebyshev steps with it, so that its quality does not fall with the number of levels
-(algebraic multilevel iteration, Axelsson and Vassilevski 1989). Linear, symmetric, and
-positive definite where the matrix is. It lies below the finest level, that of the
-parameters, so that products with the matrix cost little.
+Each level has a symmetric cycle: smooth, correct the block means, smooth. A few
+Chebyshev steps use the cycle as preconditioner, so that its quality does not fall with
+the number of levels (algebraic multilevel iteration, Axelsson and Vassilevski 1989).
+The inverse is linear and symmetric, and positive definite where the matrix is. It works
+below the level of the parameters, where products with the matrix cost little.
 
-Restriction sums over tiles of cells, prolongation fills them, and the Galerkin operator
-of the next level is PᵀSP. A vector on a level has shape (fields, *grid).
+Restriction sums over tiles of cells, Pᵀ x. Prolongation P fills them. The operator of
+the next level is Pᵀ S P (Galerkin). Vectors of a level have shape (fields, *grid).
 """
 
 import dataclasses
@@ -23,37 +23,38 @@ from bma_optax.multilevel._stencil import Stencil
 from bma_optax.partitions import _tiles
 from bma_optax.partitions._rules import Shape
 
-# Of the cycle times the matrix: its eigenvalues are at most about 1, and a part of
-# those below the lower end is left to the finest level's conjugate directions.
+# The interval of eigenvalues of the cycle times the matrix that Chebyshev steps treat.
+# The largest is about 1. Conjugate directions on the parameters treat those below 0.2.
 _INTERVAL = (0.2, 1.1)
 _STEPS = (2, 3)  # At the first level, and at those below, where they cost little.
-# Of the rows' absolute sums, which bound the eigenvalues: below 2 every step converges.
+# The smoother is this over the rows' absolute sums, which bound the eigenvalues. Every
+# step converges for numbers below 2.
 _RELAXATION = 1.6
 
 
 class Levels(NamedTuple):
-    """What a solve needs beside the operator of the first level."""
+    """The arrays of a solve, apart from the operator S of the first level."""
 
-    smoothers: tuple[jax.Array, ...]  # of all levels but the last, (fields, *cell).
-    operators: tuple[jax.Array, ...]  # S[b, a, *offset, *cell] of those but the first.
-    inverse: jax.Array  # of the last level, (n, n) for its n cells.
+    smoothers: tuple[jax.Array, ...]  # of all levels but the last, (fields, *grid).
+    operators: tuple[jax.Array, ...]  # S of all levels but the first and last.
+    inverse: jax.Array  # of the last level's operator, shape (n, n) for its n cells.
 
 
 @dataclasses.dataclass(frozen=True)
 class Hierarchy:
     """The layout of the levels; static."""
 
-    levels: tuple[tuple[Stencil, Shape], ...]  # With the tile to the next one.
+    levels: tuple[tuple[Stencil, Shape], ...]  # with the tiles that are the next cells.
     bottom: Stencil
 
     @property
     def share(self) -> float:
-        """The cells of the last level over those of the first."""
+        """The number of cells of the last level over that of the first."""
         first = self.levels[0][0] if self.levels else self.bottom
         return self.bottom.num_cells / max(first.num_cells, 1)
 
     def like(self, dtype) -> Levels:
-        """The shapes of what ``setup`` makes."""
+        """The shapes of the ``Levels`` that :meth:`setup` returns."""
         n, stencils = self.bottom.num_cells, [stencil for stencil, _ in self.levels]
 
         def array(*shape):
@@ -66,16 +67,16 @@ class Hierarchy:
         )
 
     def setup(self, S, n2, floor, null) -> tuple[Levels, jax.Array]:
-        """What a solve needs, and the eigenvalues of M on the last level.
+        """Computes the arrays of a solve, and the eigenvalues of M on the last level.
 
-        Smoothers and M are taken in the units of the metric: those of S may differ
-        from field to field by any factor.
+        Smoothers and M are computed in the units of the metric, because the units of S
+        can differ from field to field by any factor.
 
         Args:
           S: the operator of the first level.
-          n2: the diagonal of the metric there, shape (fields, *grid).
-          floor: the least eigenvalue of the dense matrix relative to the metric.
-          null: an eigenvalue of it that is no larger is taken for 0.
+          n2: the diagonal of the metric on the first level, shape (fields, *grid).
+          floor: the least eigenvalue of the dense matrix, relative to the metric.
+          null: eigenvalues of the dense matrix up to this size are taken for 0.
         """
         smoothers, operators = [], []
         for stencil, tile in self.levels:
@@ -96,15 +97,16 @@ class Hierarchy:
         return found, eigenvalues
 
     def solve(self, product, levels: Levels, r):
-        """The approximate inverse times r.
+        """Applies the approximate inverse to r.
 
         Args:
           product: ``x -> S x`` on the first level.
-          levels: the rest, of ``setup``.
+          levels: the arrays that :meth:`setup` returned.
           r: shape (fields, *grid) of the first level.
         """
 
         def multiply(level, x):
+            """The operator of a level times x."""
             if level == 0:
                 return product(x)
             return self.levels[level][0].matvec(levels.operators[level - 1], x)
@@ -118,14 +120,16 @@ class Hierarchy:
             tile, smoother = self.levels[level][1], levels.smoothers[level]
 
             def cycle(r):
+                """One symmetric cycle: smooth, correct by the next level, smooth."""
                 x = smoother * r
                 residual = r - multiply(level, x)
                 coarse = solve(level + 1, _restrict(residual, tile))
                 x = x + _prolong(coarse, tile, r.shape)
                 return x + smoother * (r - multiply(level, x))
 
-            # A loop, not copies: those would double at every level.
+            # A loop over steps: unrolled, the program would double at every level.
             def step(carry, coefficients):
+                """One Chebyshev step, x + d for d = a B r + b d with the cycle B."""
                 x, d, r = carry
                 a, b = coefficients
                 r = _control_flow.cond(b > 0, lambda: r - multiply(level, d), lambda: r)
@@ -143,7 +147,7 @@ class Hierarchy:
 
 
 def _chebyshev(steps, dtype):
-    """The coefficients of so many steps: d = a B r + b d."""
+    """The coefficients a and b of d = a B r + b d, one of each a step."""
     low, high = _INTERVAL
     center, half = (high + low) / 2, (high - low) / 2
     a, b, rho = [1 / center], [0.0], half / center
@@ -155,12 +159,12 @@ def _chebyshev(steps, dtype):
 
 
 def _or_one(x):
-    """x > 0, and 1 where it is 0: what belongs to a row of zeros."""
+    """x where it is positive, and 1 where it is 0, as for a row of zeros."""
     return jnp.where(x > 0, x, 1)
 
 
 def _restrict(x, tile):
-    """The sums over tiles of cells, on the next level."""
+    """Sums x over tiles of cells: the vector on the next level."""
     for axis, t in enumerate(tile):
         if t > 1:
             x = _tiles.axis_sums(x, 1 + axis, t)
@@ -168,7 +172,7 @@ def _restrict(x, tile):
 
 
 def _prolong(x, tile, shape):
-    """The tiles of cells filled, in the shape of vectors on the finer level."""
+    """Fills tiles with the numbers of x: the vector of this shape, a level finer."""
     for axis, t in enumerate(tile):
         if t > 1:
             x = _tiles.axis_fill(x, 1 + axis, t, shape[1 + axis])

@@ -1,8 +1,10 @@
 """Arrays on one grid of tiles whose curvature has a reach: K by nested levels.
 
+    K = B - (Λ n²)^-1,   B the approximate inverse of N + damping n²
+
 N is a block stencil S[b, a, *offset, *cell], gathered by products with vectors on cells
-of one color. With the hierarchy's approximate inverse B of N + damping n² the coarse
-correction is K = B - (Λ n²)^-1. Vectors over the blocks have shape (fields, *grid).
+of one color. ``_hierarchy`` gives B. Vectors over the blocks have shape
+(fields, *grid).
 """
 
 import dataclasses
@@ -25,42 +27,42 @@ from bma_optax.partitions._systems import GridFields
 
 
 class Correction(NamedTuple):
-    """K, but for the operator of the first level, which is N."""
+    """What K r needs, apart from the operator of the first level, which is N."""
 
-    smoother: jax.Array  # (fields, *grid): Λ n², Λ damped.
-    damping: jax.Array  # (fields, *grid): damping n², to be added to N's diagonal.
+    smoother: jax.Array  # shape (fields, *grid): Λ n² with the damped Λ.
+    damping: jax.Array  # shape (fields, *grid): damping n², to add to N's diagonal.
     levels: Levels
 
 
 @dataclasses.dataclass(frozen=True)
 class Nested:
-    """Arrays on one grid; static."""
+    """The coarse system of arrays on one grid; static."""
 
     fields: GridFields
 
     @functools.cached_property
     def elements(self) -> Cells:
-        """Every element as a cell."""
+        """The layout in which every element is a cell."""
         array = self.fields.arrays[0]
         single = dataclasses.replace(array, tile=(1,) * len(array.shape))
         return Cells(self.fields.positions, single, _stencil(self.fields.elements))
 
     @functools.cached_property
     def tiles(self) -> Cells:
-        """Every block as a cell."""
+        """The layout in which every block is a cell."""
         stencil = _stencil(self.fields.tiles)
         return Cells(self.fields.positions, self.fields.arrays[0], stencil)
 
     @functools.cached_property
     def hierarchy(self) -> Hierarchy:
-        """The levels from the blocks down."""
+        """The levels, of which the first has a cell for each block."""
         levels, bottom = self.fields.levels
         stencils = tuple((_stencil(grid), tile) for grid, tile in levels)
         return Hierarchy(stencils, _stencil(bottom))
 
     @property
     def num_blocks(self) -> int:
-        """The blocks of all fields."""
+        """The number of blocks of all fields."""
         return self.fields.tiles.num_cells
 
     def like(self, dtype) -> tuple[Any, Any]:
@@ -73,13 +75,13 @@ class Nested:
         )
 
     def block_sums(self, G: LinearOperator, blocks: Partition, key) -> BlockSums:
-        """N by colors, with a check of the reach."""
+        """Gathers N by products with one color each, and checks the reach."""
         del blocks
         S, check, rounding, products = _coloring.block_sums(G, self.tiles, key)
         return BlockSums(S, check, rounding, products)
 
     def diagonal(self, G: LinearOperator, blocks: Partition, sums, key) -> Entries:
-        """That of the arrays, by colors, with a check of the reach."""
+        """The diagonal of the arrays, from products with one color each."""
         del blocks
         tolerance = sums.check.tolerance
         found = _coloring.diagonal(G, self.elements, key, tolerance)
@@ -89,7 +91,7 @@ class Nested:
     def rounding(self, G, blocks: Partition, sums, diagonal, key) -> Probed:
         """How far rounding moves eigenvalues of M on the last level, shape ().
 
-        There an entry is a sum of many, whose errors are independent.
+        An entry there is a sum of many entries of N, whose errors are independent.
         """
         del G, blocks, diagonal, key
         eps = float(jnp.finfo(sums.N.dtype).eps)
@@ -98,12 +100,18 @@ class Nested:
 
     @_control_flow.compiled
     def invert(self, N, n2, damping, floor, rounding) -> Inverted:
-        """The nested levels of the damped N; eigenvalues are those of the last one."""
+        """K by nested levels, and the eigenvalues of M on the last one.
+
+        Args:
+          N: a stencil.
+          n2: n², shape (L,) for the L blocks of the grid.
+          damping, floor, rounding: numbers of shape ().
+        """
         stencil, n2 = self.tiles.stencil, n2.reshape(self._shape)
         s = self.fields.sizes.astype(n2.dtype)
         diagonal, shift = stencil.diagonal(N), damping * n2
         Lambda = _coarse_system.smoother_mean(s, diagonal / n2)
-        # A block without any curvature has no part in the metric of coarser levels.
+        # Leave a block without any curvature out of the metric of coarser levels.
         metric = jnp.where(diagonal == 0, 0, n2)
         levels, eigenvalues = self.hierarchy.setup(
             stencil.add_diagonal(N, shift), metric, floor, rounding
@@ -116,10 +124,11 @@ class Nested:
 
     @_control_flow.compiled
     def correct(self, N, K: Correction, r):
-        """K r; 0 where an indefinite matrix would have made it an ascent direction.
+        """K r for block sums r, shape (L,), or 0 where -C g might not descend.
 
-        rᵀ(N^-1 - (Λn²)^-1)r + gᵀ(Λ̄z²)^-1g is at least rᵀN^-1r for the block sums r of
-        g, by Cauchy and Schwarz.
+        It might not where rᵀ N^-1 r < 0, for an indefinite N. For the block sums r of
+        g, gᵀ C g = rᵀ (N^-1 - (Λn²)^-1) r + gᵀ (Λ̄z²)^-1 g is at least rᵀ N^-1 r, by
+        Cauchy and Schwarz.
         """
 
         def product(x):
@@ -127,15 +136,15 @@ class Nested:
 
         r = r.reshape(self._shape)
         x = self.hierarchy.solve(product, K.levels, r)
-        # K is 0 for another reach.
+        # The smoother is 0 where the declared reach is wrong.
         used = (jnp.sum(r * x) >= 0) & (K.smoother > 0)
-        # x - r / smoother, to end in a division: XLA would compute anything cheaper,
-        # and the block sums r with it, again for each element of a block.
+        # Write x - r / smoother so that it ends in a division: XLA would compute
+        # anything cheaper, and with it the sums r, again for each element of a block.
         x = jnp.where(used, K.smoother * x - r, 0) / jnp.where(used, K.smoother, 1)
         return x.reshape(-1)
 
     def small_matrices(self, N, n2) -> list[jax.Array]:
-        """None: the eigenvalues of N are not known."""
+        """No matrix: the eigenvalues of N are not known."""
         del N, n2
         return []
 
@@ -145,7 +154,7 @@ class Nested:
 
 
 def nested_systems(blocks: Partition) -> tuple[Nested, ...]:
-    """Those of the grids of a partition."""
+    """One system for each grid of a partition."""
     return tuple(map(Nested, blocks.grids))
 
 

@@ -1,4 +1,9 @@
-"""z², the metric of the smoother: the diagonal of G without zeros or signs."""
+"""The metric z² of the smoother: the diagonal of G without signs and without zeros.
+
+    C = (Λ̄ z²)^-1 + 1 K 1ᵀ
+
+z² is a tree like the parameters. Each element of it is positive, or not a number.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +12,15 @@ from bma_optax import _sharding
 
 
 def positive(blocks, diagonal):
-    """z²: |diag G|, and for an element without curvature that of its neighbours.
+    """Returns z²: |diag G|, with another number where an element has no curvature.
 
-    That is the mean over its block, else the largest number of its array, else 1. No
-    floor: one that is relative to other elements would couple their units.
+    That number is the mean of z² over the element's block, or the largest z² of its
+    array, or 1, whichever is the first that is not 0. There is no floor relative to
+    other elements, because a floor would couple the units of arrays.
+
+    Args:
+      blocks: the partition.
+      diagonal: |diag G|, a tree like the parameters.
     """
     tiny = {x.dtype: float(jnp.finfo(x.dtype).tiny) for x in jax.tree.leaves(diagonal)}
     z2 = jax.tree.map(lambda x: jnp.where(x <= tiny[x.dtype], 0, x), diagonal)
@@ -20,7 +30,7 @@ def positive(blocks, diagonal):
     def fill(x, mean):
         largest = jnp.max(x, initial=0)
         other = jnp.where(mean == 0, jnp.where(largest == 0, 1, largest), mean)
-        # What is not a number stays.
+        # NaN stays NaN.
         return jnp.where(x == 0, _sharding.typed_like(other, x), x)
 
     return jax.tree.map(fill, z2, means)

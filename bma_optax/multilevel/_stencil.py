@@ -1,4 +1,13 @@
-"""Matrices on grids whose entries meet only near neighbours, as block stencils."""
+"""Matrices on grids whose entries meet only near neighbours, as block stencils.
+
+The matrix has an entry S[b, a, *offset, *cell] between field b at a cell and field a at
+the cell plus the offset:
+
+    (S x)[b, cell] = Σ_a Σ_offset S[b, a, offset, cell] x[a, cell + offset].
+
+Offsets run from -reach to reach along each axis, and cells wrap around. S has the shape
+(fields, fields, *offsets, *grid), vectors have the shape (fields, *grid).
+"""
 
 import dataclasses
 import functools
@@ -17,29 +26,31 @@ from bma_optax.partitions._rules import Shape
 
 
 class Colors(NamedTuple):
-    """The colors of the cells along one axis; static."""
+    """The colors of the g cells along one axis, with m offsets; static."""
 
     number: int
-    of_cell: np.ndarray  # shape (cells,).
-    at_offset: np.ndarray  # shape (offsets, cells): of the cell at an offset from each.
+    of_cell: np.ndarray  # shape (g,): the color of each cell.
+    at_offset: np.ndarray  # shape (m, g): the color at each offset from it.
 
     def rows(self) -> np.ndarray:
-        """Which cells have each color, shape (number, cells)."""
+        """Which cells have each color, shape (number, g)."""
         return self.of_cell == np.arange(self.number)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stencil(Grid):
-    """The matrix of a :class:`Grid` as an array S, and what is done with it."""
+    """The layout of a :class:`Grid`, with operations on its matrix S."""
 
     def colors(self, *, share: bool, around: bool) -> tuple[Colors, ...]:
-        """Colors along each axis, so few that cells of one color are far apart.
+        """Colors along each axis, such that cells of one color are far apart.
 
         Args:
-          share: whether such cells may share a neighbour. Else they may only not meet.
-          around: whether they are far apart around the edge of the grid as well, as
-            on a periodic one. Cells of equal index modulo the number of colors are not
-            where that does not divide the number of cells: then there are more colors.
+          share: whether cells of one color may have a common neighbour. If so, they
+            only must not meet.
+          around: whether cells of one color are far apart around the edge of the grid
+            too, as on a periodic grid. Cells whose indices agree modulo the number of
+            colors are not, unless that number divides the number of cells; then there
+            are more colors.
         """
         return tuple(
             self._axis_colors(axis, share, around) for axis in range(len(self.grid))
@@ -59,7 +70,13 @@ class Stencil(Grid):
 
     @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
     def from_colors(self, Y, around: bool):
-        """S from responses Y[a, *color, b, *cell] to fields and ``colors``."""
+        """S from the responses to all probes, with their signs removed.
+
+        Args:
+          Y: Y[a, *color, b, *cell], the response in field b at a cell to a color in
+            field a.
+          around: as in :meth:`colors`.
+        """
         colors = self.colors(share=False, around=around)
         S = Y.transpose(self._from_colors_order())
         for axis, (m, g) in enumerate(zip(self.width, self.grid, strict=True)):
@@ -77,9 +94,9 @@ class Stencil(Grid):
         return S
 
     def near(self, axis: int, colors: Colors) -> np.ndarray:
-        """For each color and cell the one cell near it that has the color, or itself.
+        """For each color and cell, the position of the near cell that has the color.
 
-        Shape (colors, cells).
+        It is the cell's own position if no near cell has the color. Shape (colors, g).
         """
         cells = np.arange(self.grid[axis])
         near = np.tile(cells, (colors.number, 1))
@@ -88,7 +105,7 @@ class Stencil(Grid):
         return near % self.grid[axis]
 
     def _from_colors_order(self):
-        """From (a, *color, b, *cell) to (b, a, *color, *cell)."""
+        """The order of axes from (a, *color, b, *cell) to (b, a, *color, *cell)."""
         dim = len(self.grid)
         return (1 + dim, 0, *range(1, 1 + dim), *range(2 + dim, 2 + 2 * dim))
 
@@ -118,7 +135,7 @@ class Stencil(Grid):
         return total
 
     def diagonal(self, S):
-        """The diagonal, shape (fields, *grid)."""
+        """The diagonal of the matrix, shape (fields, *grid)."""
         zero = (0,) * len(self.grid)
         return jnp.stack([S[(a, a, *zero)] for a in range(self.fields)])
 
@@ -130,21 +147,23 @@ class Stencil(Grid):
         return S
 
     def absolute_row_sums(self, S, metric):
-        """Σ_j |S_ij| √(metric_i / metric_j) of each row, shape (fields, *grid).
+        """Σ_j |S_ij| √(metric_i / metric_j) of each row i, shape (fields, *grid).
 
-        The row sums of S in the units in which the metric is 1, times the metric.
+        These are the row sums of |S| in units in which the metric is 1, times the
+        metric.
         """
         root = jnp.sqrt(metric)
         return root * self.matvec(jnp.abs(S), 1 / root)
 
     def coarsen(self, S, tile: Shape):
-        """PᵀSP for the indicators P of tiles: the coarser layout and its S."""
+        """The Galerkin operator PᵀSP, P the indicators of tiles: its layout and S."""
         for axis, t in enumerate(tile):
             if t > 1:
                 self, S = self._coarsen_axis(S, axis, t)
         return self, S
 
     def _coarsen_axis(self, S, axis, t):
+        """Coarsens along one axis, by tiles of t cells."""
         tile = [1] * len(self.grid)
         tile[axis] = t
         coarse = self.coarse(tuple(tile))
@@ -155,7 +174,7 @@ class Stencil(Grid):
             cells = np.arange(g)
             neighbours = (cells + self.offset(axis, i)) % g
             step = neighbours // t - cells // t
-            # The shorter way round, where the neighbour is across the edge.
+            # If the neighbour is across the edge, take the shorter way around.
             n = coarse.grid[axis]
             step = np.where(step > coarse.reach[axis], step - n, step)
             step = np.where(step < -coarse.reach[axis], step + n, step)
@@ -175,7 +194,7 @@ class Stencil(Grid):
         return coarse, jnp.stack(stacked, axis=offset_axis)
 
     def dense(self, S):
-        """The matrix itself, with rows (field, *cell)."""
+        """The matrix itself, shape (n, n); the order of its rows is (field, *cell)."""
         dim, n = len(self.grid), self.num_cells
         cell = np.arange(math.prod(self.grid)).reshape(self.grid)
         rows, columns = np.zeros(self.shape, int), np.zeros(self.shape, int)
@@ -192,7 +211,8 @@ class Stencil(Grid):
 def _wrap(x, axis, before, after):
     """x with its last elements before it along an axis, and its first ones after it.
 
-    One concatenation: ``jnp.pad`` makes one for each end, and they are not fused.
+    This is one concatenation: ``jnp.pad`` makes one for each end, which XLA does not
+    fuse.
     """
     n = x.shape[axis]
     first = jax.lax.slice_in_dim(x, n - before, n, axis=axis)

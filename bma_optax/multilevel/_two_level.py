@@ -1,13 +1,14 @@
-"""The inverse of a block mean of curvature, eq. (3): from products with G to C.
+"""The inverse of a block mean of curvature, Lu et al. 2018, eq. 3, from products.
 
-With z² = |diag G| and F = Z^-1 G Z^-1, E is weighted by z so that constants are
-represented: Z^-1 E is then the indicator of each block over ‖z‖ there, and
+With z² = |diag G| and F = Z^-1 G Z^-1, column i of E is z on block i, normalised. Z^-1
+E then represents constants: it is the indicator of each block over ‖z‖ there. So
 
     M = Eᵀ F E = N / (n nᵀ),   n_i² = Σ_block z²,   Λ_i = (s_i - M_ii) / (s_i - 1),
-    C = Z^-1 [Λ̄^-1 (I - P) + E M^-1 Eᵀ] Z^-1 = (Λ̄ z²)^-1 + 1 K 1ᵀ
+    C = Z^-1 [Λ̄^-1 (I - E Eᵀ) + E M^-1 Eᵀ] Z^-1 = (Λ̄ z²)^-1 + 1 K 1ᵀ
 
-where 1 are the indicators, N = 1ᵀ G 1 and K = (M^-1 - Λ^-1) / (n nᵀ): a diagonal
-smoother and a coarse correction of the L block sums.
+with the indicators 1 of L blocks, N = 1ᵀ G 1 and K = (M^-1 - Λ^-1) / (n nᵀ), L x L. The
+first term of C is a diagonal smoother on trees like the parameters, the second a coarse
+correction of block sums.
 """
 
 import dataclasses
@@ -31,28 +32,31 @@ from bma_optax.partitions._rules import Rule
 
 
 class Gathered(NamedTuple):
-    """What a refresh finds of a curvature."""
+    """What a refresh measures of a curvature G."""
 
     N: Any  # a part for each system, see TwoLevel.like.
     diagonal: Any  # like params: |diag G|.
-    rounding: tuple[jax.Array, ...]  # of M, one a system, shape ().
+    rounding: tuple[jax.Array, ...]  # rounding of M, one a system, shape ().
     local: jax.Array  # shape (), bool: whether G reaches no further than declared.
     products: jax.Array  # shape (), int32.
 
 
 class Factor(NamedTuple):
-    """C = diag(inverse_diagonal) + 1 K 1ᵀ, and what it says of the curvature."""
+    """C = diag(inverse_diagonal) + 1 K 1ᵀ, and what it shows of the curvature."""
 
-    inverse_diagonal: Any  # like params: 1 / (Λ̄ z²), Λ damped.
+    inverse_diagonal: Any  # like params: 1 / (Λ̄ z²), with the damped Λ.
     Lambda: jax.Array  # shape (L,): Λ + damping.
     K: Any  # a part for each system, see TwoLevel.like.
-    coarse_ratio: jax.Array  # shape (): min eig(M) / median(Λ), undamped.
+    coarse_ratio: jax.Array  # shape (): min eig(M) / median(Λ), both undamped.
     floored: jax.Array  # shape (), int32: eigenvalues of M negative or below the floor.
 
 
 @dataclasses.dataclass(frozen=True)
 class TwoLevel:
-    """The two-level method on one partition; static. N and K are arrays beside it."""
+    """The two-level method on one partition; static.
+
+    N and K are arrays beside it, in a state; :meth:`like` tells their shapes.
+    """
 
     blocks: Partition
 
@@ -62,10 +66,10 @@ class TwoLevel:
         return *dense_system(self.blocks), *nested_systems(self.blocks)
 
     def like(self, dtype) -> tuple[Any, Any]:
-        """The shapes of N and of K: a tuple with a part for each system.
+        """The shapes of N and of K: a tuple of each, with a part for each system.
 
-        One empty array where there is none: Optax's placeholder for the parameters has
-        no arrays, and what is held for it must be a prefix of what is held for others.
+        Without systems, each is one empty array. Optax's placeholder for the parameters
+        has no arrays, and its state must be a prefix of the states of other parameters.
         """
         if not self.systems:
             return (jax.ShapeDtypeStruct((0,), dtype),) * 2
@@ -73,7 +77,7 @@ class TwoLevel:
         return N, K
 
     def check_state(self, N, K) -> None:
-        """Raises a ValueError for what another partition has made."""
+        """Raises a ValueError if N and K belong to another partition."""
         found, expected = (
             tuple(x.shape for x in jax.tree.leaves(tree))
             for tree in ((N, K), self.like(jnp.float32))
@@ -81,12 +85,12 @@ class TwoLevel:
         self.blocks.check_state(*found, expected=expected)
 
     def initial(self, params) -> tuple[Any, Factor]:
-        """N = 0, and the factor of C = I for a damping of 0."""
+        """N = 0, and the factor of C = I without damping."""
         ones = jax.tree.map(
             lambda p: jnp.ones_like(p, dtype=_tree.statistic_dtype(p)), params
         )
         zeros = 0 * self.blocks.block_sums(ones)
-        # On the mesh of the parameters, as is then all that it is added to.
+        # Add this zero to everything: it is on the mesh of the parameters.
         zero = jnp.sum(zeros)
         N, K = jax.tree.map(
             lambda x: zero + jnp.zeros(x.shape, x.dtype), self.like(zero.dtype)
@@ -96,17 +100,18 @@ class TwoLevel:
     def gather(
         self, curvature, G: LinearOperator, key, extra_args, known_far=False
     ) -> Gathered:
-        """N, |diag G|, and whether a declared reach is true, by products with G.
+        """Gathers N and |diag G| by products with G, and checks a declared reach.
 
-        Where it is not, this raises or, traced, warns, unless that is known before. The
-        diagonal is then one for which the reach does not matter.
+        If the reach is too small, this raises an error; if traced, it warns, unless
+        that was known before. The diagonal then comes from probes that need no reach.
 
         Args:
-          curvature: knows its diagonal, or how many products that may cost.
+          curvature: the :class:`Curvature`, which may know its diagonal. It bounds the
+            number of products for the diagonal otherwise.
           G: the curvature at the parameters.
           key: a random key for the probes.
-          extra_args: what functions of the curvature may take.
-          known_far: whether it is known to reach further.
+          extra_args: arguments for the functions of the curvature.
+          known_far: whether an earlier check has found the reach too small.
         """
         key_N, key_diagonal, key_rounding = jax.random.split(key, 3)
         dtype = _tree.common_statistic_dtype(G.params)
@@ -128,12 +133,13 @@ class TwoLevel:
         if checks:
             check = _coloring.worst(checks)
             local = check.error <= check.tolerance
-            # What is not finite is a failure of the curvature, not of its reach.
+            # If N is not finite, the curvature has failed, not its reach.
             reaches_far = ~local & _tree.all_finite(N) & ~jnp.asarray(known_far)
             _warnings.raise_or_warn(reaches_far, _reaches_far, *check)
             if given is None:
 
                 def without_a_reach():
+                    """The diagonal by probes alone, and all products so far."""
                     every = [True] * len(jax.tree.leaves(G.params))
                     found, more = _diagonal.probed(curvature, G, every, key_diagonal)
                     return found, products + more
@@ -155,7 +161,10 @@ class TwoLevel:
         )
 
     def _diagonal(self, curvature, G, sums, key) -> tuple[Probed, list]:
-        """diag G, as far as the systems find it and else probed; and their checks."""
+        """diag G and the products for it, and the checks of a reach.
+
+        The systems find it where they can; probes of :mod:`curvature` find the rest.
+        """
         zeros = _tree.zeros_like(G.params, _tree.statistic_dtype)
         leaves, treedef = jax.tree.flatten(zeros)
         rest, checks, products = [True] * len(leaves), [], jnp.int32(0)
@@ -174,12 +183,12 @@ class TwoLevel:
         return Probed(jax.tree.unflatten(treedef, leaves), products), checks
 
     def invert(self, found: Gathered, damping, min_eigenvalue) -> Factor:
-        """The inverse of the block mean of G + damping · Z², positive definite.
+        """Inverts the block mean of G + damping Z²; the inverse is positive definite.
 
-        Absolute eigenvalues of M + damping I, at least ``min_eigenvalue`` and
-        ``damping``, stand in the place of its eigenvalues; along directions in which
-        they are no larger than rounding there is the diagonal alone. So there is
-        everywhere where G is not local as declared.
+        The absolute eigenvalues of M + damping I replace its eigenvalues. They are at
+        least ``min_eigenvalue`` and ``damping``. Along directions where they are no
+        larger than rounding, C has its diagonal part alone. If G reaches further than
+        declared, C is its diagonal part everywhere.
         """
         z2 = positive(self.blocks, found.diagonal)
         n2 = self.blocks.block_sums(z2)
@@ -199,16 +208,16 @@ class TwoLevel:
             K = tuple(part.K for part in parts)
             K = jax.tree.map(lambda x: jnp.where(found.local, x, 0), K)
             smallest = jnp.min(jnp.stack([part.smallest for part in parts]))
-            # A sort of all would cost as much as the rest.
+            # Take every k-th: a sort of all would cost as much as everything else.
             median = jnp.median(undamped[:: 1 + len(undamped) // 1000])
-            # Where every direction is null there is nothing to correct.
+            # If every direction is null, there is nothing to correct.
             ratio = jnp.where(jnp.isinf(smallest), 1, smallest / median)
             floored = sum(part.floored for part in parts)
         scale = self.blocks.expand(1 / Lambda, z2, default=1 / (1 + damping))
         return Factor(jax.tree.map(jnp.divide, scale, z2), Lambda, K, ratio, floored)
 
     def apply(self, inverse_diagonal, N, K, g):
-        """C g, in the dtypes of statistics."""
+        """C g for a tree g like the parameters, in the dtypes of statistics."""
         g = _tree.astype(g, inverse_diagonal)
         sums = self.blocks.block_sums(g)
         parts = zip(self.systems, N, K, self._split(sums), strict=True)
@@ -218,33 +227,36 @@ class TwoLevel:
         return jax.tree.map(lambda d, g, c: d * g + c, inverse_diagonal, g, shift)
 
     def diagonal(self, inverse_diagonal, Lambda, damping):
-        """The z² that a factor was made of."""
+        """z², recovered from the factor that was computed from it."""
         scale = self.blocks.expand(
             1 / Lambda, inverse_diagonal, default=1 / (1 + damping)
         )
         return jax.tree.map(jnp.divide, scale, inverse_diagonal)
 
     def small_matrices(self, N, z2) -> list[jax.Array]:
-        """M of all dense groups, shape (groups, blocks, blocks) for each bucket."""
+        """M of each bucket of dense groups, shape (groups, blocks, blocks)."""
         n2 = self._split(self.blocks.block_sums(z2))
         parts = zip(self.systems, N, n2, strict=True)
         matrices = [system.small_matrices(*part) for system, *part in parts]
         return list(itertools.chain(*matrices))
 
     def _split(self, values):
-        """A vector over all blocks as one for each system."""
+        """Splits a vector over all blocks into one for each system."""
         counts = [system.num_blocks for system in self.systems]
         bounds = itertools.accumulate(counts, initial=0)
         return [values[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def two_level(params, rule: Rule) -> TwoLevel:
-    """That of parameters and a rule, for use in ``update``."""
+    """The two-level method of a rule on these parameters, for use in ``update``."""
     return TwoLevel(_build.layout(params, rule))
 
 
 def checked_two_level(params, rule: Rule) -> TwoLevel:
-    """The same for use in ``init``: refuses what is too large, warns of guesses."""
+    """The two-level method of a rule on these parameters, for use in ``init``.
+
+    Raises an error for matrices that are too large, and warns of guesses.
+    """
     return TwoLevel(_build.partition(params, rule))
 
 

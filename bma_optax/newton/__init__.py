@@ -1,8 +1,10 @@
 """Newton's method with block means of curvature: C -> direction -> step.
 
-_newton, _natural       the direction C g, C refreshed every so many steps
-_quadratic_model        its length and the momentum, by a model of the loss
-_aliases, _masks        both in a chain; masks that follow on it
-_preconditioner         C alone, for linear solvers
-_diagnostics            what a state shows of its small matrices and of its update
+_newton             the direction C g, with a new C every so many steps
+_natural            the direction for the information matrix
+_quadratic_model    the step rule: length and momentum from a model of the loss
+_aliases            direction and step rule in a chain
+_masks              finds the arrays that a later mask freezes
+_preconditioner     C alone, for linear solvers
+_diagnostics        numbers of a state for a logger
 """

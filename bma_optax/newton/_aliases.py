@@ -1,4 +1,11 @@
-"""Newton-BMA and natural-gradient-BMA with their step rule."""
+"""Newton-BMA and natural-gradient-BMA as optimisers, with their step rule.
+
+    θ <- θ - a C g + b (θ - θ_previous)
+
+for parameters θ and gradients g of one structure and shapes. C comes from
+``scale_by_newton_bma`` or ``scale_by_natural_bma``, a and b from
+``scale_by_quadratic_model``, or a from a learning rate with b = 0.
+"""
 
 from typing import Any
 
@@ -28,27 +35,39 @@ def newton_bma(
 
     .. math:: \theta \leftarrow \theta - a \, C g + b \, (\theta - \theta_{previous})
 
+    C is the inverse of :func:`scale_by_newton_bma`.
+
     Args:
-      partition: the rule, see :func:`scale_by_newton_bma`, as for the arguments below.
-      learning_rate: None for a and b by :func:`scale_by_quadratic_model`, which needs
-        no tuning; a number or a schedule for a, with b = 0.
-      curvature: what G is.
-      update_interval: steps from one refresh of the factor to the next.
-      b2: the decay of the averages over refreshes.
-      damping: μ >= 0.
-      min_eigenvalue: the least eigenvalue of M.
-      max_norm: the largest global norm of a step; None for no limit.
-      key: a seed or a random key.
+      partition: the rule that cuts the parameters into blocks: ``bma.per_leaf`` for one
+        block an array, ``bma.per_tile((4, 4), reach=1)`` for a field on a grid. An
+        array without blocks is scaled by its diagonal. Each refresh checks a declared
+        ``reach``.
+      learning_rate: a, a number >= 0 or a schedule, with b = 0. None takes a and b from
+        :func:`scale_by_quadratic_model`, which needs no tuning.
+      curvature: what G is: ``bma.Hessian()``, the default, which needs no more than the
+        loss; ``bma.GaussNewton(...)`` or another :class:`Curvature`.
+      update_interval: an integer >= 1, the steps from one refresh of C to the next. The
+        first step has a refresh; each makes all its products with G anew.
+      b2: the decay of the averages of N and diag G over refreshes, a number in [0, 1).
+        The default keeps no averages: a full loss has no noise. Mini-batches need b2 >
+        0.
+      damping: μ, a number >= 0: C inverts the block mean of F + μ I, where F has a unit
+        diagonal. The default is 0, since C is positive definite without damping.
+      min_eigenvalue: the floor of M's absolute eigenvalues, a number >= 0. At 0 the
+        damping and the resolution of the dtype are the floors.
+      max_norm: the largest global norm of a step, a number > 0. None sets no limit.
+      key: a seed or a random key, for the probes and for ``bma.Fisher``.
 
     Returns:
       A chain of :func:`scale_by_newton_bma` and the step rule. ``update`` takes
-      ``value_fn``, the loss, and its other arguments. To freeze arrays set their
-      gradients to 0 before it, ``optax.chain(optax.masked(optax.set_to_zero(),
-      frozen), newton_bma())``; a mask after it is found when the first step is taken,
-      which may raise the loss.
+      ``value_fn``, the loss, and the other arguments of the loss. To freeze arrays, set
+      their gradients to 0 before the chain:
+      ``optax.chain(optax.masked(optax.set_to_zero(), frozen), newton_bma())``. A mask
+      after the chain is found only once the first step has been taken, and that step
+      may raise the loss.
 
     Raises:
-      TypeError, ValueError: as :func:`scale_by_newton_bma`.
+      TypeError, ValueError: for the reasons that :func:`scale_by_newton_bma` lists.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -67,7 +86,8 @@ def newton_bma(
       Objective function: 8.5417
       Objective function: 8.5250
 
-    Source: the report's eq. (1) and (3).
+    Source: Lu et al., `Block Mean Approximation for Efficient Second Order Optimization
+    <https://arxiv.org/abs/1804.05484>`_, 2018, eq. 1 and 3.
     """
     return _descend(
         _newton.scale_by_newton_bma(
@@ -102,23 +122,33 @@ def natural_bma(
 
     .. math:: \theta \leftarrow \theta - a \, C g + b \, (\theta - \theta_{previous})
 
+    C is the inverse of :func:`scale_by_natural_bma`.
+
     Args:
-      curvature: ``bma.Fisher(...)`` or another, see :func:`scale_by_natural_bma`.
-      partition: the rule, see :func:`scale_by_natural_bma`, as for the arguments below.
-      learning_rate: None for a and b by :func:`scale_by_quadratic_model`; a number or a
-        schedule for a, with b = 0.
-      update_interval: steps from one refresh of the factor to the next.
-      b2: the decay of the averages over refreshes.
-      damping: μ >= 0.
-      min_eigenvalue: the least eigenvalue of M.
-      max_norm: the largest global norm of a step; None for no limit.
-      key: a seed or a random key.
+      curvature: ``bma.Fisher(...)``, which samples labels; or ``bma.GaussNewton(...)``,
+        which is the Fisher matrix without sampling for log likelihoods of an
+        exponential family.
+      partition: the rule that cuts the parameters into blocks, such as ``bma.per_leaf``
+        for one block an array. An array without blocks is scaled by its diagonal.
+      learning_rate: a, a number >= 0 or a schedule, with b = 0. None takes a and b from
+        :func:`scale_by_quadratic_model`, which needs no tuning.
+      update_interval: an integer >= 1, the steps from one refresh of C to the next. The
+        first step has a refresh; each makes all its products with G anew.
+      b2: the decay of the averages of N and diag G over refreshes, a number in [0, 1).
+        The default averages over about 20 refreshes, because G is sampled.
+      damping: μ, a number >= 0: C inverts the block mean of F + μ I, where F has a unit
+        diagonal. The default limits what noise in small eigenvalues can do.
+      min_eigenvalue: the floor of M's absolute eigenvalues, a number >= 0. At 0 the
+        damping and the resolution of the dtype are the floors.
+      max_norm: the largest global norm of a step, a number > 0. None sets no limit.
+      key: a seed or a random key, for the sampled labels and the probes.
 
     Returns:
-      A chain of :func:`scale_by_natural_bma` and the step rule.
+      A chain of :func:`scale_by_natural_bma` and the step rule. ``update`` takes
+      ``value_fn``, the loss, and the other arguments of the loss.
 
     Raises:
-      TypeError, ValueError: as :func:`scale_by_newton_bma`.
+      TypeError, ValueError: for the reasons that :func:`scale_by_newton_bma` lists.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -139,7 +169,8 @@ def natural_bma(
       Objective function: 0.367
       Objective function: 0.367
 
-    Source: the report's eq. (1) and (3).
+    Source: Lu et al., `Block Mean Approximation for Efficient Second Order Optimization
+    <https://arxiv.org/abs/1804.05484>`_, 2018, eq. 1 and 3.
     """
     return _descend(
         _natural.scale_by_natural_bma(
@@ -166,7 +197,7 @@ def _descend(
     max_norm: jax.typing.ArrayLike | None,
     key: jax.typing.ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
-    """``direction`` followed by the quadratic model's step rule, or by a rate."""
+    """``direction``, then the quadratic model's step rule or a learning rate."""
     if learning_rate is None:
         rule = _quadratic_model.scale_by_quadratic_model(
             curvature, max_norm=max_norm, key=key

@@ -1,4 +1,8 @@
-"""What the state of Newton-BMA shows of its small matrices and of its update."""
+"""Numbers for a logger, from the state of Newton-BMA.
+
+They are the extreme eigenvalues and correlations of M = N / (n nᵀ), shape (L, L), where
+all groups are dense, and the norms of the update C g over those of the diagonal method.
+"""
 
 from typing import Any
 
@@ -11,11 +15,16 @@ from bma_optax.multilevel._two_level import TwoLevel
 
 
 def of_newton(state, blocks, grads, estimator):
-    """Numbers of M where all groups are dense, and of C g with the gradients g.
+    """Numbers of M where all groups are dense, and of C g if the gradients g are given.
 
-    The state's trees, N and K among them, are lists of their arrays.
+    Args:
+      state: a :class:`ScaleByNewtonBMAState` whose trees, N and K among them, are lists
+        of their arrays.
+      blocks: the partition.
+      grads: a list of arrays like the parameters, or None.
+      estimator: not used.
     """
-    del estimator  # Curvature has none.
+    del estimator  # Newton-BMA has no estimator.
     method, D = TwoLevel(blocks), state.inverse_diagonal
     structure: Any = jax.tree.structure(method.like(jnp.float32))
     N, K = structure.unflatten((*state.N, *state.K))
@@ -33,7 +42,7 @@ def of_newton(state, blocks, grads, estimator):
 
 
 def fits(state, blocks) -> bool:
-    """Whether N and K of a state are those of a partition."""
+    """Whether N and K of a state have the shapes that a partition makes."""
     found, expected = (
         [x.shape for x in jax.tree.leaves(tree)]
         for tree in ((state.N, state.K), TwoLevel(blocks).like(jnp.float32))

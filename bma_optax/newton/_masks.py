@@ -1,4 +1,9 @@
-"""Masks after an optimiser that chooses its step as a whole: found and heeded."""
+"""Masks after an optimiser that chooses its step as a whole: how to find and heed them.
+
+A step rule minimises a model of the loss over all arrays at once. If a mask then
+freezes some of them, the rest of the step is not the one it chose. The wrapper finds
+the n arrays that never move, by a checksum of each, and sets their gradients to 0.
+"""
 
 from typing import NamedTuple
 
@@ -18,19 +23,21 @@ class MaskedState(NamedTuple):
 
 
 def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``tx``, on whose updates a mask may follow.
+    """Returns ``tx`` such that a mask may follow on its updates.
 
-    An array that has never moved, though others have, is taken for masked: its gradient
-    is set to 0, so that the step is chosen for the others. Instead it gets an update of
-    a rounding error downhill: where this moves it, there was no mask, or is none any
-    more, and it takes part from then on.
+    The wrapper takes an array for masked if it has never moved while others have. It
+    sets the gradient of a masked array to 0, so that ``tx`` chooses its step for the
+    others. It also gives the array an update of one rounding error downhill. If that
+    update moves the array, there is no mask, or none any more: the array takes part
+    from then on.
 
-    The state is that of ``tx``, a chain, with a :class:`MaskedState` behind.
+    The state is the tuple of states of ``tx``, a chain, with a :class:`MaskedState`
+    added.
     """
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):
-        state = tx.init(params)  # Says what is wrong.
+        state = tx.init(params)  # Raises the errors for wrong parameters.
         sums = _vector(_checksum, _tree.zeros_like(params), jnp.uint32)
         never = sums != sums
         return *state, MaskedState(sums, never, jnp.any(never))
@@ -39,7 +46,7 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         inner, last = state[:-1], _as_made(state[-1])
         _tree.check_vectors(updates, "The gradient of")
         known = params is not None and _tree.unlike(updates, params) is None
-        if not known or len(jax.tree.leaves(updates)) < 2:  # The former is an error.
+        if not known or len(jax.tree.leaves(updates)) < 2:  # tx raises if unknown.
             result, inner = tx.update(updates, inner, params, **extra_args)
             return result, (*inner, last)
         params, updates = _tree.arrays(params), _tree.same_order(updates, params)
@@ -63,7 +70,7 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
 
 
 def _as_made(state):
-    """The state in its own dtypes, which an average of states has not."""
+    """Returns the state in its own dtypes, which an average of states does not have."""
     checksums, moved, started = state
     return MaskedState(
         checksums.astype(jnp.uint32), moved.astype(bool), started.astype(bool)
@@ -71,13 +78,16 @@ def _as_made(state):
 
 
 def _vector(f, tree, dtype):
-    """f of each leaf."""
+    """f of each leaf of a tree, shape (n,); ``dtype`` is for a tree without leaves."""
     entries = [f(leaf) for leaf in jax.tree.leaves(tree)]
     return jnp.stack(entries) if entries else jnp.zeros(0, dtype)
 
 
 def _checksum(x):
-    """Of all bits: a change of one element always shows."""
+    """A checksum of all bits of x, uint32 of shape ().
+
+    It always changes if one element of x changes.
+    """
     bits = 8 * x.dtype.itemsize
     words = jax.lax.bitcast_convert_type(x, f"uint{bits}")
     if bits == 64:
@@ -86,7 +96,7 @@ def _checksum(x):
 
 
 def _nudge(g, p):
-    """Against the sign of g, the least that changes p."""
+    """The least change of p against the sign of g, in the shape and dtype of p."""
     info = jnp.finfo(p.dtype)
     size = 2 * float(info.eps) * jnp.abs(p) + float(info.tiny)
     return -jnp.sign(g).astype(p.dtype) * size.astype(p.dtype)

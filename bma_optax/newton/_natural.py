@@ -1,4 +1,11 @@
-"""Natural-gradient-BMA: eq. (1) and (3) with the information matrix."""
+"""Natural-gradient-BMA: Newton-BMA with the information matrix as curvature.
+
+    G = E[s sᵀ],   s the gradient of the log likelihood of a label the model draws,
+
+in the C g of Lu et al. 2018, eq. 1 and 3; updates have the shapes of the parameters.
+The defaults allow for the noise of G: the transformation averages over refreshes and
+adds a damping.
+"""
 
 import jax
 import optax
@@ -18,19 +25,26 @@ def scale_by_natural_bma(
     min_eigenvalue: jax.typing.ArrayLike = 0.0,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales updates by the inverse of a block mean of the information matrix.
+    """Scales updates by the inverse of a block mean of the information matrix.
 
-    :func:`scale_by_newton_bma` for a G that is an average over draws, with defaults
-    that allow for its noise: a moving average over refreshes and a damping.
+    This is :func:`scale_by_newton_bma` for a G that is an average over random draws.
+    Its defaults allow for the noise of the draws: a moving average over refreshes, and
+    damping.
 
     Args:
-      curvature: ``bma.Fisher(...)``; or ``bma.GaussNewton(...)``, which is the Fisher
-        matrix without sampling for log likelihoods of an exponential family.
-      partition: see :func:`scale_by_newton_bma`, as for the arguments below.
-      update_interval: steps from one refresh of the factor to the next.
-      b2: the decay of the averages over refreshes.
-      damping: μ >= 0.
-      min_eigenvalue: the least eigenvalue of M.
+      curvature: ``bma.Fisher(...)``, which samples labels; or ``bma.GaussNewton(...)``,
+        which is the Fisher matrix without sampling for log likelihoods of an
+        exponential family.
+      partition: the rule that cuts the parameters into blocks, such as
+        ``bma.per_leaf``. An array without blocks is scaled by its diagonal.
+      update_interval: an integer >= 1, the steps from one refresh of C to the next. The
+        first step has a refresh.
+      b2: the decay of the averages of N and diag G over refreshes, a number in [0, 1).
+        The default averages over about 20 refreshes.
+      damping: μ, a number >= 0. C is the inverse of the block mean of F + μ I, where F
+        has a unit diagonal. The default limits what noise in small eigenvalues can do.
+      min_eigenvalue: the floor of M's absolute eigenvalues, a number >= 0. The damping
+        and the resolution of the dtype are floors too.
       key: a seed or a random key, for the sampled labels and the probes.
 
     Returns:
@@ -38,7 +52,7 @@ def scale_by_natural_bma(
       :class:`ScaleByNewtonBMAState`.
 
     Raises:
-      TypeError, ValueError: as :func:`scale_by_newton_bma`.
+      TypeError, ValueError: for the reasons that :func:`scale_by_newton_bma` lists.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -58,8 +72,9 @@ def scale_by_natural_bma(
       Objective function: 0.107
       Objective function: 0.077
 
-    Source: the report's eq. (1) and (3); Amari, Natural gradient works efficiently in
-    learning, 1998.
+    Source: Lu et al., `Block Mean Approximation for Efficient Second Order Optimization
+    <https://arxiv.org/abs/1804.05484>`_, 2018, eq. 1 and 3; Amari, Natural gradient
+    works efficiently in learning, 1998.
     """
     return _newton.scale_by_newton_bma(
         partition,

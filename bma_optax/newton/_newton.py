@@ -1,7 +1,12 @@
-"""Newton-BMA: the direction C g, eq. (1) and (3) with true curvature.
+"""Newton-BMA: the direction C g of Lu et al. 2018, eq. 1 and 3, with true curvature G.
 
-Every so many steps a refresh gathers N = 1ᵀ G 1 and diag G by products, averages them
-and makes C of them; between refreshes an update applies C to the gradient.
+    C = Z^-1 [Λ̄^-1 (I - E Eᵀ) + E M^-1 Eᵀ] Z^-1 = (Λ̄ z²)^-1 + 1 K 1ᵀ
+
+with z² = |diag G|, the normalised block indicators E, weighted by z, and the plain
+indicators 1. Every ``update_interval`` steps a refresh gathers N = 1ᵀ G 1 and diag G by
+products with G, averages them and computes C. Every update applies the last C to the
+gradient g. Trees have the shapes of the parameters; N and K are the arrays of the
+coarse systems of ``multilevel``.
 """
 
 from typing import Any, NamedTuple
@@ -21,14 +26,14 @@ from bma_optax.partitions import _rules
 class ScaleByNewtonBMAState(NamedTuple):
     """State of :func:`scale_by_newton_bma`, for L blocks.
 
-    N and K are tuples of parts, for blocks that see each other; without blocks they are
-    one empty array.
+    N and K are tuples with one part for each coarse system. Without blocks each is one
+    empty array.
 
-    - The first part is that of dense groups, where there are any: for each number n of
-      blocks that c groups have an array of shape (c, n, n).
-    - One follows for each grid, of f fields on a grid of cells with o offsets between
-      cells that meet: N is a stencil of shape (f, f, *o, *cells), K a named tuple of
-      arrays of shape (f, *cells) and of the levels below.
+    - The first part belongs to the dense groups, if there are any. It has one array of
+      shape (c, n, n) for each number n of blocks that c groups have.
+    - One part follows for each grid. For f fields on a grid of cells, with o offsets
+      between cells that meet, N is a stencil of shape (f, f, *o, *cells). K is a named
+      tuple of arrays of shape (f, *cells) and of the arrays of the levels below.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -39,14 +44,14 @@ class ScaleByNewtonBMAState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # shape (), int32: steps taken.
-    key: jax.Array  # shape (2,), uint32: the numbers of a random key, never another.
+    key: jax.Array  # shape (2,), uint32: the data of a random key; constant.
     inverse_diagonal: optax.Updates  # like params: 1 / (Λ̄ z²).
     Lambda: jax.Array  # shape (L,): the damped Λ.
-    K: Any  # (M^-1 - Λ^-1) / (n nᵀ) of the last good factor; on a grid without N.
-    N: Any  # block sums of G, averaged.
-    refreshes: jax.Array  # shape (), int32: factors made.
-    damping: jax.Array  # shape ().
-    products: jax.Array  # shape (), int32: products with G spent.
+    K: Any  # (M^-1 - Λ^-1) / (n nᵀ) of the last finite factor.
+    N: Any  # 1ᵀ G 1, the block sums of G, averaged over refreshes.
+    refreshes: jax.Array  # shape (), int32: finite factors so far.
+    damping: jax.Array  # shape (): μ of the last finite factor.
+    products: jax.Array  # shape (), int32: products with G so far.
     failures: jax.Array  # shape (), int32: factors that were not finite.
     coarse_ratio: jax.Array  # shape (): min eig(M) / median(Λ).
     floored: jax.Array  # shape (), int32: eigenvalues of M negative or below the floor.
@@ -70,54 +75,60 @@ def scale_by_newton_bma(
         z^2 = |\mathrm{diag}\, G|, \quad F = Z^{-1} G Z^{-1}, \quad M = E^T F E, \quad
         \Lambda_i = \frac{s_i - M_{ii}}{s_i - 1}
 
-    for the curvature G of eq. (1), with E weighted by z inside each block: a diagonal
-    smoother, plus Newton's method on the L block means. M is exact and costs L products
-    with G and four more, which tell what rounding leaves of it; the diagonal costs up
-    to ``curvature.num_probes`` (none where every block has one element, which is
-    Newton's method itself). No d x d matrix is built.
+    G is the curvature in Lu et al. 2018, eq. 1. Column i of E is z on block i, which
+    has s_i elements, scaled to norm 1, and 0 elsewhere. The direction :math:`C g` is
+    Newton's method on the L block means, and a diagonal smoother on everything else.
+
+    M is exact. It costs L products with G, and four more measure the rounding of M. A
+    rule that declares a ``reach`` (:func:`per_tile`) needs a number of products that
+    does not depend on L. The diagonal costs up to ``curvature.num_probes`` products;
+    where every block has one element it costs none, and the method is Newton's method
+    itself.
 
     C is positive definite whatever G is, so :math:`-C g` is always a descent direction.
-    A factor that is not finite is not taken: the last good one (at first the
-    identity) stays.
+    If a new C is not finite, the last finite one stays; the first one is the identity.
 
     Args:
-      partition: the rule that cuts parameters into blocks, ``bma.per_leaf`` and so on.
-        An array without blocks is scaled by its diagonal. Each refresh checks a
-        ``reach`` that the rule declares (:func:`per_tile`) by products with a random
-        vector, to what the arithmetic of the loss resolves. Where it is not true,
-        ``update`` raises a ValueError outside ``jax.jit``; within it warns once, at
-        run time, takes the diagonal alone, by random signs, and sets ``state.local``
-        to False. ``jax.export`` cannot write such a warning: trace under
-        ``warnings.simplefilter("ignore")`` for it.
-      curvature: what G is: ``bma.Hessian()``, ``bma.GaussNewton(...)``, ...
-      update_interval: steps from one refresh of the factor to the next; the first step
-        has one. A constant curvature needs no other; each costs all products anew.
-      b2: the decay of the averages of N and diag G over refreshes, in [0, 1); for
-        mini-batches. Bias-corrected.
-      damping: μ >= 0: the inverse is that of the block mean of F + μ I, that is M + μ I
-        and Λ + μ.
-      min_eigenvalue: the least eigenvalue of M, >= 0. Below it, the damping, and what
-        the dtype resolves, absolute eigenvalues are raised to these.
+      partition: the rule that cuts the parameters into blocks, such as
+        ``bma.per_leaf``. An array without blocks is scaled by its diagonal. Each
+        refresh checks the ``reach`` that a rule declares by products with a random
+        vector, as finely as the arithmetic of the loss allows. If the reach is too
+        small, ``update`` raises a ValueError outside ``jax.jit``. Inside it warns once,
+        at run time, takes the diagonal alone for C, probed by random signs, and sets
+        ``state.local`` to False. ``jax.export`` cannot write such a warning: trace
+        under ``warnings.simplefilter("ignore")`` for it.
+      curvature: what G is: ``bma.Hessian()``, ``bma.GaussNewton(...)`` or another
+        :class:`Curvature`.
+      update_interval: an integer >= 1, the steps from one refresh of C to the next. The
+        first step has a refresh. Each refresh makes all products anew; if the curvature
+        is constant, one is enough.
+      b2: the decay of the averages of N and diag G over refreshes, a number in [0, 1).
+        The averages are bias-corrected; they reduce the noise of mini-batches.
+      damping: μ, a number >= 0. C is the inverse of the block mean of F + μ I, which
+        has M + μ I in place of M and Λ + μ in place of Λ.
+      min_eigenvalue: the floor of M's absolute eigenvalues, a number >= 0. The damping
+        and the resolution of the dtype are floors too.
       key: a seed or a random key, for the probes and for ``bma.Fisher``.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with the state
-      :class:`ScaleByNewtonBMAState`. ``update`` takes ``value_fn``, the loss, and
-      passes its other keywords to the functions that name them in their signatures:
+      :class:`ScaleByNewtonBMAState`. ``update`` takes ``value_fn``, the loss. It passes
+      its other keywords to the functions that name them in their signatures:
       ``tx.update(grads, state, params, value_fn=loss, batch=batch)``. Under
       ``optax.masked`` or ``optax.partition`` these functions get the tree that the
-      wrapper leaves, as those of Optax's line searches do.
+      wrapper leaves, as do the functions of Optax's line searches.
 
-      An array whose whole gradient is 0 gets no update: it is frozen, by
-      ``optax.chain(optax.masked(optax.set_to_zero(), frozen), tx)``, or waits until it
-      has one, as layers below one that starts at 0 do for a step.
+      An array whose whole gradient is 0 gets no update. Such an array is frozen, as by
+      ``optax.chain(optax.masked(optax.set_to_zero(), frozen), tx)``, or it waits for
+      its first gradient, as the layers below a layer that starts at 0 do for one step.
 
     Raises:
-      TypeError: if ``partition`` is no rule or ``curvature`` no curvature; at ``init``,
-        if a leaf is no real floating array.
+      TypeError: if ``partition`` is not a rule or ``curvature`` is not a curvature; at
+        ``init``, if a leaf is not a real floating array.
       ValueError: if a number is out of its range; at ``init``, if the rule does not fit
-        the parameters; at ``update``, without ``params`` or a needed ``value_fn``, or
-        if the gradients are not of the structure and shapes that ``init`` saw.
+        the parameters; at ``update``, if ``params`` or a needed ``value_fn`` is
+        missing, or if the gradients do not have the structure and shapes that ``init``
+        saw.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -134,12 +145,14 @@ def scale_by_newton_bma(
       Objective function: 0.000
       Objective function: 0.000
 
-    For quadratic losses heavy ball costs least, ``optax.chain(scale_by_newton_bma(),
-    optax.trace(0.45), optax.scale(-1.3))``, where the largest eigenvalue of C G is
-    below 2.2 (about 1.9 for Laplacians, far more for blurs). :func:`newton_bma`, with
-    its own step rule, has no such condition.
+    On quadratic losses, heavy ball is the cheapest step rule:
+    ``optax.chain(scale_by_newton_bma(), optax.trace(0.45), optax.scale(-1.3))``. It
+    needs the largest eigenvalue of C G to be below 2.2; that is about 1.9 for
+    Laplacians and far more for blurs. The step rule of :func:`newton_bma` has no such
+    condition.
 
-    Source: the report's eq. (1) and (3).
+    Source: Lu, Harandi, Hartley and Pascanu, `Block Mean Approximation for Efficient
+    Second Order Optimization <https://arxiv.org/abs/1804.05484>`_, 2018, eq. 1 and 3.
     """
     _rules.check_rule(partition)
     _kinds.check_curvature(curvature)
@@ -154,7 +167,7 @@ def scale_by_newton_bma(
         method = _two_level.checked_two_level(params, partition)
         N, factor = method.initial(params)
 
-        def zero():  # A new one each time: donated buffers must not be shared.
+        def zero():  # Makes a new array each time: donated buffers must not be shared.
             return jnp.zeros_like(factor.floored)
 
         return ScaleByNewtonBMAState(
@@ -180,9 +193,9 @@ def scale_by_newton_bma(
             product = _kinds.product_at(
                 curvature, params, key_labels, value_fn, extra_args
             )
-            # The same probes at every refresh, so that C changes only where the
-            # curvature does: conjugate directions need that. With b2 > 0 new ones:
-            # the averages reduce their noise.
+            # Reuse the same probes at every refresh, so that C changes only when the
+            # curvature does: conjugate directions need a constant C. When averaging
+            # (b2 > 0), draw new ones: the average then reduces their noise.
             draw = jnp.where(jnp.asarray(b2) > 0, state.refreshes, 0)
             found = method.gather(
                 curvature,
@@ -197,8 +210,8 @@ def scale_by_newton_bma(
 
         state = _refresh.every(update_interval, state.count, refresh, state)
         result = method.apply(state.inverse_diagonal, state.N, state.K, updates)
-        # An array without a gradient is frozen, or at rest: P C P is positive definite
-        # on the others, where P C g were no descent direction.
+        # An array whose gradient is 0 gets no update: with P the projection to the
+        # other arrays, P C P is positive definite there and P C P g descends.
         result = _tree.zero_like(_tree.astype(result, updates), updates)
         return result, state._replace(count=optax.safe_increment(state.count))
 
@@ -206,7 +219,7 @@ def scale_by_newton_bma(
 
 
 def _checked(updates, state, params):
-    """The three as JAX's arrays, once they are known to fit each other."""
+    """Returns the three with JAX's arrays, after checking that they fit each other."""
     if params is None:
         raise ValueError(
             "`update` needs the parameters here. Pass update(grads, state, params, "
@@ -220,12 +233,12 @@ def _checked(updates, state, params):
 
 
 def _averaged(method, found, state, b2):
-    """What was found with N and diag G averaged over refreshes, bias-corrected."""
+    """Returns ``found`` with the bias-corrected averages of N and diag G."""
     if isinstance(b2, (int, float)) and b2 == 0:
         return found
     last = method.diagonal(state.inverse_diagonal, state.Lambda, state.damping)
     b = _as(state.Lambda, b2)
-    # 1 at the first refresh.
+    # The weight of the new numbers is 1 at the first refresh.
     weight = (1 - b) / (1 - b ** (state.refreshes + 1).astype(b.dtype))
     N, diagonal = jax.tree.map(
         lambda new, old: (1 - _as(new, weight)) * old + _as(new, weight) * new,
@@ -236,7 +249,7 @@ def _averaged(method, found, state, b2):
 
 
 def _last_good(state, found, factor, damping):
-    """The state with this factor if it is finite, else with the one that it has."""
+    """The state with this factor, or with its last one if this one is not finite."""
     refreshed = state._replace(
         N=found.N,
         refreshes=optax.safe_increment(state.refreshes),

@@ -1,7 +1,9 @@
-"""Newton-BMA as a preconditioner of an operator known by its products.
+"""Newton-BMA as a preconditioner of a linear operator A, known by its products.
 
-One refresh of :func:`scale_by_newton_bma` without an optimiser: C for conjugate
-gradients on A x = b, where x and b are trees of arrays.
+    C = Z^-1 [Λ̄^-1 (I - E Eᵀ) + E M^-1 Eᵀ] Z^-1
+
+as in ``_newton``, from one refresh without an optimiser: C preconditions conjugate
+gradients on A x = b, where x and b are trees of arrays like ``like``.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from bma_optax.partitions import _rules
 class Preconditioner:
     """The symmetric positive definite C of Newton-BMA; a pytree, called like a function.
 
-    Made by :func:`preconditioner`. Linear, and its own transpose and adjoint.
+    :func:`preconditioner` makes it. C is linear, and its own transpose and adjoint.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -39,17 +41,17 @@ class Preconditioner:
     method: _two_level.TwoLevel = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Any) -> Any:
-        """C x, in the dtypes of x.
+        """Returns C x, in the dtypes of x.
 
         Args:
-          x: one vector, a tree of the structure and shapes of ``like``. Several side by
-            side are for ``jax.vmap(C)``.
+          x: one vector, a tree of the structure and shapes of ``like``. For several
+            vectors use ``jax.vmap(C)``.
 
         Returns:
           A tree like x.
 
         Raises:
-          TypeError: if a leaf of x is no real floating array.
+          TypeError: if a leaf of x is not a real floating array.
           ValueError: if x has another structure or other shapes.
 
         Example:
@@ -74,7 +76,7 @@ class Preconditioner:
     def as_lineax(self) -> Any:
         """C as a ``lineax.FunctionLinearOperator``, tagged positive semi-definite.
 
-        For ``lineax.CG`` it goes into ``options={"preconditioner": ...}``. lineax is an
+        Pass it to ``lineax.CG`` in ``options={"preconditioner": ...}``. lineax is an
         optional dependency: ``pip install "bma-optax[lineax]"``.
 
         Example:
@@ -102,36 +104,39 @@ def preconditioner(
     num_probes: int = 32,
     key: jax.typing.ArrayLike = 0,
 ) -> Preconditioner:
-    r"""The inverse of a block mean of a symmetric operator, to precondition it with.
+    r"""Computes the inverse of a block mean of a symmetric operator A.
 
     .. math:: C = Z^{-1} [\bar\Lambda^{-1} (I - E E^T) + E M^{-1} E^T] Z^{-1}
 
-    as in :func:`scale_by_newton_bma`, by L products of the operator and up to
-    ``num_probes`` more for its diagonal.
+    C preconditions A. It is the C of :func:`scale_by_newton_bma` for G = A, and takes L
+    products with A, and up to ``num_probes`` more for the diagonal.
 
     Args:
-      product_fn: ``v -> A v`` on trees like ``like``.
-      like: a tree of floating arrays; its values do not matter.
-      partition: the rule that cuts it into blocks; its ``reach`` is how far entries of
-        A that meet are apart.
+      product_fn: the function ``v -> A v`` on trees like ``like``.
+      like: a tree of floating arrays. Only their shapes and dtypes matter.
+      partition: the rule that cuts the tree into blocks. A ``reach`` in it declares how
+        far apart the elements can be that A connects.
       diagonal: the diagonal of A, a tree like ``like``, if it is known.
-      damping: μ >= 0.
-      min_eigenvalue: the least eigenvalue of M, >= 0.
-      num_probes: products for the diagonal, see :class:`Curvature`.
-      key: a seed or a random key for them.
+      damping: μ, a number >= 0, added to M's eigenvalues and to Λ.
+      min_eigenvalue: the floor of M's absolute eigenvalues, a number >= 0. The damping
+        and the resolution of the dtype are floors too.
+      num_probes: the largest number of products for the diagonal; see
+        :class:`Curvature`.
+      key: a seed or a random key, for the probes.
 
     Returns:
-      A :class:`Preconditioner`. Along directions that A maps to 0, up to rounding, it
-      has no more than its diagonal part, so that singular systems can be solved.
-      Its field ``local`` tells whether A is as local as declared: under ``jax.jit``,
-      where nothing can be raised, C is the inverse of the diagonal if not.
+      A :class:`Preconditioner`. Along directions that A maps to 0, up to rounding, C
+      has only its diagonal part, so that conjugate gradients can solve singular
+      systems. The field ``local`` tells whether A reaches no further than declared. If
+      it does reach further, then under ``jax.jit``, where nothing can be raised, C is
+      the inverse of the diagonal.
 
     Raises:
-      TypeError, ValueError: as :func:`scale_by_newton_bma`; a ValueError if numbers are
-        not finite.
+      TypeError, ValueError: for the reasons that :func:`scale_by_newton_bma` lists; a
+        ValueError also if C is not finite, or if A reaches further than declared.
 
     Warns:
-      UserWarning: of the same, under ``jax.jit``, at run time.
+      UserWarning: at run time under ``jax.jit``, for the last two reasons.
 
     Example:
       >>> import jax, jax.numpy as jnp, bma_optax as bma
@@ -142,7 +147,8 @@ def preconditioner(
       >>> print(A(x))
       [0. 1. 2. 3.]
 
-    Source: the report's eq. (3).
+    Source: Lu et al., `Block Mean Approximation for Efficient Second Order Optimization
+    <https://arxiv.org/abs/1804.05484>`_, 2018, eq. 3.
     """
     _checks.not_negative(damping=damping, min_eigenvalue=min_eigenvalue)
     _checks.functions(product_fn=product_fn)

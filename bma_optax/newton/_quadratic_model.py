@@ -1,4 +1,11 @@
-"""Step rules: how far along a direction, and how much of the previous step."""
+"""The step rule of Newton-BMA: the length of a step, and its momentum.
+
+    δ = a Δ + b δ_previous,   (a, b) = argmin gᵀδ + δᵀGδ / 2
+
+for a direction Δ, the gradient g and the curvature G, all on trees like the parameters.
+Two products with G give the 2 x 2 matrix of the quadratic model; backtracking on the
+loss then shortens the step if it needs to.
+"""
 
 from typing import NamedTuple
 
@@ -12,8 +19,8 @@ from bma_optax.curvature import _kinds, _probing, _user_functions
 from bma_optax.curvature._kinds import Curvature
 from bma_optax.curvature._probing import LinearOperator
 
-_TRIALS = 12  # Each shrinks the step to between a tenth and a half.
-_SUFFICIENT_DECREASE = 1e-4
+_TRIALS = 12  # Each that fails shrinks the step to between a tenth and a half.
+_SUFFICIENT_DECREASE = 1e-4  # The part of the slope's decrease that a step must reach.
 
 
 class ScaleByQuadraticModelState(NamedTuple):
@@ -26,12 +33,12 @@ class ScaleByQuadraticModelState(NamedTuple):
       [0. 0. 0.] 0.0
     """
 
-    key: jax.Array  # shape (2,), uint32: the numbers of a random key.
+    key: jax.Array  # shape (2,), uint32: the data of a random key.
     previous_step: optax.Updates  # like params.
     learning_rate: jax.Array  # shape (): a of the last step, backtracking included.
-    momentum: jax.Array  # shape (): b of the last step, likewise.
-    backtracking: jax.Array  # shape (): the part of the model's step taken, 0 if none.
-    products: jax.Array  # shape (), int32: products with G spent.
+    momentum: jax.Array  # shape (): b of the last step, backtracking included.
+    backtracking: jax.Array  # shape (): the part of the model's step that was taken.
+    products: jax.Array  # shape (), int32: products with G so far.
 
 
 def scale_by_quadratic_model(
@@ -40,36 +47,37 @@ def scale_by_quadratic_model(
     max_norm: jax.typing.ArrayLike | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The best combination of a descent direction and the previous step.
+    r"""Takes the best combination of a descent direction and the previous step.
 
     .. math::
         \delta = a \, \Delta + b \, \delta_{previous}, \qquad
         (a, b) = \arg\min_{a, b} \; g^T \delta + \tfrac12 \delta^T G \delta
 
-    for the incoming updates Δ, by two products with G and a 2 x 2 solve; then
-    backtracking until the loss falls by 1e-4 of what its slope foretells (up to its
-    rounding), or 12 trials have failed, when there is no step. There is nothing to
-    tune. On a quadratic loss with a constant preconditioner this is the preconditioned
-    conjugate gradient method. Where the model is not convex, absolute eigenvalues of
-    the 2 x 2 matrix keep δ a descent direction, also if Δ is none.
+    Δ are the incoming updates. Two products with G and a 2 x 2 solve give a and b.
+    Backtracking then shortens δ until the loss falls by at least 1e-4 of the decrease
+    that its slope predicts, up to the rounding of the loss. After 12 failed trials
+    there is no step. The rule has nothing to tune. On a quadratic loss with a constant
+    preconditioner it is the preconditioned conjugate gradient method. If the model is
+    not convex, the absolute eigenvalues of the 2 x 2 matrix keep δ a descent direction,
+    even if Δ is not.
 
     Args:
-      curvature: what G is.
-      max_norm: the largest global norm of a step; None for no limit.
+      curvature: what G is: ``bma.Hessian()`` or another :class:`Curvature`.
+      max_norm: the largest global norm of a step, a number > 0. None sets no limit.
       key: a seed or a random key, for ``bma.Fisher``.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with the state
       :class:`ScaleByQuadraticModelState`. ``update`` takes ``value_fn``, the loss, and
-      passes its other keywords to the functions that name them; like Optax's line
-      searches it comes last in a chain and wants updates that descend. It takes the
-      gradient of ``value_fn`` itself; under one ``jax.jit`` XLA may merge it with the
+      passes its other keywords to the functions that name them. Like Optax's line
+      searches it comes last in a chain and takes updates that descend. It computes the
+      gradient of ``value_fn`` itself; under one ``jax.jit`` XLA may merge this with the
       caller's.
 
     Raises:
-      TypeError: if ``curvature`` is none.
-      ValueError: if ``max_norm`` is not positive; at ``update``, without ``params`` or
-        ``value_fn``.
+      TypeError: if ``curvature`` is not a curvature.
+      ValueError: if ``max_norm`` is not positive; at ``update``, if ``params`` or
+        ``value_fn`` is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -97,7 +105,7 @@ def scale_by_quadratic_model(
     def init_fn(params):
         params = _tree.parameters(params)
 
-        def zero():  # A new one each time: donated buffers must not be shared.
+        def zero():  # Makes a new array each time: donated buffers must not be shared.
             return 0 * _tree.vdot(_tree.zeros_like(params), _tree.zeros_like(params))
 
         return ScaleByQuadraticModelState(
@@ -141,8 +149,8 @@ def scale_by_quadratic_model(
             step = _scale(part, step)
         t = _backtrack(f, params, step, value, slope, dtype)
         step = _scale(t, step)
-        # A direction that is not finite shows in the updates and is forgotten here: no
-        # step along it was accepted.
+        # Keep no step along a direction that is not finite: none was accepted. The
+        # updates still show it.
         accepted = t > 0
         kept = jax.tree.map(lambda x: jnp.where(accepted, x, 0), step)
         return _tree.astype(step, updates), ScaleByQuadraticModelState(
@@ -158,7 +166,13 @@ def scale_by_quadratic_model(
 
 
 def _minimise(gradient, G, direction, previous, dtype):
-    """The minimiser (a, b) of the model over the two directions, and its slope."""
+    """The minimiser (a, b) of the model over the two directions, and its slope.
+
+    Args:
+      gradient, direction, previous: trees like the parameters.
+      G: the curvature, a function of such trees.
+      dtype: the dtype of the three results, which have shape ().
+    """
     curved, curved_previous = G(direction), G(previous)
     vdot = _tree.vdot
     mixed = vdot(direction, curved_previous)
@@ -169,8 +183,8 @@ def _minimise(gradient, G, direction, previous, dtype):
         ]
     ).astype(dtype)
     r = -jnp.array([vdot(gradient, direction), vdot(gradient, previous)]).astype(dtype)
-    # In the units in which both directions have curvature 1. One without curvature has
-    # length 1 at most a thousand times, where only backtracking can limit it.
+    # Solve in units in which both directions have curvature 1. A direction without
+    # curvature gets at most a thousand times its length: only backtracking limits it.
     size = jnp.abs(jnp.diagonal(A))
     size = jnp.maximum(size, jnp.array([1e-3, 0.0], dtype) * jnp.abs(r))
     usable = size > 0
@@ -185,14 +199,16 @@ def _minimise(gradient, G, direction, previous, dtype):
 
 
 def _backtrack(f, params, step, value, slope, dtype):
-    """A t in (0, 1] with f(params + t step) low enough, 0 if none was found."""
+    """A t in (0, 1] with f(params + t step) low enough, or 0 if none is found."""
     value = value.astype(dtype)
     slack = 10 * float(jnp.finfo(dtype).eps) * jnp.abs(value)
 
     def attempt(t):
+        """Returns t and True if t is accepted, else the next t and False."""
         new = f(_combine(jnp.ones((), dtype), params, t, step)).astype(dtype)
         accepted = new <= value + _SUFFICIENT_DECREASE * t * slope + slack
-        # The minimum of the parabola through what is known, kept within bounds.
+        # Go to the minimum of the parabola through both values and the slope, but not
+        # below 0.1 t or above 0.5 t.
         bend = new - value - t * slope
         best = -slope * jnp.square(t) / (2 * jnp.where(bend > 0, bend, 1))
         shorter = jnp.where(
@@ -210,10 +226,12 @@ def _backtrack(f, params, step, value, slope, dtype):
 
 
 def _combine(a, x, b, y):
+    """a x + b y, for numbers a and b and trees x and y."""
     return jax.tree.map(
         lambda x, y: a.astype(x.dtype) * x + b.astype(y.dtype) * y, x, y
     )
 
 
 def _scale(t, step):
+    """t x, for a number t and each array x of the tree ``step``."""
     return jax.tree.map(lambda x: t.astype(x.dtype) * x, step)
