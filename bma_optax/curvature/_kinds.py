@@ -29,7 +29,7 @@ class Curvature:
     The diagonal of G is given by ``diagonal_fn`` or found by probing. If d <=
     ``num_probes``, probing takes one product for each entry and is exact. Otherwise it
     averages x ∘ G x over ``num_probes`` vectors x of random signs (Hutchinson) and
-    takes max(|mean|, standard error); the standard error of entry i is
+    takes ``max(|mean|, standard error)``; the standard error of entry i is
     √(Σ_{j≠i} G_ij² / num_probes). With several arrays and ``num_probes`` >= 12, the
     first six vectors only find the scale of each array.
 

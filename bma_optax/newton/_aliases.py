@@ -49,8 +49,8 @@ def newton_bma(
       update_interval: an integer >= 1, the steps from one refresh of C to the next. The
         first step has a refresh; each makes all its products with G anew.
       b2: the decay of the averages of N and diag G over refreshes, a number in [0, 1).
-        The default keeps no averages: a full loss has no noise. Mini-batches need b2 >
-        0.
+        The default keeps no averages: a full loss has no noise. Pass b2 > 0 for
+        mini-batches.
       damping: μ, a number >= 0: C inverts the block mean of F + μ I, where F has a unit
         diagonal. The default is 0, since C is positive definite without damping.
       min_eigenvalue: the floor of M's absolute eigenvalues, a number >= 0. At 0 the

@@ -32,8 +32,8 @@ class ScaleByNewtonBMAState(NamedTuple):
     - The first part belongs to the dense groups, if there are any. It has one array of
       shape (c, n, n) for each number n of blocks that c groups have.
     - One part follows for each grid. For f fields on a grid of cells, with o offsets
-      between cells that meet, N is a stencil of shape (f, f, *o, *cells). K is a named
-      tuple of arrays of shape (f, *cells) and of the arrays of the levels below.
+      between cells that meet, N is a stencil of shape ``(f, f, *o, *cells)``. K is a
+      named tuple of arrays of shape ``(f, *cells)`` and of the levels below.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
