@@ -68,9 +68,10 @@ class DenseAdaGradBMA:
         return self.root
 
     def inverse_root(self, eps, shift=0.0, correction=1.0):
-        labels, z = self.labels, np.sqrt(self.h / correction + eps) + shift
-        v = {b: z[labels == b].sum() for b in self.blocks}
+        labels, root = self.labels, np.sqrt(self.h / correction)
+        v = {b: root[labels == b].sum() for b in self.blocks}
         s = {b: (labels == b).sum() for b in self.blocks}
+        v = {b: np.hypot(v[b], s[b] * np.sqrt(eps)) + s[b] * shift for b in v}
         F = np.eye(len(labels))
         for i, j in self.U:
             if self.groups[i] != self.groups[j] or v[i] * v[j] == 0:

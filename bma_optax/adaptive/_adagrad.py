@@ -2,7 +2,8 @@
 
 For gradients g with block sums u, shape (L,), the statistics are diag H = Σ g², shaped
 like the parameters, and U = Σ u uᵀ, shape (L, L). With Z = (diag H + eps)^½ and v the
-block sums of Z's diagonal, shape (L,), the update is
+block sums of Z's diagonal, shape (L,), in which eps is added to the squared means, the
+update is
 
     F^-½ Z^-1 g,   F^-½ = I + E (M^-½ - I) Eᵀ,   M = I + (U - diag U) / (v vᵀ).
 
@@ -64,7 +65,7 @@ def scale_by_bma(
         F = I + E (M - I) E^T, \qquad
         M = I + \frac{U - \mathrm{diag} U}{v v^T}, \\
         u_i = \sum_{j \in i} g_j, \quad U = \sum u u^T, \quad
-        v_i = \sum_{j \in i} Z_{jj}.
+        v_i^2 = (\sum_{j \in i} (\mathrm{diag} H)_j^{1/2})^2 + s_i^2 \epsilon.
 
     Column i of E is :math:`1 / \sqrt{s_i}` on block i, which has s_i elements, and 0
     elsewhere. Therefore :math:`F^{-1/2} = I + E (M^{-1/2} - I) E^T`, which takes one
@@ -84,8 +85,9 @@ def scale_by_bma(
       initial_accumulator_value: the initial value of diag H, a number >= 0. The default
         is 0, where Optax has 0.1: a large start dominates z and keeps M at the
         identity.
-      eps: a number >= 0, added to diag H inside the root. With ``per_element`` the
-        method is then AdaGrad-Full of H + eps I.
+      eps: a number >= 0, added to diag H inside the root, and to the squared block
+        means of that root. With ``per_element`` the method is then AdaGrad-Full of
+        H + eps I.
       min_eigenvalue: the floor of M's eigenvalues, a number >= 0. M can be singular, as
         at the first step and in softmax layers. At 0 the floor is what the dtype
         resolves beside the largest eigenvalue: 4 √L times the machine epsilon times it.
@@ -198,7 +200,7 @@ def scale_by_bma(
 
         # Compute M and its inverse root.
         def refresh():
-            v = _inverse_root.root_sums(blocks, h, eps, state.v)
+            v = _inverse_root.root_sums(blocks, h, eps)
             root, failures = _inverse_root.inverse_root(
                 blocks, U, v, state.inverse_root, min_eigenvalue, kind
             )

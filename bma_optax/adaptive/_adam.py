@@ -68,9 +68,10 @@ def scale_by_adam_bma(
 
     with :math:`Z = (\mathrm{diag} H + \epsilon_{root})^{1/2} + \epsilon`, F = I + E (M
     - I) Eᵀ and M = I + (U - diag U) / (v vᵀ). The entries of U are the sums of H over
-    pairs of blocks, and v are the block sums of Z's diagonal. The method uses the full
-    matrix on the L block means and is Adam on everything else. With one block it equals
-    ``optax.scale_by_adam``.
+    pairs of blocks, and v are the block sums of Z's diagonal, in which
+    :math:`\epsilon_{root}` is added to the squared means, as :math:`\epsilon` is in
+    :func:`scale_by_bma`. The method uses the full matrix on the L block means and is
+    Adam on everything else. With one block it equals ``optax.scale_by_adam``.
 
     Args:
       b1: the decay of the momentum, a number in [0, 1).
@@ -135,7 +136,6 @@ def scale_by_adam_bma(
     _checks.at_least_one(update_interval=update_interval)
     _checks.mu_dtype(mu_dtype)
     update_interval = _checks.plain(update_interval)
-    no_eps_root = isinstance(eps_root, (int, float)) and eps_root == 0
 
     def init_fn(params):
         params = _tree.parameters(params)
@@ -180,8 +180,8 @@ def scale_by_adam_bma(
         # so that it cancels in U / (v vᵀ); eps and eps_root are scaled to match.
         def refresh():
             start = _moments.bias_correction(count, b2, state.v.dtype)
-            inside = 0 if no_eps_root else start * jnp.asarray(eps_root, start.dtype)
-            v = _inverse_root.root_sums(blocks, nu, inside, state.v)
+            inside = start * jnp.asarray(eps_root, start.dtype)
+            v = _inverse_root.root_sums(blocks, nu, inside)
             sizes = jnp.asarray(blocks.sizes, v.dtype)
             v = v + jnp.sqrt(start) * jnp.asarray(eps, v.dtype) * sizes
             root, failures = _inverse_root.inverse_root(
