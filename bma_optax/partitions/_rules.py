@@ -130,7 +130,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class _PerLeaf(Rule):
-    """Each array is one block; the default, and the report's.
+    """Each array is one block; the default, as in Lu et al. 2018.
 
     The weights and the bias of a layer are two blocks.
 
@@ -140,7 +140,7 @@ class _PerLeaf(Rule):
       >>> bma.partition(params, bma.per_leaf).sizes
       (3, 6)
 
-    Source: the report's figure 2.
+    Source: Lu et al. 2018, figure 2.
     """
 
     def tile(self, path, shape):
