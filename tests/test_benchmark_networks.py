@@ -91,6 +91,7 @@ def test_soap(x64):
     np.testing.assert_allclose(every[-1]["b"], adam[-1]["b"], rtol=1e-10)
 
 
+@pytest.mark.benchmark
 def test_every_method_goes_down():
     task = nets.make("mlp_raw", None, small=True)
     params = task.init(jax.random.key(0))
