@@ -93,12 +93,8 @@ def test_numbers_and_no_matrices(rule):
     [
         (bma.per_leaf, {"w": jnp.ones((3, 2))}),
         (bma.within("array", bma.per_unit), {"kernel": jnp.ones((3, 2))}),
-        (
-            bma.by_path({"a": bma.within("block", bma.per_unit)}),
-            {"a": {"kernel": jnp.ones((3, 2))}, "b": {"kernel": jnp.ones(3)}},
-        ),
     ],
-    ids=["one block of all", "several of an array", "one is not alone"],
+    ids=["one block of all", "several of an array"],
 )
 def test_blocks_that_may_see_others_have_the_reports(rule, params):
     rng = np.random.default_rng(2)
@@ -123,3 +119,17 @@ def test_a_block_whose_sums_are_zero_stays_at_the_diagonal():
     updates, state = tx.update(g, tx.init(g))
     np.testing.assert_allclose(updates["kernel"][:, 0], [1, -1], rtol=1e-6)
     assert jnp.all(jnp.isfinite(state.inverse_root))
+
+
+def test_an_array_of_one_block_that_has_no_bounds_is_alone_too():
+    """Another rule for it changes nothing: no block sees another."""
+    params = {"bias": jnp.zeros(2), "kernel": jnp.zeros((3, 2))}
+    grads = {"bias": jnp.array([1.0, -2.0]), "kernel": jnp.arange(1.0, 7).reshape(3, 2)}
+    units = bma.within("block", bma.per_unit)
+    mixed = bma.by_path({"bias": bma.per_leaf}, default=units)
+    found = [
+        tx.update(grads, tx.init(params))[0]
+        for tx in map(bma.scale_by_bma, (units, mixed))
+    ]
+    np.testing.assert_array_equal(found[0]["kernel"], found[1]["kernel"])
+    assert jnp.all(found[0]["kernel"] < 0.6)  # With "report" they are 1.

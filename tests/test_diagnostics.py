@@ -160,6 +160,26 @@ def test_curvature(reach):
         assert "correlations" not in numbers
 
 
+def test_dense_groups_beside_a_grid():
+    """Their numbers are those that they have alone."""
+    params = {"u": jnp.ones(12), "w": jnp.array([[1.0, 2.0], [3.0, 5.0]])}
+
+    def f(p):
+        far = jnp.sum(jnp.diff(p["u"]) ** 2) + jnp.sum(p["u"] ** 2) if "u" in p else 0
+        return far + jnp.sum(jnp.cosh(p["w"])) + jnp.sum(p["w"]) ** 2
+
+    rule = bma.by_path({"u": bma.per_tile((2,), reach=1)}, default=bma.per_column)
+    found = []
+    for p, r in ((params, rule), ({"w": params["w"]}, bma.per_column)):
+        tx = bma.scale_by_newton_bma(r)
+        _, state = tx.update(p, tx.init(p), p, value_fn=f)
+        found.append(bma.diagnostics(state, bma.partition(p, r)))
+    both, alone = found
+    for name in ("min_eigenvalue", "max_eigenvalue", "correlations"):
+        np.testing.assert_allclose(both[name], alone[name], rtol=1e-5)
+    assert "floored_share" in alone and "floored_share" not in both
+
+
 def options_of(method):
     kwargs = method.kwargs
     mini = method.factory is bma.mini_bma

@@ -615,9 +615,27 @@ def test_the_table_tells_what_newton_bma_holds(rule, shape):
             "^'params': .* leaves every block alone.*within",
         ),
         (
-            lambda u: bma.partition(u, Reaching()),
+            lambda u: bma.partition(u, OfMine(reach=(1,))),
             r"^'params' of shape \(4, 4\): .* gave \(1,\) for its reach",
         ),
+        (lambda u: bma.partition(u, OfMine(reach=(-1, 1))), "for its reach"),
+        (lambda u: bma.partition(u, OfMine(reach=(1.5, 1))), "for its reach"),
+        (lambda u: bma.partition(u, OfMine(reach=(None, 1))), "for its reach"),
+        (
+            lambda u: bma.partition({"u": u}, OfMine(scope="layers")),
+            "^'u': .* gave 'layers' for its scope.*'layer'",
+        ),
+        (
+            lambda u: bma.partition(u, bma.within("layer", OfMine(scope=["all"]))),
+            r"gave \['all'\] for its scope",
+        ),
+        (lambda u: bma.partition(u, OfMine(axes=(-1,))), "for its stacked axes"),
+        (lambda u: bma.partition(u, OfMine(axes=0)), "for its stacked axes"),
+        (
+            lambda u: bma.partition({"d": {"b": u, "w": u}}, TWO_BOUNDS),
+            "^'d/w': .* merges it into one block .*'array', not 'layer'",
+        ),
+        (lambda u: bma.per_tile(()), "`tile` must hold positive integers"),
     ],
 )
 def test_reaches_that_do_not_fit(call, message):
@@ -625,9 +643,24 @@ def test_reaches_that_do_not_fit(call, message):
         call(jnp.ones((4, 4)))
 
 
-class Reaching(bma.Rule):
+TWO_BOUNDS = bma.by_path(
+    {"w": bma.within("layer", bma.per_layer)},
+    default=bma.within("array", bma.per_layer),
+)
+
+
+class OfMine(bma.Rule):
+    def __init__(self, reach=None, scope="all", axes=()):
+        self.given = reach, scope, axes
+
     def tile(self, path, shape):
         return (2,) * len(shape)
 
     def reach(self, path, shape):
-        return (1,)
+        return self.given[0]
+
+    def scope(self, path):
+        return self.given[1]
+
+    def stacked_axes(self, path, shape):
+        return self.given[2]

@@ -39,10 +39,11 @@ def chosen(estimator: str | None, blocks: Partition) -> str:
     """
     if estimator is not None:
         return estimator
-    coupled = any(n > 1 for _, n in blocks.buckets) or any(
-        array.num_blocks and array.group[:1] == ("all",) for array in blocks.arrays
+    coupled = any(n > 1 for _, n in blocks.buckets)
+    bounded = any(
+        array.num_blocks and array.group[:1] != ("all",) for array in blocks.arrays
     )
-    return "report" if coupled or not blocks.num_blocks else "projection"
+    return "projection" if bounded and not coupled else "report"
 
 
 def start(blocks, zeros):

@@ -1,7 +1,7 @@
 """Numbers for a logger, from the state of Newton-BMA.
 
-They are the extreme eigenvalues and correlations of M = N / (n nᵀ), shape (L, L), where
-all groups are dense, and the norms of the update C g over those of the diagonal method.
+They are the extreme eigenvalues and correlations of M = N / (n nᵀ) of the dense groups,
+shape (L, L), and the norms of the update C g over those of the diagonal method.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from bma_optax.multilevel._two_level import TwoLevel
 
 
 def of_newton(state, blocks, grads, estimator):
-    """Numbers of M where all groups are dense, and of C g if the gradients g are given.
+    """Numbers of M of the dense groups, and of C g if the gradients g are given.
 
     Args:
       state: a :class:`ScaleByNewtonBMAState` whose trees, N and K among them, are lists
@@ -29,10 +29,11 @@ def of_newton(state, blocks, grads, estimator):
     structure: Any = jax.tree.structure(method.like(jnp.float32))
     N, K = structure.unflatten((*state.N, *state.K))
     numbers = {}
-    if blocks.num_blocks and not blocks.grids:
+    if blocks.buckets:
         z2 = method.diagonal(D, state.Lambda, state.damping)
         numbers = _diagnostics.of_matrices(blocks, method.small_matrices(N, z2))
-        numbers["floored_share"] = state.floored / blocks.num_blocks
+        if not blocks.grids:  # Those of a grid's last level are counted as well.
+            numbers["floored_share"] = state.floored / blocks.num_blocks
     if grads is not None:
         g = _tree.astype(grads, D)
         r = jax.tree.map(jnp.multiply, D, g)

@@ -35,6 +35,9 @@ class ScaleByNewtonBMAState(NamedTuple):
       between cells that meet, N is a stencil of shape ``(f, f, *o, *cells)``. K is a
       named tuple of arrays of shape ``(f, *cells)`` and of the levels below.
 
+    ``optax.tree.map_params`` gives each of N and K as a whole to
+    ``transform_non_params``, which must then map over a tree.
+
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
       >>> state = bma.scale_by_newton_bma().init({"w": jnp.ones((2, 3))})

@@ -191,10 +191,12 @@ class Partition:
         """Raises a ValueError for small matrices that another partition has made."""
         expected = expected or (self.matrix_shape,)
         if found != expected:
+            pairs = itertools.zip_longest(found, expected, fillvalue="none")
+            mine, theirs = next((x, y) for x, y in pairs if x != y)
             raise ValueError(
-                f"The state has small matrices of shape {found[0]}; {self.rule} makes "
-                f"{self.num_blocks} blocks and the shape {expected[0]}. Pass a state "
-                "of the same partition instead."
+                f"The state has small matrices of shape {mine}; {self.rule} makes "
+                f"{self.num_blocks} blocks and the shape {theirs}. Pass a state of the "
+                "same partition instead."
             )
 
     def split(self, values: jax.Array) -> list[jax.Array]:

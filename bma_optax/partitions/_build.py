@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from bma_optax import _names, _warnings
+from bma_optax._checks import is_integer
 from bma_optax.partitions import _rules, _sizes
 from bma_optax.partitions._blocks import Partition
-from bma_optax.partitions._combinators import ByPath, Stacked, Within
+from bma_optax.partitions._combinators import SCOPES, ByPath, Stacked, Within
 from bma_optax.partitions._rules import Path, Rule, Shape
 from bma_optax.partitions._systems import GridFields
 from bma_optax.partitions._tiles import Tiles
@@ -114,6 +115,7 @@ def _layout(leaves, rule) -> Partition:
             grids.setdefault((*kind, array.stacked_axes), []).append(position)
         elif array.num_blocks:
             dense.setdefault(array.group, {})[array.owner] = array.num_blocks
+    _check_owners(rule, arrays)
     alone = {array.group for array in arrays if array.alone}
     # Groups of equal size lie side by side, so that one batched eigh serves them all.
     counts = {key: sum(owners.values()) for key, owners in dense.items()}
@@ -147,44 +149,72 @@ def _layout(leaves, rule) -> Partition:
     )
 
 
+def _check_owners(rule: Rule, arrays: list[Tiles]) -> None:
+    """Raises a ValueError for arrays of one block that are in different groups."""
+    groups: dict[Path, Path] = {}
+    for array in arrays:
+        if not array.num_blocks:
+            continue
+        group = groups.setdefault(array.owner, array.group)
+        if group != array.group:
+            raise ValueError(
+                f"{_names.name_of(array.path)!r}: {rule} merges it into one block with "
+                f"arrays that are within other bounds ({group[0]!r}, not "
+                f"{array.group[0]!r}, or another layer). Pass the same for all of them."
+            )
+
+
 def _tiles(rule: Rule, path: Path, shape: Shape) -> Tiles:
     """One array, without the place of its blocks among others."""
+    name = _names.name_of(path)
     scope, owner = rule.scope(path), rule.owner(path)
-    name = {"all": (), "layer": path[:-1]}.get(scope, owner)
+    if not isinstance(scope, str) or scope not in SCOPES:
+        raise ValueError(
+            f"{name!r}: {rule} gave {scope!r} for its scope. Return one of {SCOPES} "
+            "instead."
+        )
+    stacked = rule.stacked_axes(path, shape)
+    if not isinstance(stacked, tuple) or not all(
+        is_integer(i) and 0 <= i < len(shape) for i in stacked
+    ):
+        raise ValueError(
+            f"{name!r} of shape {shape}: {rule} gave {stacked!r} for its stacked axes. "
+            f"Return a tuple of integers from 0 to {len(shape) - 1} instead."
+        )
     array = Tiles(
         path,
         shape,
         _tile(rule, path, shape),
         owner,
-        stacked_axes=rule.stacked_axes(path, shape),
-        group=(scope, *name),
+        stacked_axes=stacked,
+        group=(scope, *{"all": (), "layer": path[:-1]}.get(scope, owner)),
         alone=scope == "block",
     )
     if owner != path and array.num_blocks > 1:
         raise ValueError(
-            f"{_names.name_of(path)!r}: {rule} merges it with other arrays but cuts it "
-            f"into {array.num_blocks} tiles; only whole arrays can be merged. Return "
-            f"the whole shape, {shape}, as its tile instead."
+            f"{name!r}: {rule} merges it with other arrays but cuts it into "
+            f"{array.num_blocks} tiles; only whole arrays can be merged. Return the "
+            f"whole shape, {shape}, as its tile instead."
         )
     reach = rule.reach(path, shape)
     if reach is None or array.num_blocks <= 1:
         return array
-    if not isinstance(reach, tuple) or len(reach) != len(shape):
+    valid = isinstance(reach, tuple) and all(is_integer(k) and k >= 0 for k in reach)
+    if not valid or len(reach) != len(shape):
         raise ValueError(
-            f"{_names.name_of(path)!r} of shape {shape}: {rule} gave {reach!r} for its "
-            f"reach. Return a tuple of {len(shape)} integers, or None, instead."
+            f"{name!r} of shape {shape}: {rule} gave {reach!r} for its reach. Return a "
+            f"tuple of {len(shape)} integers >= 0, or None, instead."
         )
     if array.alone:
         raise ValueError(
-            f"{_names.name_of(path)!r}: {rule} leaves every block alone, and a reach "
-            "is about blocks that see each other. Pass a tile without a reach, or "
+            f"{name!r}: {rule} leaves every block alone, and a reach is about blocks "
+            "that see each other. Pass a tile without a reach, or "
             'bma.within("array", ...), instead.'
         )
     # Along an axis of one tile, and along one that is no grid, all elements meet.
     axes = zip(shape, array.grid, reach, strict=True)
     every = (
-        n if g == 1 or i in array.stacked_axes else int(k)
-        for i, (n, g, k) in enumerate(axes)
+        n if g == 1 or i in stacked else int(k) for i, (n, g, k) in enumerate(axes)
     )
     return dataclasses.replace(array, reach=tuple(every))
 

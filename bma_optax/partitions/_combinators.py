@@ -64,7 +64,7 @@ class Stacked(Rule):
         return f"stacked({self.rule}, axis={self.axis})"
 
 
-_SCOPES = ("all", "layer", "array", "block")  # Each is a part of the one before.
+SCOPES = ("all", "layer", "array", "block")  # Each is a part of the one before.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,10 @@ class Within(Rule):
         return self.rule.stacked_axes(path, shape)
 
     def scope(self, path):
-        return max(self.bounds, self.rule.scope(path), key=_SCOPES.index)
+        scope = self.rule.scope(path)
+        if scope not in SCOPES:  # Refused with the path where it is used.
+            return scope
+        return max(self.bounds, scope, key=SCOPES.index)
 
     def reach(self, path, shape):
         return self.rule.reach(path, shape)
@@ -215,9 +218,9 @@ def within(bounds: str, rule: Rule) -> Rule:
       ((0,), (1, 2, 3))
     """
     check_rule(rule, "rule")
-    if not isinstance(bounds, str) or bounds not in _SCOPES[1:]:
+    if not isinstance(bounds, str) or bounds not in SCOPES[1:]:
         raise ValueError(
-            f"`bounds` must be one of {_SCOPES[1:]}, got {bounds!r}. Pass the rule "
+            f"`bounds` must be one of {SCOPES[1:]}, got {bounds!r}. Pass the rule "
             "alone where all blocks see each other."
         )
     return Within(bounds, rule)

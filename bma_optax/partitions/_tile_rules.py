@@ -142,7 +142,7 @@ def per_tile(
             f"`tile` must be a tuple of integers, got {tile!r}. Pass one for each "
             "leading axis, such as bma.per_tile((4, 4))."
         )
-    if not all(is_integer(t) and t > 0 for t in lengths):
+    if not lengths or not all(is_integer(t) and t > 0 for t in lengths):
         raise ValueError(f"`tile` must hold positive integers, got {tile}.")
     lengths = tuple(map(int, lengths))
     return _PerTile(lengths, None if reach is None else _distance(reach, lengths))
