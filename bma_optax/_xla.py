@@ -41,6 +41,20 @@ def _first(x, y):
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
+def materialize_for_sums(tree, finite):
+    """``tree``, computed once and stored for several sums over it.
+
+    XLA on CPU makes a part of what it is computed from a part of each sum, and stores
+    the rest. A sum does not take in a comparison. A step of ``newton_bma`` on a grid of
+    512² takes a sixth longer without.
+
+    Args:
+      tree: floating arrays.
+      finite: a tree like it, of any finite numbers.
+    """
+    return jax.tree.map(lambda x, y: jnp.where(y == y, x, 0), tree, finite)
+
+
 def recompute(tree):
     """``tree`` under another name: what is computed from it is computed once more.
 

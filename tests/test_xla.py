@@ -4,6 +4,8 @@ If one fails with the trick, or a program is as good without, XLA has learned to
 take the trick out.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,8 +74,23 @@ def test_what_is_materialized_is_not_computed_for_each_element_of_a_block():
     assert fusions(first) == 1
 
 
+def test_a_step_rule_stores_fewer_arrays(monkeypatch):
+    def loss(u):
+        return sum(jnp.sum(jnp.diff(u, axis=k) ** 2) for k in (0, 1)) + jnp.sum(u**2)
+
+    def stored():
+        u, tx = jnp.ones(LARGE), bma.scale_by_quadratic_model()
+        update = functools.partial(tx.update, value_fn=loss)
+        return temporaries(update, u, tx.init(u), u)
+
+    few = stored()
+    monkeypatch.setattr(_xla, "materialize_for_sums", first)
+    assert stored() > few + 1
+
+
 def test_values_stay():
     x = jnp.array([[1.0, jnp.nan, jnp.inf]])
+    np.testing.assert_array_equal(_xla.materialize_for_sums(x, jnp.zeros((1, 3))), x)
     np.testing.assert_array_equal(_xla.materialize(x, jnp.zeros((1, 3))), x)
     np.testing.assert_array_equal(_xla.recompute(x), x)
     np.testing.assert_array_equal(_xla.after(x, jnp.ones((4, 3))), x)

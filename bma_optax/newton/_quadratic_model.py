@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _control_flow, _sharding, _tree
+from bma_optax import _checks, _control_flow, _sharding, _tree, _xla
 from bma_optax.algebra import _symmetric_power
 from bma_optax.curvature import _kinds, _probing, _user_functions
 from bma_optax.curvature._kinds import Curvature
@@ -173,7 +173,10 @@ def _minimise(gradient, G, direction, previous, dtype):
       G: the curvature, a function of such trees.
       dtype: the dtype of the three results, which have shape ().
     """
-    curved, curved_previous = G(direction), G(previous)
+    gradient, curved, curved_previous = (
+        _xla.materialize_for_sums(x, previous)
+        for x in (gradient, G(direction), G(previous))
+    )
     vdot = _tree.vdot
     mixed = vdot(direction, curved_previous)
     A = jnp.array(
