@@ -11,7 +11,7 @@ from bma_optax.adaptive._aliases import adagrad_bma, adam_bma, mini_bma
 from bma_optax.adaptive._block_mean import ScaleBlockMeanState, scale_block_mean
 from bma_optax.adaptive._mini import ScaleByMiniBMAState, scale_by_mini_bma
 from bma_optax.algebra._block_mean_matrix import BlockMeanMatrix
-from bma_optax.curvature._kinds import (
+from bma_optax.curvature import (
     Curvature,
     Fisher,
     GaussNewton,

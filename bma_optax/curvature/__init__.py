@@ -9,3 +9,13 @@ _derivatives       products by differentiation, also for models with custom rule
 _probing           block sums and the diagonal of G, from products with chosen vectors
 _diagonal          the diagonal of G: given by the curvature, or probed
 """
+
+from bma_optax.curvature._kinds import (
+    Curvature,
+    Fisher,
+    GaussNewton,
+    Hessian,
+    Operator,
+)
+
+__all__ = ["Curvature", "Fisher", "GaussNewton", "Hessian", "Operator"]
