@@ -16,6 +16,7 @@ from bma_optax.adaptive import _inverse_root
 from bma_optax.adaptive._adagrad import ScaleByBMAState
 from bma_optax.adaptive._adam import ScaleByAdamBMAState
 from bma_optax.adaptive._mini import ScaleByMiniBMAState
+from bma_optax.multilevel._two_level import TwoLevel
 from bma_optax.newton import _diagnostics as _newton
 from bma_optax.newton._newton import ScaleByNewtonBMAState
 from bma_optax.newton._quadratic_model import ScaleByQuadraticModelState
@@ -183,7 +184,7 @@ def _misfit(blocks, grads, state) -> str:
             f"rule of the transformation, and {_SEEN}."
         )
     if isinstance(state, ScaleByNewtonBMAState):
-        if not _newton.fits(state, blocks):
+        if not TwoLevel(blocks).fits(state.N, state.K):
             return (
                 f"`blocks` do not fit a {kind}. Pass bma.partition(params, rule) with "
                 "the rule of the transformation, its reach included."

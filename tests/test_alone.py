@@ -133,3 +133,18 @@ def test_an_array_of_one_block_that_has_no_bounds_is_alone_too():
     ]
     np.testing.assert_array_equal(found[0]["kernel"], found[1]["kernel"])
     assert jnp.all(found[0]["kernel"] < 0.6)  # With "report" they are 1.
+
+
+def test_a_floor_that_is_not_a_number_is_a_failure_of_each_block():
+    """Traced, it cannot be refused: the last root stays, and it is counted."""
+    params = {"kernel": jnp.ones((3, 2))}
+
+    @jax.jit
+    def step(floor):
+        rule = bma.within("block", bma.per_unit)
+        tx = bma.scale_by_bma(rule, min_eigenvalue=floor)
+        return tx.update(params, tx.init(params))[1]
+
+    state = step(jnp.nan)
+    assert state.failures == 2
+    np.testing.assert_array_equal(state.inverse_root, 1)

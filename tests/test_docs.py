@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import inspect
 import re
 from pathlib import Path
 
@@ -37,3 +38,18 @@ def test_workflows_pin_their_actions():
         uses = re.findall(r"uses: (\S+)", text)
         assert uses and all(re.search(r"@[0-9a-f]{40}$", x) for x in uses)
         assert "bash .ci/run" in text
+
+
+def test_aliases_take_what_their_transformations_take_and_document_it():
+    for alias, transformation in (
+        (bma.adagrad_bma, bma.scale_by_bma),
+        (bma.adam_bma, bma.scale_by_adam_bma),
+        (bma.mini_bma, bma.scale_by_mini_bma),
+        (bma.newton_bma, bma.scale_by_newton_bma),
+        (bma.natural_bma, bma.scale_by_natural_bma),
+    ):
+        mine = inspect.signature(alias).parameters
+        for name, theirs in inspect.signature(transformation).parameters.items():
+            assert mine[name].default == theirs.default, (alias, name)
+        for name in mine:
+            assert f"      {name}: " in alias.__doc__, (alias, name)

@@ -17,7 +17,7 @@ import optax
 from bma_optax import _checks, _tree, _xla
 from bma_optax.adaptive import _direction
 from bma_optax.partitions import _build, _rules, _units
-from bma_optax.partitions._combinators import Within
+from bma_optax.partitions._combinators import within
 
 _WEIGHTS = ("learned", "constant")
 
@@ -110,7 +110,7 @@ def scale_block_mean(
 
     def init_fn(params):
         params = _tree.parameters(params)
-        arrays = _build.partition(params, Within("block", partition)).arrays
+        arrays = _build.partition(params, within("block", partition)).arrays
         if weights == "constant":
             return ScaleBlockMeanState(None)
         return start(params, arrays)
@@ -120,7 +120,7 @@ def scale_block_mean(
         _tree.check_vectors(updates, "The update of")
         if weights == "learned":
             _tree.check_statistics(params, state.direction)
-            arrays = _build.layout(updates, Within("block", partition)).arrays
+            arrays = _build.layout(updates, within("block", partition)).arrays
             shapes = jax.eval_shape(lambda u: start(u, arrays), updates)
             _check_directions(shapes, state)
             updates = _tree.same_order(updates, state.direction)
@@ -141,7 +141,7 @@ def scale_block_mean(
             scaled = matrix + along * q
             return _Array(units.join(scaled, x), direction)
 
-        blocks = _build.layout(x, Within("block", partition))
+        blocks = _build.layout(x, within("block", partition))
         if weights == "constant":
             sums = blocks.block_sums(x)
             means = sums / jnp.asarray(blocks.sizes, sums.dtype)

@@ -72,9 +72,8 @@ def root_sums(blocks, h, eps):
     """v, shape (L,), with v_i² = (Σ h^½)² + s_i² eps over each block i.
 
     Lu et al. have v_i = Σ (h + eps)^½, which is the same where a block has one element
-    or one number, and as far as eps is small beside h. Inside the sum eps would cost a
-    part of a pass over memory: on one CPU core a step was 5 to 6 % longer at 0.9
-    million parameters, 12 to 16 % at 30 million.
+    or one number, and as far as eps is small beside h. Inside the sum eps would cost
+    XLA on CPU a part of a pass over memory.
 
     Args:
       h: diag H, a tree like the parameters.
@@ -107,23 +106,12 @@ def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):
         strict=True,
     ):
         M = small_matrix(U_group, v_group, sizes, estimator)
-        if M.shape[-1] == 1:  # Each block is alone: M is a number.
-            root = _power_of_numbers(M, min_eigenvalue)
-        else:
-            matrix = BlockMeanMatrix(jnp.ones_like(v_group), M, sizes)
-            root = matrix.inverse_sqrt(min_eigenvalue=min_eigenvalue).M
+        matrix = BlockMeanMatrix(jnp.ones_like(v_group), M, sizes)
+        root = matrix.inverse_sqrt(min_eigenvalue=min_eigenvalue).M
         finite = jnp.all(jnp.isfinite(root), axis=(-1, -2))
         roots.append(jnp.where(finite[:, None, None], root, last_group))
         failures = failures + jnp.sum(~finite, dtype=jnp.int32)
     return blocks.join(roots, U.shape, U.dtype), failures
-
-
-def _power_of_numbers(M, floor):
-    """max(M, floor)^-½ element by element, infinite where the maximum is 0."""
-    raised = jnp.maximum(M, jnp.asarray(floor, M.dtype))
-    positive = raised > 0
-    root = jax.lax.rsqrt(jnp.where(positive, raised, 1))
-    return jnp.where(positive | jnp.isnan(raised), root, jnp.inf)
 
 
 def small_matrix(U, v, sizes, estimator):

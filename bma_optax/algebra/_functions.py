@@ -129,7 +129,7 @@ class Functions:
           [2. 2. 2. 6.]
         """
         self._check_single()
-        values = jnp.concatenate([jnp.linalg.eigvalsh(self.M), self.Lambda])
+        values = jnp.concatenate([_symmetric_power.eigenvalues(self.M), self.Lambda])
         counts = np.concatenate([np.ones_like(self.sizes), np.subtract(self.sizes, 1)])
         order = jnp.argsort(values)
         return jnp.repeat(

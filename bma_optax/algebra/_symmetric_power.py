@@ -72,6 +72,24 @@ def resolution(size: int, dtype: jax.typing.DTypeLike) -> float:
     return 4 * math.sqrt(max(size, 1)) * float(jnp.finfo(dtype).eps)
 
 
+def eigenvalues(matrix: jax.Array) -> jax.Array:
+    """The eigenvalues of symmetric matrices, shape (..., L), in ascending order.
+
+    Args:
+      matrix: shape (..., L, L). A matrix of one number needs no ``eigh``.
+    """
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0]
+    return jnp.linalg.eigvalsh(matrix)
+
+
+def _eigh(matrix):
+    """Eigenvalues, shape (..., L), and eigenvectors, shape (..., L, L)."""
+    if matrix.shape[-1] == 1:
+        return eigenvalues(matrix), jnp.ones_like(matrix)
+    return jnp.linalg.eigh(matrix, symmetrize_input=False)
+
+
 # The derivative is a primitive, because ``jax.custom_jvp`` loses its rule when JAX
 # transposes it: the Hessian (forward over reverse) would differentiate ``eigh`` again.
 _derivative_p = jax.extend.core.Primitive("symmetric_matrix_power_derivative")
@@ -91,7 +109,7 @@ def _derivative(floors, matrix, *directions, **params):
 def _derivative_impl(
     floors, matrix, *directions, p, relative_floor, absolute, has_null
 ):
-    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    values, vectors = _eigh(matrix)
     transposed = jnp.swapaxes(vectors, -1, -2)
     floor, null = floors[..., 0], floors[..., 1]
     relative = relative_floor * jnp.max(jnp.abs(values), axis=-1, initial=0)

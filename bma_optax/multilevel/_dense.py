@@ -8,7 +8,6 @@ absolute eigenvalues of M give its inverse.
 """
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -24,7 +23,7 @@ from bma_optax.curvature._probing import LinearOperator, Probed
 from bma_optax.multilevel import _coarse_system
 from bma_optax.multilevel._coarse_system import BlockSums, Entries, Inverted
 from bma_optax.multilevel._smoother import positive
-from bma_optax.partitions._blocks import Partition
+from bma_optax.partitions._blocks import Partition, pieces
 
 _COMBINATIONS = 4  # Products that measure the rounding of M.
 
@@ -140,13 +139,7 @@ class Dense:
 
     def _split(self, values):
         """Splits a vector over the blocks into (groups, blocks) for each bucket."""
-        ends = itertools.accumulate(map(math.prod, self.buckets), initial=0)
-        return [
-            values[a:b].reshape(shape)
-            for (a, b), shape in zip(
-                itertools.pairwise(ends), self.buckets, strict=True
-            )
-        ]
+        return pieces(values, list(self.buckets))
 
 
 def _invert(M, n2, s, damping, floor, rounding) -> Inverted:
@@ -166,7 +159,7 @@ def _invert(M, n2, s, damping, floor, rounding) -> Inverted:
         M + damping * eye, -1, floor, relative, absolute=True, null=rounding
     )
     smooth = diagonal_matrix(1 / jnp.maximum(Lambda + damping, floor))
-    eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
+    eigenvalues = _symmetric_power.eigenvalues(jax.lax.stop_gradient(M))
     return Inverted(
         (inverse - smooth) / _outer(jnp.sqrt(n2)),
         Lambda,
@@ -180,8 +173,7 @@ def dense_system(blocks: Partition) -> tuple[Dense, ...]:
         array.num_blocks == math.prod(array.shape) and array.owner == array.path
         for array in blocks.arrays
     )
-    num_blocks = sum(count * n for count, n in blocks.buckets)
-    sizes = blocks.sizes[:num_blocks]
+    sizes = blocks.sizes[: blocks.num_dense]
     return (Dense(blocks.buckets, sizes, is_whole),) if sizes else ()
 
 

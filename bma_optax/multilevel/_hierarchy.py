@@ -92,7 +92,7 @@ class Hierarchy:
         inverse = _symmetric_power.matrix_power(
             M, -1, floor, relative, absolute=True, null=null
         )
-        eigenvalues = jnp.linalg.eigvalsh(jax.lax.stop_gradient(M))
+        eigenvalues = _symmetric_power.eigenvalues(jax.lax.stop_gradient(M))
         found = Levels(tuple(smoothers), tuple(operators[:-1]), inverse / outer)
         return found, eigenvalues
 

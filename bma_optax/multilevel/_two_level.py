@@ -27,7 +27,7 @@ from bma_optax.multilevel._dense import Dense, dense_system
 from bma_optax.multilevel._nested import Nested, nested_systems
 from bma_optax.multilevel._smoother import positive
 from bma_optax.partitions import _build
-from bma_optax.partitions._blocks import Partition
+from bma_optax.partitions._blocks import Partition, pieces
 from bma_optax.partitions._rules import Rule
 
 
@@ -78,11 +78,20 @@ class TwoLevel:
 
     def check_state(self, N, K) -> None:
         """Raises a ValueError if N and K belong to another partition."""
-        found, expected = (
+        found, expected = self._shapes(N, K)
+        self.blocks.check_state(*found, expected=expected)
+
+    def fits(self, N, K) -> bool:
+        """Whether N and K have the shapes that this partition makes."""
+        found, expected = self._shapes(N, K)
+        return found == expected
+
+    def _shapes(self, N, K):
+        """The shapes of the arrays in N and K, and those of :meth:`like`."""
+        return (
             tuple(x.shape for x in jax.tree.leaves(tree))
             for tree in ((N, K), self.like(jnp.float32))
         )
-        self.blocks.check_state(*found, expected=expected)
 
     def initial(self, params) -> tuple[Any, Factor]:
         """N = 0, and the factor of C = I without damping."""
@@ -242,9 +251,7 @@ class TwoLevel:
 
     def _split(self, values):
         """Splits a vector over all blocks into one for each system."""
-        counts = [system.num_blocks for system in self.systems]
-        bounds = itertools.accumulate(counts, initial=0)
-        return [values[a:b] for a, b in itertools.pairwise(bounds)]
+        return pieces(values, [(system.num_blocks,) for system in self.systems])
 
 
 def two_level(params, rule: Rule) -> TwoLevel:

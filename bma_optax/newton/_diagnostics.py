@@ -40,12 +40,3 @@ def of_newton(state, blocks, grads, estimator):
         update = method.apply(D, N, K, g)
         numbers |= _diagnostics.of_updates(blocks, g, r, update)
     return numbers
-
-
-def fits(state, blocks) -> bool:
-    """Whether N and K of a state have the shapes that a partition makes."""
-    found, expected = (
-        [x.shape for x in jax.tree.leaves(tree)]
-        for tree in ((state.N, state.K), TwoLevel(blocks).like(jnp.float32))
-    )
-    return found == expected

@@ -30,11 +30,11 @@ _FEW_ARRAYS = 8  # Too few for compilation to take long.
 class Partition:
     """The blocks of a parameter pytree: a static, hashable, printable value.
 
-    Made by :func:`partition`. It owns the operator E of the mathematics on pytrees,
-    which entries are in a block: :meth:`block_sums` sums over blocks and :meth:`expand`
-    broadcasts back; where blocks have one element, or their weights have norm 1, these
-    are Eᵀ and E. Blocks that see each other form a group: a dense
-    matrix each, or a grid where the rule gives a reach.
+    Made by :func:`partition`. It owns the operators of the mathematics on pytrees:
+    :meth:`block_sums` sums over blocks and :meth:`expand` fills them. On weighted
+    trees, with weights of norm 1 in each block, these are Eᵀ and E. Blocks that see
+    each other form a group, with a dense matrix, or a grid where the rule gives a
+    reach.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -69,10 +69,11 @@ class Partition:
     @property
     def num_blocks(self) -> int:
         """L, over all groups."""
-        return self._num_dense + sum(grid.tiles.num_cells for grid in self.grids)
+        return self.num_dense + sum(grid.tiles.num_cells for grid in self.grids)
 
     @property
-    def _num_dense(self) -> int:
+    def num_dense(self) -> int:
+        """The number of blocks in dense groups, which come first."""
         return sum(count * blocks for count, blocks in self.buckets)
 
     @property
@@ -93,7 +94,7 @@ class Partition:
         (L, L) for one group, else the matrices one after the other, (Σ L_group²,).
         """
         if sum(count for count, _ in self.buckets) <= 1:
-            return (self._num_dense, self._num_dense)
+            return (self.num_dense, self.num_dense)
         return (sum(count * n * n for count, n in self.buckets),)
 
     def block_sums(self, tree: Any) -> jax.Array:
@@ -201,15 +202,15 @@ class Partition:
 
     def split(self, values: jax.Array) -> list[jax.Array]:
         """A vector over blocks as one (groups, blocks) array for each bucket."""
-        return _split(values, list(self.buckets))
+        return pieces(values, list(self.buckets))
 
     def split_matrix(self, packed: jax.Array) -> list[jax.Array]:
         """The array of :attr:`matrix_shape` as (groups, L, L) for each bucket."""
-        return _split(packed.reshape(-1), [(count, n, n) for count, n in self.buckets])
+        return pieces(packed.reshape(-1), [(count, n, n) for count, n in self.buckets])
 
     def split_sizes(self) -> list[tuple[tuple[int, ...], ...]]:
         """The sizes as (groups, blocks) nested tuples for each bucket."""
-        nested = _split(np.asarray(self.sizes, int), list(self.buckets))
+        nested = pieces(np.asarray(self.sizes, int), list(self.buckets))
         return [tuple(map(tuple, sizes.tolist())) for sizes in nested]
 
     def outer(self, values: jax.Array) -> jax.Array:
@@ -237,7 +238,7 @@ class Partition:
         return _table.table(self)
 
 
-def _split(flat: Any, shapes: list[Shape]) -> list[Any]:
+def pieces(flat: Any, shapes: list[Shape]) -> list[Any]:
     """Consecutive pieces of a vector in these shapes."""
     bounds = itertools.accumulate(map(math.prod, shapes), initial=0)
     return [

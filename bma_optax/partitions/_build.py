@@ -73,11 +73,12 @@ def partition(params: Any, rule: Rule = _rules.per_leaf) -> Partition:
 def dense_partition(params: Any, rule: Rule) -> Partition:
     """As :func:`partition`, for methods of running sums, which know no reach."""
     result = partition(params, rule)
-    for grid in result.grids:
+    if result.grids:
+        path = result.grids[0].arrays[0].path
         raise ValueError(
-            f"{_names.name_of(grid.arrays[0].path)!r}: {rule} has a reach, which is "
-            "about a curvature. Running sums of gradients have none: pass the rule "
-            "without `reach`, or take bma.newton_bma or bma.preconditioner instead."
+            f"{_names.name_of(path)!r}: {rule} has a reach, which is about a "
+            "curvature. Running sums of gradients have none: pass the rule without "
+            "`reach`, or take bma.newton_bma or bma.preconditioner instead."
         )
     return result
 

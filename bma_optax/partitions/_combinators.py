@@ -18,10 +18,34 @@ _FEW_PATTERNS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Stacked(Rule):
-    """The value behind :func:`stacked`."""
+class _Wrapped(Rule):
+    """A rule that says what another one does, but for what its subclass changes."""
 
     rule: Rule
+
+    def tile(self, path, shape):
+        return self.rule.tile(path, shape)
+
+    def owner(self, path):
+        return self.rule.owner(path)
+
+    def stacked_axes(self, path, shape):
+        return self.rule.stacked_axes(path, shape)
+
+    def scope(self, path):
+        return self.rule.scope(path)
+
+    def reach(self, path, shape):
+        return self.rule.reach(path, shape)
+
+    def _guesses(self, path, shape):
+        return self.rule._guesses(path, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked(_Wrapped):
+    """The value behind :func:`stacked`."""
+
     axis: int
 
     def _axis(self, path, shape):
@@ -41,16 +65,10 @@ class Stacked(Rule):
         tile = self.rule.tile(path, self._entry(path, shape))
         return None if tile is None else (*tile[:axis], 1, *tile[axis:])
 
-    def owner(self, path):
-        return self.rule.owner(path)
-
     def stacked_axes(self, path, shape):
         axis = self._axis(path, shape)
         inner = self.rule.stacked_axes(path, self._entry(path, shape))
         return tuple(sorted((axis, *(i + (i >= axis) for i in inner))))
-
-    def scope(self, path):
-        return self.rule.scope(path)
 
     def reach(self, path, shape):
         axis = self._axis(path, shape)
@@ -68,32 +86,16 @@ SCOPES = ("all", "layer", "array", "block")  # Each is a part of the one before.
 
 
 @dataclasses.dataclass(frozen=True)
-class Within(Rule):
+class Within(_Wrapped):
     """The value behind :func:`within`."""
 
     bounds: str
-    rule: Rule
-
-    def tile(self, path, shape):
-        return self.rule.tile(path, shape)
-
-    def owner(self, path):
-        return self.rule.owner(path)
-
-    def stacked_axes(self, path, shape):
-        return self.rule.stacked_axes(path, shape)
 
     def scope(self, path):
         scope = self.rule.scope(path)
         if scope not in SCOPES:  # Refused with the path where it is used.
             return scope
         return max(self.bounds, scope, key=SCOPES.index)
-
-    def reach(self, path, shape):
-        return self.rule.reach(path, shape)
-
-    def _guesses(self, path, shape):
-        return self.rule._guesses(path, shape)
 
     def __repr__(self):
         return f"within({self.bounds!r}, {self.rule})"
@@ -223,7 +225,7 @@ def within(bounds: str, rule: Rule) -> Rule:
             f"`bounds` must be one of {SCOPES[1:]}, got {bounds!r}. Pass the rule "
             "alone where all blocks see each other."
         )
-    return Within(bounds, rule)
+    return Within(rule, bounds)
 
 
 def by_path(

@@ -12,7 +12,7 @@ from typing import Self
 
 from bma_optax.partitions._rules import Shape
 
-MAX_DENSE = 64  # Cells of the last level, whose matrix is dense.
+_MAX_DENSE = 64  # Cells of the last level, whose matrix is dense.
 _COARSENING = 4  # The length of a tile of cells, along each axis.
 _MAX_EXACT = 1000  # Cells of a dense last level where tiles have one element.
 
@@ -85,7 +85,7 @@ def levels_below(
     levels = []
     axes = [axis for axis in range(len(grid.grid)) if axis not in fields]
     long = [axis for axis in axes if first_tile[axis] > 1]
-    while grid.num_cells > MAX_DENSE:
+    while grid.num_cells > _MAX_DENSE:
         tile = _coarsening(grid, long)
         if math.prod(tile) == 1 and grid.num_cells > _MAX_EXACT:
             tile = _coarsening(grid, axes)

@@ -56,12 +56,11 @@ def _dense(blocks) -> str:
     matrices = ", ".join(f"{count} of {n} × {n}" for count, n in blocks.buckets)
     entries = sum(count * n * n for count, n in blocks.buckets)
     cost = sum(count * n**3 for count, n in blocks.buckets)
-    num_blocks = sum(count * n for count, n in blocks.buckets)
     d = sum(math.prod(array.shape) for array in blocks.arrays if not array.is_grid)
     return (
         f"small matrices: {matrices or 'none'}; float32 state {4 * d:,} bytes of diag "
-        f"H and {8 * entries + 4 * num_blocks:,} of U, v and the inverse root; a solve "
-        f"costs O({cost:,})"
+        f"H and {8 * entries + 4 * blocks.num_dense:,} of U, v and the inverse root; a "
+        f"solve costs O({cost:,})"
     )
 
 
