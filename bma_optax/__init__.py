@@ -8,7 +8,6 @@ from bma_optax._diagnostics import diagnostics
 from bma_optax.adaptive._adagrad import ScaleByBMAState, scale_by_bma
 from bma_optax.adaptive._adam import ScaleByAdamBMAState, scale_by_adam_bma
 from bma_optax.adaptive._aliases import adagrad_bma, adam_bma, mini_bma
-from bma_optax.adaptive._block_mean import ScaleBlockMeanState, scale_block_mean
 from bma_optax.adaptive._mini import ScaleByMiniBMAState, scale_by_mini_bma
 from bma_optax.algebra._block_mean_matrix import BlockMeanMatrix
 from bma_optax.curvature import (
@@ -29,15 +28,9 @@ from bma_optax.newton._quadratic_model import (
 from bma_optax.partitions._blocks import Partition
 from bma_optax.partitions._build import partition
 from bma_optax.partitions._combinators import by_path, stacked, within
-from bma_optax.partitions._rules import (
-    Rule,
-    per_column,
-    per_layer,
-    per_leaf,
-    per_row,
-    per_unit,
-)
+from bma_optax.partitions._rules import Rule, per_layer, per_leaf
 from bma_optax.partitions._tile_rules import by_function, per_element, per_tile
+from bma_optax.partitions._unit_rules import per_column, per_row, per_unit, units
 
 __version__ = "0.1.0"
 
@@ -51,7 +44,6 @@ __all__ = [
     "Partition",
     "Preconditioner",
     "Rule",
-    "ScaleBlockMeanState",
     "ScaleByAdamBMAState",
     "ScaleByBMAState",
     "ScaleByMiniBMAState",
@@ -74,7 +66,6 @@ __all__ = [
     "per_tile",
     "per_unit",
     "preconditioner",
-    "scale_block_mean",
     "scale_by_adam_bma",
     "scale_by_bma",
     "scale_by_mini_bma",
@@ -82,5 +73,6 @@ __all__ = [
     "scale_by_newton_bma",
     "scale_by_quadratic_model",
     "stacked",
+    "units",
     "within",
 ]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from bma_optax import _checks, _refresh, _tree, _xla
-from bma_optax.adaptive import _inverse_root
+from bma_optax.adaptive import _columns, _inverse_root
 from bma_optax.partitions import _build, _rules
 
 _FORMS = ("left", "symmetric")
@@ -43,6 +43,7 @@ class ScaleByBMAState(NamedTuple):
     v: jax.Array  # shape (L,): block sums of z at the last refresh.
     inverse_root: jax.Array  # shape (L, L): the last finite M^-½.
     failures: jax.Array  # shape (), int32: factorisations that were not finite.
+    direction: optax.Updates | None  # a number an input: of learned weights.
 
 
 def scale_by_bma(
@@ -50,9 +51,10 @@ def scale_by_bma(
     *,
     initial_accumulator_value: jax.typing.ArrayLike = 0.0,
     eps: jax.typing.ArrayLike = 1e-7,
-    min_eigenvalue: jax.typing.ArrayLike = 0.3,
+    min_eigenvalue: jax.typing.ArrayLike | None = None,
     form: str = "left",
     estimator: str | None = None,
+    weights: str = "constant",
     update_interval: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales updates by the inverse root of a block mean approximation (AdaGrad-BMA).
@@ -91,10 +93,11 @@ def scale_by_bma(
       min_eigenvalue: the floor of M's eigenvalues, a number >= 0. M can be singular, as
         at the first step and in softmax layers. At 0 the floor is what the dtype
         resolves beside the largest eigenvalue: 4 √L times the machine epsilon times it.
-        At 1 the update along block means can shrink but not grow. The default bounds
-        the growth by 1.8. Below 0.1 deeper networks can diverge at the second step,
-        where M is nearly singular; on digits the value changes little
-        (``benchmarks.costs``). Pass 0 for AdaGrad-Full to the letter.
+        At 1 the update along block means can shrink but not grow. None stands for 1
+        with "projection", and for 0.3 with "report", which bounds the growth by 1.8.
+        With "report" deeper networks can diverge below 0.1 at the second step, where M
+        is nearly singular; on digits the value changes little (``benchmarks.costs``).
+        Pass 0 for AdaGrad-Full to the letter.
       form: "left" for the update :math:`F^{-1/2} Z^{-1} g`. "symmetric" for
         :math:`Z^{-1/2} F^{-1/2} Z^{-1/2} g`, which is always a descent direction, but
         large where z is tiny and blocks are fine: with ``per_unit`` on digits its
@@ -102,10 +105,17 @@ def scale_by_bma(
       estimator: "report" for the M above, which Lu et al. 2018 use. "projection" for
         :math:`M = S^{1/2} \frac{U}{v v^T} S^{1/2}` with S = diag(s) and the diagonal of
         U included: eq. 2 applied to :math:`Z^{-1} H Z^{-1}`. "report" shrinks the
-        off-diagonal entries of that M by :math:`\sqrt{s_i s_j}`. With "projection" pass
-        ``min_eigenvalue=1`` on networks. None selects "projection" if the rule leaves
-        every block alone, where "report" has M = 1 and equals AdaGrad; it needs no
-        ``eigh`` there. Otherwise None selects "report".
+        off-diagonal entries of that M by :math:`\sqrt{s_i s_j}`. None selects
+        "projection" if the rule leaves every block alone, as ``bma.units`` does: there
+        "report" has M = 1 and equals AdaGrad, and neither needs an ``eigh``. Otherwise
+        None selects "report".
+      weights: "constant" for the block sums above. "learned" for weighted sums: the
+        units of an array share a unit vector q over their s inputs, which takes the
+        place of :math:`1 / \sqrt{s}` in E and follows the leading direction of the
+        rows R of :math:`Z^{-1} g` by one step of power iteration a step: :math:`y
+        \leftarrow 0.95 y + 0.05 R^T R q / \|R^T R q\|`, q = y / ‖y‖, from plain means.
+        It needs the estimator "projection" and stores one number an input. Arrays
+        whose blocks are not of one shape, or fewer than two, keep constant weights.
       update_interval: k, an integer >= 1: the steps from one computation of M^-½ to the
         next. M^-½ is also computed at steps 1, 2, 4, 8, ... below k, because the first
         gradients change M most. Every gradient enters U and diag H, whatever k is. With
@@ -148,12 +158,13 @@ def scale_by_bma(
     """
     _rules.check_rule(partition)
     _inverse_root.check_estimator(estimator)
+    _columns.check_weights(weights)
     if form not in _FORMS:
         raise ValueError(f"`form` must be one of {_FORMS}, got {form!r}.")
     _checks.not_negative(
         initial_accumulator_value=initial_accumulator_value,
         eps=eps,
-        min_eigenvalue=min_eigenvalue,
+        min_eigenvalue=0.0 if min_eigenvalue is None else min_eigenvalue,
     )
     _checks.at_least_one(update_interval=update_interval)
     update_interval = _checks.plain(update_interval)
@@ -167,6 +178,7 @@ def scale_by_bma(
             ),
             params,
         )
+        _inverse_root.chosen(estimator, blocks, weights)
         U, v, inverse_root = _inverse_root.start(blocks, sum_of_squares)
         return ScaleByBMAState(
             count=jnp.zeros((), jnp.int32),
@@ -175,6 +187,7 @@ def scale_by_bma(
             v=v,
             inverse_root=inverse_root,
             failures=jnp.sum(v).astype(jnp.int32),
+            direction=_columns.start(weights, blocks, sum_of_squares),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -185,7 +198,9 @@ def scale_by_bma(
         updates, state = _tree.arrays((updates, state))
         blocks = _build.layout(updates, partition)
         blocks.check_state(state.U.shape)
-        kind = _inverse_root.chosen(estimator, blocks)
+        kind = _inverse_root.chosen(estimator, blocks, weights)
+        floor = _inverse_root.floor(min_eigenvalue, kind)
+        columns = _columns.Columns(blocks, state.direction)
 
         # A step passes over memory to update h, to sum g and √h, to write r (into the
         # memory of g where g is donated), to sum r, and to write the update. XLA on CPU
@@ -196,13 +211,14 @@ def scale_by_bma(
         # Gather diag H (h) and U.
         g = _tree.astype(updates, state.sum_of_squares)
         h = jax.tree.map(_add_square, g, state.sum_of_squares)
-        U = state.U + _inverse_root.outer(blocks, blocks.block_sums(g))
+        u = columns.sums(g)
+        U = state.U + _inverse_root.outer(blocks, u)
 
         # Compute M and its inverse root.
         def refresh():
-            v = _inverse_root.root_sums(blocks, h, eps)
+            v = _inverse_root.root_sums(columns, h, eps)
             root, failures = _inverse_root.inverse_root(
-                blocks, U, v, state.inverse_root, min_eigenvalue, kind
+                blocks, U, v, state.inverse_root, floor, kind
             )
             return v, root, state.failures + failures
 
@@ -216,10 +232,12 @@ def scale_by_bma(
 
         # Apply them to r = Z^-1 g: the update is r + E (M^-½ - I) Eᵀ r.
         power = -0.5 if form == "left" else -0.25
-        r = jax.tree.map(lambda g, h: g * _scale(h, eps, power), g, h)
-        correction = blocks.expand(
-            _inverse_root.correction(blocks, inverse_root, blocks.block_sums(r)), r
-        )
+        later = columns.after_sums(eps, g, u)
+        r = jax.tree.map(lambda g, h, eps: g * _scale(h, eps, power), g, h, later)
+        sums = columns.sums(r)
+        direction = columns.turned(r, sums)
+        along = _inverse_root.correction(blocks, inverse_root, sums)
+        correction = columns.expand(along, r, after=direction)
         start = initial_accumulator_value
         result = jax.tree.map(
             lambda r, c, h: r + jnp.where(h > jnp.asarray(start, h.dtype), c, 0),
@@ -238,6 +256,7 @@ def scale_by_bma(
             v=v,
             inverse_root=inverse_root,
             failures=failures,
+            direction=direction,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from bma_optax import _checks, _refresh, _tree
-from bma_optax.adaptive import _inverse_root, _moments
+from bma_optax.adaptive import _columns, _inverse_root, _moments
 from bma_optax.partitions import _build, _rules
 
 
@@ -43,6 +43,7 @@ class ScaleByAdamBMAState(NamedTuple):
     v: jax.Array  # shape (L,): block sums of z, on the scale of U.
     inverse_root: jax.Array  # shape (L, L): the last finite M^-½.
     failures: jax.Array  # shape (), int32: factorisations that were not finite.
+    direction: optax.Updates | None  # a number an input: of learned weights.
 
 
 def scale_by_adam_bma(
@@ -54,7 +55,8 @@ def scale_by_adam_bma(
     *,
     partition: _rules.Rule = _rules.per_leaf,
     estimator: str | None = None,
-    min_eigenvalue: jax.typing.ArrayLike = 0.3,
+    weights: str = "constant",
+    min_eigenvalue: jax.typing.ArrayLike | None = None,
     update_interval: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales updates by Adam with a block mean approximation of the full matrix.
@@ -87,8 +89,11 @@ def scale_by_adam_bma(
         S the diagonal matrix of block sizes and the diagonal of U included; see
         :func:`scale_by_bma`. None selects "projection" if the rule leaves every block
         alone, where "report" is plain Adam, and "report" otherwise.
+      weights: "constant" or "learned", see :func:`scale_by_bma`. The direction q
+        follows that of :math:`Z^{-1} m`.
       min_eigenvalue: the floor of M's eigenvalues, a number >= 0. At 1 the update along
-        block means can shrink but not grow. The default bounds the growth by 1.8.
+        block means can shrink but not grow. None stands for 1 with "projection", and
+        for 0.3 with "report", which bounds the growth by 1.8.
       update_interval: k, an integer >= 1: the steps from one computation of M^-½ to the
         next. M^-½ is also computed at steps 1, 2, 4, 8, ... below k, because the first
         gradients change M most.
@@ -131,8 +136,13 @@ def scale_by_adam_bma(
     """
     _rules.check_rule(partition)
     _inverse_root.check_estimator(estimator)
+    _columns.check_weights(weights)
     _checks.below_one(b1=b1, b2=b2)
-    _checks.not_negative(eps=eps, eps_root=eps_root, min_eigenvalue=min_eigenvalue)
+    _checks.not_negative(
+        eps=eps,
+        eps_root=eps_root,
+        min_eigenvalue=0.0 if min_eigenvalue is None else min_eigenvalue,
+    )
     _checks.at_least_one(update_interval=update_interval)
     _checks.mu_dtype(mu_dtype)
     update_interval = _checks.plain(update_interval)
@@ -143,6 +153,7 @@ def scale_by_adam_bma(
         nu = jax.tree.map(
             lambda p: jnp.zeros_like(p, dtype=_tree.statistic_dtype(p)), params
         )
+        _inverse_root.chosen(estimator, blocks, weights)
         U, v, inverse_root = _inverse_root.start(blocks, nu)
         return ScaleByAdamBMAState(
             count=jnp.zeros((), jnp.int32),
@@ -152,6 +163,7 @@ def scale_by_adam_bma(
             v=v,
             inverse_root=inverse_root,
             failures=jnp.sum(v).astype(jnp.int32),
+            direction=_columns.start(weights, blocks, nu),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -162,7 +174,9 @@ def scale_by_adam_bma(
         updates, state = _tree.arrays((updates, state))
         blocks = _build.layout(updates, partition)
         blocks.check_state(state.U.shape)
-        kind = _inverse_root.chosen(estimator, blocks)
+        kind = _inverse_root.chosen(estimator, blocks, weights)
+        floor = _inverse_root.floor(min_eigenvalue, kind)
+        columns = _columns.Columns(blocks, state.direction)
         count = optax.safe_increment(state.count)
 
         # Gather the momentum, diag H and U, all without bias correction.
@@ -172,20 +186,19 @@ def scale_by_adam_bma(
         nu = jax.tree.map(
             lambda g, h: _moments.decay(jnp.square(g), h, b2), g, state.nu
         )
-        U = _moments.decay(
-            _inverse_root.outer(blocks, blocks.block_sums(raw)), state.U, b2
-        )
+        u = columns.sums(raw)
+        U = _moments.decay(_inverse_root.outer(blocks, u), state.U, b2)
 
         # Compute M and its inverse root. Neither U nor v² has a bias correction here,
         # so that it cancels in U / (v vᵀ); eps and eps_root are scaled to match.
         def refresh():
             start = _moments.bias_correction(count, b2, state.v.dtype)
             inside = start * jnp.asarray(eps_root, start.dtype)
-            v = _inverse_root.root_sums(blocks, nu, inside)
+            v = _inverse_root.root_sums(columns, nu, inside)
             sizes = jnp.asarray(blocks.sizes, v.dtype)
             v = v + jnp.sqrt(start) * jnp.asarray(eps, v.dtype) * sizes
             root, failures = _inverse_root.inverse_root(
-                blocks, U, v, state.inverse_root, min_eigenvalue, kind
+                blocks, U, v, state.inverse_root, floor, kind
             )
             return v, root, state.failures + failures
 
@@ -198,16 +211,17 @@ def scale_by_adam_bma(
         )
 
         # Apply them to r = Z^-1 m: the update is r + E (M^-½ - I) Eᵀ r.
-        def scale(m, h, g):
+        def scale(m, h, g, eps):
             m = m / _moments.bias_correction(count, b1, m.dtype)
             h = h / _moments.bias_correction(count, b2, h.dtype)
             r = _moments.over_root(m, h, eps, eps_root)
             return jnp.where(jnp.isfinite(g), r, g)
 
-        r = jax.tree.map(scale, mu, nu, raw)
-        correction = blocks.expand(
-            _inverse_root.correction(blocks, inverse_root, blocks.block_sums(r)), r
-        )
+        r = jax.tree.map(scale, mu, nu, raw, columns.after_sums(eps, raw, u))
+        sums = columns.sums(r)
+        direction = columns.turned(r, sums)
+        along = _inverse_root.correction(blocks, inverse_root, sums)
+        correction = columns.expand(along, r, after=direction)
         result = jax.tree.map(
             lambda r, c, h: r + jnp.where(h > 0, c, 0), r, correction, nu
         )
@@ -219,6 +233,7 @@ def scale_by_adam_bma(
             v=v,
             inverse_root=inverse_root,
             failures=failures,
+            direction=direction,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -16,7 +16,7 @@ from bma_optax import _rates
 from bma_optax.adaptive._adagrad import scale_by_bma
 from bma_optax.adaptive._adam import scale_by_adam_bma
 from bma_optax.adaptive._mini import scale_by_mini_bma
-from bma_optax.partitions import _rules
+from bma_optax.partitions import _rules, _unit_rules
 
 
 def adagrad_bma(
@@ -25,9 +25,10 @@ def adagrad_bma(
     *,
     initial_accumulator_value: jax.typing.ArrayLike = 0.0,
     eps: jax.typing.ArrayLike = 1e-7,
-    min_eigenvalue: jax.typing.ArrayLike = 0.3,
+    min_eigenvalue: jax.typing.ArrayLike | None = None,
     form: str = "left",
     estimator: str | None = None,
+    weights: str = "constant",
     update_interval: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaGrad with a block mean approximation of the full matrix.
@@ -45,13 +46,16 @@ def adagrad_bma(
         a large start keeps M at the identity.
       eps: a number >= 0, added to diag H inside the root.
       min_eigenvalue: the floor of M's eigenvalues, a number >= 0. At 1 the update along
-        block means can shrink but not grow. The default bounds the growth by 1.8,
-        because M can be singular; 0 is AdaGrad-Full to the letter.
+        block means can shrink but not grow; 0 is AdaGrad-Full to the letter. None
+        stands for 1 with "projection", and for 0.3 with "report", which bounds the
+        growth by 1.8.
       form: "left" for the update :math:`F^{-1/2} Z^{-1} g`; "symmetric" for
         :math:`Z^{-1/2} F^{-1/2} Z^{-1/2} g`, always a descent direction, but large
         where gradients were tiny and blocks are fine.
       estimator: "report" for the M of Lu et al. 2018; "projection" for M by eq. 2, with
         a diagonal. None selects "projection" if every block is alone, else "report".
+      weights: "constant" sums blocks as they are; "learned" along the direction that
+        the units of an array share, see :func:`scale_by_bma`.
       update_interval: an integer >= 1, the steps from one computation of M^-½ to the
         next. The default 1 computes it at every step; 10 is cheaper with many blocks.
 
@@ -87,6 +91,7 @@ def adagrad_bma(
             min_eigenvalue=min_eigenvalue,
             form=form,
             estimator=estimator,
+            weights=weights,
             update_interval=update_interval,
         ),
         _rates.scale(learning_rate),
@@ -105,7 +110,8 @@ def adam_bma(
     *,
     partition: _rules.Rule = _rules.per_leaf,
     estimator: str | None = None,
-    min_eigenvalue: jax.typing.ArrayLike = 0.3,
+    weights: str = "constant",
+    min_eigenvalue: jax.typing.ArrayLike | None = None,
     update_interval: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with a block mean approximation of the full matrix.
@@ -132,9 +138,11 @@ def adam_bma(
         ``bma.per_leaf`` makes each array one block. An array without blocks gets Adam.
       estimator: "report" for the M of Lu et al. 2018; "projection" for M by eq. 2, with
         a diagonal. None selects "projection" if every block is alone, else "report".
+      weights: "constant" sums blocks as they are; "learned" along the direction that
+        the units of an array share, see :func:`scale_by_bma`.
       min_eigenvalue: the floor of M's eigenvalues, a number >= 0. At 1 the update along
-        block means can shrink but not grow. The default bounds the growth by 1.8,
-        because M can be singular.
+        block means can shrink but not grow. None stands for 1 with "projection", and
+        for 0.3 with "report", which bounds the growth by 1.8.
       update_interval: an integer >= 1, the steps from one computation of M^-½ to the
         next. The default 1 computes it at every step; 10 is cheaper with many blocks.
 
@@ -172,6 +180,7 @@ def adam_bma(
             mu_dtype,
             partition=partition,
             estimator=estimator,
+            weights=weights,
             min_eigenvalue=min_eigenvalue,
             update_interval=update_interval,
         ),
@@ -189,7 +198,7 @@ def mini_bma(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    partition: _rules.Rule = _rules.per_unit,
+    partition: _rules.Rule = _unit_rules.per_unit,
     b3: jax.typing.ArrayLike = 0.95,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam at half of its state, with a learned block mean in each array.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bma_optax import _tree
-from bma_optax.adaptive import _direction, _inverse_root, _moments
+from bma_optax.adaptive import _columns, _direction, _inverse_root, _moments
 from bma_optax.algebra import _symmetric_power
 from bma_optax.partitions import _units
 
@@ -24,21 +24,21 @@ _MOST_PAIRS = 10
 
 def of_adagrad(state, blocks, grads, estimator):
     """Numbers of a :class:`ScaleByBMAState`."""
-    numbers = _of_roots(blocks, state.U, state.v, state.inverse_root, estimator)
+    numbers = _of_roots(blocks, state, estimator)
     if grads is not None:
         g = _tree.astype(grads, state.sum_of_squares)
         r = _over_root(g, state.sum_of_squares)
-        numbers |= _of_root_update(blocks, state.inverse_root, g, r)
+        numbers |= _of_root_update(blocks, state, g, r)
     return numbers
 
 
 def of_adam(state, blocks, grads, estimator):
     """Numbers of a :class:`ScaleByAdamBMAState`."""
     del grads  # The transformation scales the momentum in the state.
-    numbers = _of_roots(blocks, state.U, state.v, state.inverse_root, estimator)
+    numbers = _of_roots(blocks, state, estimator)
     m = _tree.astype(state.mu, state.nu)
     r = _over_root(m, state.nu)
-    return numbers | _of_root_update(blocks, state.inverse_root, m, r)
+    return numbers | _of_root_update(blocks, state, m, r)
 
 
 def of_mini(state, blocks, grads, estimator):
@@ -83,11 +83,15 @@ class Updates(NamedTuple):
     full: Any
 
 
-def _of_roots(blocks, U, v, inverse_root, estimator):
+def _of_roots(blocks, state, estimator):
     """Numbers of M, built from the statistics, and of the inverse root in use.
 
-    ``U`` and ``inverse_root`` hold the groups' matrices, ``v`` has shape (L,).
+    In the state ``U`` and ``inverse_root`` hold the groups' matrices, ``v`` has shape
+    (L,).
     """
+    U, v, inverse_root = state.U, state.v, state.inverse_root
+    if state.direction is not None:
+        estimator = "projection"  # Learned weights have no other.
     estimator = _inverse_root.chosen(estimator, blocks)
     M = [
         _inverse_root.small_matrix(*parts, estimator)
@@ -147,10 +151,14 @@ def _over_root(tree, h):
     return jax.tree.map(lambda x, h: _moments.over_root(x, h, 0.0), tree, h)
 
 
-def _of_root_update(blocks, inverse_root, given, r):
-    """Numbers of the update r + E (M^-½ - I) Eᵀ r; given and r are trees."""
-    sums = blocks.block_sums(r)
-    shift = blocks.expand(_inverse_root.correction(blocks, inverse_root, sums), r)
+def _of_root_update(blocks, state, given, r):
+    """Numbers of the update r + E (M^-½ - I) Eᵀ r; given and r are trees.
+
+    Learned weights are those of the next step.
+    """
+    columns = _columns.Columns(blocks, state.direction)
+    along = _inverse_root.correction(blocks, state.inverse_root, columns.sums(r))
+    shift = columns.expand(along, r)
     return of_updates(blocks, given, r, jax.tree.map(jnp.add, r, shift))
 
 

@@ -31,19 +31,37 @@ def check_estimator(estimator: str | None) -> None:
         )
 
 
-def chosen(estimator: str | None, blocks: Partition) -> str:
+def chosen(estimator: str | None, blocks: Partition, weights: str = "constant") -> str:
     """Returns the estimator; None stands for "projection" where every block is alone.
 
     There the M of "report" is 1. Under a rule that lets all blocks see each other, None
     stands for "report", even where the rule makes only one block.
     """
-    if estimator is not None:
-        return estimator
+    if estimator is None:
+        estimator = "projection" if _all_alone(blocks) else "report"
+    if weights == "learned" and estimator == "report":
+        raise ValueError(
+            '`weights="learned"` needs the estimator "projection": with "report" the '
+            "mean of a block has no number of its own. Pass a rule that leaves every "
+            'block alone, such as bma.units, or `estimator="projection"`.'
+        )
+    return estimator
+
+
+def floor(min_eigenvalue, estimator: str):
+    """The floor of M's eigenvalues; None stands for 1 with "projection", else 0.3."""
+    if min_eigenvalue is None:
+        return 1.0 if estimator == "projection" else 0.3
+    return min_eigenvalue
+
+
+def _all_alone(blocks: Partition) -> bool:
+    """Whether the rule bounds who sees whom, and no block sees another."""
     coupled = any(n > 1 for _, n in blocks.buckets)
     bounded = any(
         array.num_blocks and array.group[:1] != ("all",) for array in blocks.arrays
     )
-    return "projection" if bounded and not coupled else "report"
+    return bounded and not coupled
 
 
 def start(blocks, zeros):
@@ -68,19 +86,21 @@ def outer(blocks, u):
     return blocks.outer(jnp.where(jnp.isfinite(u), u, 0))
 
 
-def root_sums(blocks, h, eps):
-    """v, shape (L,), with v_i² = (Σ h^½)² + s_i² eps over each block i.
+def root_sums(columns, h, eps):
+    """v, shape (L,), with v_i² = (Σ W² h^½)² + s_i² eps over each block i.
 
-    Lu et al. have v_i = Σ (h + eps)^½, which is the same where a block has one element
-    or one number, and as far as eps is small beside h. Inside the sum eps would cost
-    XLA on CPU a part of a pass over memory.
+    The weights W are 1 unless they are learned. Lu et al. have v_i = Σ (h + eps)^½,
+    which is the same where a block has one element or one number, and as far as eps is
+    small beside h. Inside the sum eps would cost XLA on CPU a part of a pass over
+    memory.
 
     Args:
+      columns: E, see ``_columns``.
       h: diag H, a tree like the parameters.
       eps: a number >= 0.
     """
-    v = blocks.block_sums(jax.tree.map(_xla.sqrt, h))
-    sizes = jnp.asarray(blocks.sizes, v.dtype)
+    v = columns.root_sums(jax.tree.map(_xla.sqrt, h))
+    sizes = jnp.asarray(columns.blocks.sizes, v.dtype)
     return _xla.sqrt(jnp.square(v) + jnp.square(sizes) * jnp.asarray(eps, v.dtype))
 
 

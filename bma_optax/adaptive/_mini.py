@@ -18,7 +18,7 @@ import optax
 
 from bma_optax import _checks, _tree, _xla
 from bma_optax.adaptive import _direction, _moments
-from bma_optax.partitions import _build, _rules, _units
+from bma_optax.partitions import _build, _rules, _unit_rules, _units
 from bma_optax.partitions._combinators import within
 
 
@@ -51,7 +51,7 @@ def scale_by_mini_bma(
     b2: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
     *,
-    partition: _rules.Rule = _rules.per_unit,
+    partition: _rules.Rule = _unit_rules.per_unit,
     b3: jax.typing.ArrayLike = 0.95,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -115,12 +115,20 @@ class Partition:
           >>> print(bma.partition(tree).block_sums(tree))
           [3. 6.]
         """
-        leaves = jax.tree.leaves(tree)
-        dtype = _tree.common_statistic_dtype(tree)
+        pairs = zip(self.arrays, jax.tree.leaves(tree), strict=True)
+        parts = [array.sums(x) if array.num_blocks else None for array, x in pairs]
+        return self.join_arrays(parts, tree)
+
+    def join_arrays(self, parts: list[jax.Array | None], like: Any) -> jax.Array:
+        """Numbers for the blocks of each array as one vector, shape (L,).
+
+        Where arrays share a block, their numbers are added.
+        """
+        dtype = _tree.common_statistic_dtype(like)
         sums: dict[int, jax.Array] = {}
-        for array, leaf in zip(self.arrays, leaves, strict=True):
-            if array.num_blocks:
-                part = array.sums(leaf).reshape(-1).astype(dtype)
+        for array, numbers in zip(self.arrays, parts, strict=True):
+            if array.num_blocks and numbers is not None:
+                part = numbers.reshape(-1).astype(dtype)
                 start = array.start
                 sums[start] = sums[start] + part if start in sums else part
         ordered = [sums[start] for start in sorted(sums)]
@@ -130,7 +138,6 @@ class Partition:
         self,
         values: jax.Array,
         like: Any,
-        weights: Any = None,
         default: jax.typing.ArrayLike = 0,
     ) -> Any:
         """Each block filled with its value.
@@ -138,7 +145,6 @@ class Partition:
         Args:
           values: shape (L,).
           like: a tree whose structure, shapes and dtypes the result takes.
-          weights: a tree like it that multiplies the result.
           default: a number for arrays without blocks.
 
         Returns:
@@ -162,10 +168,12 @@ class Partition:
             else jnp.full(array.shape, default, leaf.dtype)
             for array, leaf in zip(self.arrays, leaves, strict=True)
         ]
-        filled = jax.tree.unflatten(treedef, filled)
-        if weights is not None:
-            filled = jax.tree.map(jnp.multiply, filled, weights)
-        return filled
+        return jax.tree.unflatten(treedef, filled)
+
+    def split_arrays(self, values: jax.Array) -> list[jax.Array | None]:
+        """The inverse of :meth:`join_arrays`: None for an array without blocks."""
+        parts = self._parts(values)
+        return [parts[a.start] if a.num_blocks else None for a in self.arrays]
 
     def _parts(self, values: jax.Array) -> dict[int, jax.Array]:
         """The values of each array, by the position of its first block.

@@ -3,12 +3,10 @@
 A rule knows nothing but the path and the shape of an array. It says which tile of the
 array is a block (:meth:`Rule.tile`), within which bounds blocks see each other
 (:meth:`Rule.scope`), and how far apart entries of a curvature may be that meet
-(:meth:`Rule.reach`). Here are the rules of whole arrays and of units, whose axis comes
-from the name of an array.
+(:meth:`Rule.reach`). Here are the rules of whole arrays.
 """
 
 import dataclasses
-import re
 from typing import Any
 
 Path = tuple[str, ...]
@@ -25,8 +23,9 @@ class Rule:
 
     Ready-made: ``per_leaf`` (one block an array), ``per_layer`` (the arrays of one
     module merged into one block), ``per_unit`` (one block for each output unit, on the
-    axis that the names of Flax, Haiku, Equinox and PyTorch tell), ``per_column`` and
-    ``per_row`` (one block for each index of the last or the first axis),
+    axis that the names of Flax, Haiku, Equinox and PyTorch tell), ``units`` (the same,
+    each unit alone), ``per_column`` and ``per_row`` (one block for each index of the
+    last or the first axis),
     ``per_element`` (AdaGrad-Full), and :func:`per_tile`, :func:`within`,
     :func:`stacked`, :func:`by_path`, :func:`by_function`.
 
@@ -171,102 +170,8 @@ class _PerLayer(Rule):
         return "per_layer"
 
 
-@dataclasses.dataclass(frozen=True)
-class _PerColumn(Rule):
-    """One block for each index of the last axis, whatever the array's name.
-
-    An array of one axis is one block.
-
-    Example:
-      >>> import jax.numpy as jnp, bma_optax as bma
-      >>> bma.partition(jnp.ones((2, 3)), bma.per_column).sizes
-      (2, 2, 2)
-    """
-
-    def tile(self, path, shape):
-        return (*shape[:-1], 1) if len(shape) > 1 else shape
-
-    def __repr__(self):
-        return "per_column"
-
-
-@dataclasses.dataclass(frozen=True)
-class _PerRow(Rule):
-    """One block for each index of the first axis, whatever the array's name.
-
-    An array of one axis is one block.
-
-    Example:
-      >>> import jax.numpy as jnp, bma_optax as bma
-      >>> bma.partition(jnp.ones((2, 3)), bma.per_row).sizes
-      (3, 3)
-    """
-
-    def tile(self, path, shape):
-        return (1, *shape[1:]) if len(shape) > 1 else shape
-
-    def __repr__(self):
-        return "per_row"
-
-
-# In the last part of a path. Flax: kernel, embedding, lora_a. Haiku: w, w_i,
-# embeddings. Equinox and PyTorch: weight, weight_ih, in_proj_weight. By hand: w1.
-_LAST_AXIS = re.compile(r"kernel|lora|^w\d*(_|$)")
-_FIRST_AXIS = re.compile(r"embedding|(^|_)weight(_|$)")
-_PROJECTIONS = {("query",), ("key",), ("value",)}  # Flax: (inputs, heads, units).
-_NO_INPUTS = re.compile(r"bias|scale|offset|^b\d*(_|$)")
-
-
-@dataclasses.dataclass(frozen=True)
-class _PerUnit(Rule):
-    """One block for each output unit, on the axis that the array's name tells.
-
-    The last part of the path decides: ``kernel`` and ``w`` (Flax, Haiku) have units on
-    the last axis, ``weight`` (Equinox, PyTorch) and ``embedding`` on the first; a
-    ``bias``, a ``scale`` or an array of one axis is one block. Where another name
-    cannot tell, the last axis is taken with a UserWarning: pass ``bma.per_column``,
-    ``bma.per_row`` or :func:`by_path` then. A bare array has no name, and takes the
-    last axis.
-
-    Example:
-      >>> import jax.numpy as jnp, bma_optax as bma
-      >>> params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3), "weight": jnp.ones((2, 3))}
-      >>> bma.partition(params, bma.per_unit).names[:4]
-      ('b', 'w[:, 0]', 'w[:, 1]', 'w[:, 2]')
-      >>> bma.partition(params, bma.per_unit).names[4:]
-      ('weight[0, :]', 'weight[1, :]')
-    """
-
-    def tile(self, path, shape):
-        if len(shape) == 3 and path[-1:] == ("kernel",) and path[-2:-1] in _PROJECTIONS:
-            return (shape[0], 1, 1)  # Units are counted by heads, and in each.
-        guess = per_column if self._guesses(path, shape) else per_leaf
-        return (_rule_of_name(path) or guess).tile(path, shape)
-
-    def _guesses(self, path, shape):
-        return _rule_of_name(path) is None and sum(n > 1 for n in shape) > 1
-
-    def __repr__(self):
-        return "per_unit"
-
-
-def _rule_of_name(path: Path) -> Rule | None:
-    """What the name of an array says of its axis of units; None where it does not."""
-    if not path:
-        return per_column
-    name = re.split(r"[./]", path[-1])[-1]
-    if _LAST_AXIS.search(name):
-        return per_column
-    if _FIRST_AXIS.search(name):
-        return per_row
-    return per_leaf if _NO_INPUTS.search(name) else None
-
-
 per_leaf: Rule = _PerLeaf()
 per_layer: Rule = _PerLayer()
-per_unit: Rule = _PerUnit()
-per_column: Rule = _PerColumn()
-per_row: Rule = _PerRow()
 
 
 def check_rule(rule: Any, name: str = "partition") -> Rule:
@@ -294,4 +199,4 @@ def without_parentheses(*rules: Rule) -> None:
         type(rule).__name__ = f"bma.{rule} (a rule, written without parentheses)"
 
 
-without_parentheses(per_leaf, per_layer, per_unit, per_column, per_row)
+without_parentheses(per_leaf, per_layer)

@@ -1,0 +1,160 @@
+"""The columns of E: which elements a block holds, and with which weights it sums them.
+
+Lu et al. 2018 sum the elements of a block as they are. With *learned* weights the units
+of an array, s inputs each, share a unit vector q over their inputs, and a block sums
+W = √s q times its elements. W has mean square 1 in every block, so that all else stays
+as it is: v are sums of W² z, M = S^½ U / (v vᵀ) S^½, and E has the columns q, in place
+of 1/√s. q follows the leading direction of Z^-1 g, see ``_direction``. Numbers of an
+array's inputs keep all of its axes, of length 1 where units are counted.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bma_optax import _xla
+from bma_optax.adaptive import _direction
+from bma_optax.partitions import _units
+
+WEIGHTS = ("constant", "learned")
+KEPT = 0.95  # The part of y that a step keeps, as in mini-BMA.
+
+
+def check_weights(weights: str) -> None:
+    """Raises a ValueError for unknown ``weights``."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"`weights` must be one of {WEIGHTS}, got {weights!r}.")
+
+
+def start(weights, blocks, zeros):
+    """The directions y before the first step: None, or a tree of plain means.
+
+    Args:
+      weights: "constant" or "learned".
+      blocks: the partition.
+      zeros: a tree like the parameters, in the dtype of statistics.
+
+    Returns:
+      None for constant weights. Else a tree with a number an input, and with one
+      unused number for an array that has not two units of one shape.
+    """
+    if weights == "constant":
+        return None
+
+    def one(units, x):
+        x = jnp.zeros_like(x)
+        y = _units.placeholder(x) if units is None else units.constant(units.split(x))
+        return _Array(y)
+
+    return _units.map_arrays(_Array, one, blocks.arrays, zeros).y
+
+
+class Columns:
+    """E with the weights of one step: sums over blocks, and back."""
+
+    def __init__(self, blocks, y):
+        """Takes a partition, and directions y of :func:`start`."""
+        self.blocks, self.y = blocks, y
+        if y is None:
+            return
+        self.units = [_units.units_of(array) for array in blocks.arrays]
+        self.weights = [
+            None if units is None else _mean_square_one(units, y)
+            for units, y in zip(self.units, jax.tree.leaves(y), strict=True)
+        ]
+
+    def sums(self, tree):
+        """Sums of W x over blocks, shape (L,), for x like the parameters.
+
+        As products of matrices: XLA on CPU would store W for each element of a sum.
+        """
+        if self.y is None:
+            return self.blocks.block_sums(tree)
+
+        def one(array, units, x, W):
+            if units is not None:
+                return units.times(units.split(x), W.astype(x.dtype))
+            return array.sums(x) if array.num_blocks else None
+
+        return self.blocks.join_arrays([one(*each) for each in self._each(tree)], tree)
+
+    def root_sums(self, roots):
+        """Sums of W² z over blocks, shape (L,), for a tree z."""
+        return self.blocks.block_sums(self._scaled(roots, 2))
+
+    def expand(self, values, like, after=None):
+        """W times the value of its block, for each element.
+
+        Args:
+          values: shape (L,).
+          like: a tree like the parameters.
+          after: the next directions, to be computed before. What the result goes into
+            can then take the memory of what they are computed from.
+        """
+        filled = self.blocks.expand(values, like)
+        return self._scaled(filled, 1, after)
+
+    def turned(self, r, sums):
+        """The next directions: y moves towards Rᵀ R q in each array of a tree r.
+
+        Args:
+          r: a tree like the parameters.
+          sums: :meth:`sums` of r.
+        """
+        if self.y is None:
+            return None
+        leaves, treedef = jax.tree.flatten(self.y)
+        parts = self.blocks.split_arrays(jnp.where(jnp.isfinite(sums), sums, 0))
+        turned = []
+        for y, a, (_, units, r_array, _) in zip(
+            leaves, parts, self._each(r), strict=True
+        ):
+            if units is not None:
+                a = a.reshape(units.unit_shape).astype(y.dtype)
+                y = _direction.turn(units, y, units.split(r_array), a, KEPT)
+            turned.append(y)
+        return jax.tree.unflatten(treedef, turned)
+
+    def after_sums(self, x, like, sums):
+        """A number x for each array of a tree, computed after sums over blocks.
+
+        What is computed from the gradient and this number can then take the memory of
+        the gradient.
+        """
+        x = jnp.asarray(x, sums.dtype)
+        if self.y is None:
+            return jax.tree.map(lambda _: x, like)
+        parts = self.blocks.split_arrays(jnp.where(jnp.isfinite(sums), sums, 0))
+        numbers = []
+        for part, (_, units, leaf, _) in zip(parts, self._each(like), strict=True):
+            number = x.astype(leaf.dtype)
+            if units is not None and units.view == units.shape:
+                number = number + 0 * part.reshape(units.unit_shape).astype(leaf.dtype)
+            numbers.append(number)
+        return jax.tree.unflatten(jax.tree.structure(like), numbers)
+
+    def _scaled(self, tree, power, after=None):
+        if self.y is None:
+            return tree
+        later = [None] * len(self.units) if after is None else jax.tree.leaves(after)
+        scaled = []
+        for y, (_, units, x, W) in zip(later, self._each(tree), strict=True):
+            if units is not None:
+                W = W if y is None else _xla.after(W, y)
+                x = units.join(units.split(x) * W.astype(x.dtype) ** power, x)
+            scaled.append(x)
+        return jax.tree.unflatten(jax.tree.structure(tree), scaled)
+
+    def _each(self, tree):
+        leaves = jax.tree.leaves(tree)
+        return zip(self.blocks.arrays, self.units, leaves, self.weights, strict=True)
+
+
+class _Array(NamedTuple):
+    y: jax.Array
+
+
+def _mean_square_one(units, y):
+    square = jnp.sum(jnp.square(y), axis=units.inputs, keepdims=True)
+    return y / jnp.sqrt(square / units.num_inputs)
