@@ -55,10 +55,25 @@ def materialize_for_sums(tree, finite):
 def recompute(tree):
     """``tree`` under another name: what is computed from it is computed once more.
 
-    XLA would store what two passes over an array share, as ``r = g f(h)`` and a later
-    ``r f(h)`` do. The shared part is cheap, and the memory that it would need is not.
+    XLA on CPU would store what two passes over an array share, as ``r = g f(h)`` and a
+    later ``r f(h)`` do. The shared part is cheap, and the memory that it would need is
+    not. On other platforms the two are one pass already.
     """
-    return jax.lax.optimization_barrier(tree)
+    return jax.lax.platform_dependent(
+        tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree
+    )
+
+
+def second_pass(tree):
+    """``tree`` as it is on CPU; elsewhere for a pass that starts after the first.
+
+    A GPU's fusion that sums cannot write in place, and what it writes has to be copied.
+    With this the first pass only sums, and the second computes again what it needs from
+    what is given: no array is copied or stored. XLA on CPU would take longer.
+    """
+    return jax.lax.platform_dependent(
+        tree, cpu=lambda tree: tree, default=jax.lax.optimization_barrier
+    )
 
 
 def after(x, source):

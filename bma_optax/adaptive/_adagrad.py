@@ -209,8 +209,8 @@ def scale_by_bma(
         # no comparison, and r is written once, where the update will be.
 
         # Gather diag H (h) and U.
-        g = _tree.astype(updates, state.sum_of_squares)
-        h = jax.tree.map(_add_square, g, state.sum_of_squares)
+        g, old = _tree.astype(updates, state.sum_of_squares), state.sum_of_squares
+        h = jax.tree.map(_add_square, g, old)
         u = columns.sums(g)
         U = state.U + _inverse_root.outer(blocks, u)
 
@@ -233,10 +233,18 @@ def scale_by_bma(
         # Apply them to r = Z^-1 g: the update is r + E (M^-½ - I) Eᵀ r.
         power = -0.5 if form == "left" else -0.25
         later = columns.after_sums(eps, g, u)
-        r = jax.tree.map(lambda g, h, eps: g * _scale(h, eps, power), g, h, later)
+
+        def scaled(g, h):
+            return jax.tree.map(lambda g, h, e: g * _scale(h, e, power), g, h, later)
+
+        r = scaled(g, h)
         sums = columns.sums(r)
         direction = columns.turned(r, sums)
         along = _inverse_root.correction(blocks, inverse_root, sums)
+        if update_interval == 1:  # A branch for v stores h, so that one pass is left.
+            g, old, along = _xla.second_pass((g, old, along))
+            h = jax.tree.map(_add_square, g, old)
+            r = scaled(g, h)
         correction = columns.expand(along, r, after=direction)
         start = initial_accumulator_value
         result = jax.tree.map(

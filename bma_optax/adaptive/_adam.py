@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _refresh, _tree
+from bma_optax import _checks, _refresh, _tree, _xla
 from bma_optax.adaptive import _columns, _inverse_root, _moments
 from bma_optax.partitions import _build, _rules
 
@@ -180,12 +180,16 @@ def scale_by_adam_bma(
         count = optax.safe_increment(state.count)
 
         # Gather the momentum, diag H and U, all without bias correction.
-        raw = _tree.astype(updates, state.nu)
-        g = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), raw)
-        mu = jax.tree.map(lambda g, m: _moments.decay(g, m, b1), g, state.mu)
-        nu = jax.tree.map(
-            lambda g, h: _moments.decay(jnp.square(g), h, b2), g, state.nu
-        )
+        def moments(raw, old_mu, old_nu):
+            g = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), raw)
+            mu = jax.tree.map(lambda g, m: _moments.decay(g, m, b1), g, old_mu)
+            nu = jax.tree.map(
+                lambda g, h: _moments.decay(jnp.square(g), h, b2), g, old_nu
+            )
+            return mu, nu
+
+        raw, old = _tree.astype(updates, state.nu), (state.mu, state.nu)
+        mu, nu = moments(raw, *old)
         u = columns.sums(raw)
         U = _moments.decay(_inverse_root.outer(blocks, u), state.U, b2)
 
@@ -217,10 +221,15 @@ def scale_by_adam_bma(
             r = _moments.over_root(m, h, eps, eps_root)
             return jnp.where(jnp.isfinite(g), r, g)
 
-        r = jax.tree.map(scale, mu, nu, raw, columns.after_sums(eps, raw, u))
+        later = columns.after_sums(eps, raw, u)
+        r = jax.tree.map(scale, mu, nu, raw, later)
         sums = columns.sums(r)
         direction = columns.turned(r, sums)
         along = _inverse_root.correction(blocks, inverse_root, sums)
+        if update_interval == 1:  # A branch for v stores nu, so that one pass is left.
+            raw, old, along = _xla.second_pass((raw, old, along))
+            mu, nu = moments(raw, *old)
+            r = jax.tree.map(scale, mu, nu, raw, later)
         correction = columns.expand(along, r, after=direction)
         result = jax.tree.map(
             lambda r, c, h: r + jnp.where(h > 0, c, 0), r, correction, nu

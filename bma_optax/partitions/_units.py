@@ -164,18 +164,28 @@ def units_of(tiles: Tiles) -> Units | None:
 def _contract(x, y, axes, other):
     """The sum of x y over ``axes``, for y of length 1 along the ``other`` ones.
 
-    A product of matrices, which takes less time than a sum of products, except along
-    sharded axes, where JAX wants to be told what becomes of the shards.
+    On CPU a product of matrices, which takes less time than a sum of products, except
+    along sharded axes, where JAX wants to be told what becomes of the shards. Elsewhere
+    a sum, of which the arithmetic that makes x becomes a part: x is not stored.
     """
-    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+
+    def sum_of_products(x, y):
         return jnp.sum(x * y, axis=axes, keepdims=True)
-    letters = string.ascii_letters[: x.ndim]
-    left = "".join(letters[i] for i in range(x.ndim) if i not in axes)
-    mine = "".join(letters[i] for i in range(x.ndim) if i not in other)
-    product = jnp.einsum(
-        f"{letters},{mine}->{left}",
-        x,
-        jnp.squeeze(y, other),
-        precision=jax.lax.Precision.HIGHEST,
+
+    def product_of_matrices(x, y):
+        letters = string.ascii_letters[: x.ndim]
+        left = "".join(letters[i] for i in range(x.ndim) if i not in axes)
+        mine = "".join(letters[i] for i in range(x.ndim) if i not in other)
+        product = jnp.einsum(
+            f"{letters},{mine}->{left}",
+            x,
+            jnp.squeeze(y, other),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return jnp.expand_dims(product, axes)
+
+    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+        return sum_of_products(x, y)
+    return jax.lax.platform_dependent(
+        x, y, cpu=product_of_matrices, default=sum_of_products
     )
-    return jnp.expand_dims(product, axes)
