@@ -19,9 +19,14 @@ def every(interval, count, refresh, last, young=False):
       young: whether to refresh also after 1, 3, 7, 15, ... steps (that is at steps 2,
         4, 8, 16, ...) below the interval. The first gradients change statistics most.
     """
-    if isinstance(interval, int) and interval == 1:
+    if at_each_step(interval):
         return refresh()
     due = count % interval == 0
     if young:
         due |= (count & (count + 1) == 0) & (count + 1 < interval)
     return _control_flow.cond(due, refresh, lambda: last)
+
+
+def at_each_step(interval):
+    """Whether :func:`every` is known not to need a branch."""
+    return isinstance(interval, int) and interval == 1

@@ -241,7 +241,8 @@ def scale_by_bma(
         sums = columns.sums(r)
         direction = columns.turned(r, sums)
         along = _inverse_root.correction(blocks, inverse_root, sums)
-        if update_interval == 1:  # A branch for v stores h, so that one pass is left.
+        # A branch for v stores h, so that one pass is left.
+        if _refresh.at_each_step(update_interval):
             g, old, along = _xla.second_pass((g, old, along))
             h = jax.tree.map(_add_square, g, old)
             r = scaled(g, h)

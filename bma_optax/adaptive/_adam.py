@@ -226,7 +226,8 @@ def scale_by_adam_bma(
         sums = columns.sums(r)
         direction = columns.turned(r, sums)
         along = _inverse_root.correction(blocks, inverse_root, sums)
-        if update_interval == 1:  # A branch for v stores nu, so that one pass is left.
+        # A branch for v stores nu, so that one pass is left.
+        if _refresh.at_each_step(update_interval):
             raw, old, along = _xla.second_pass((raw, old, along))
             mu, nu = moments(raw, *old)
             r = jax.tree.map(scale, mu, nu, raw, later)
