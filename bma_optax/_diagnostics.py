@@ -161,12 +161,12 @@ def _plain(state):
     box of another type.
     """
     fields = type(state).__annotations__
-    return type(state)(
-        *(
-            jax.tree.leaves(x)[0] if fields[name] is jax.Array else jax.tree.leaves(x)
-            for name, x in zip(state._fields, state, strict=True)
-        )
-    )
+
+    def plain(name, x):
+        leaves = None if x is None else jax.tree.leaves(x)
+        return leaves[0] if fields[name] is jax.Array else leaves
+
+    return type(state)(*map(plain, state._fields, state))
 
 
 def _misfit(blocks, grads, state) -> str:

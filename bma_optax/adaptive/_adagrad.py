@@ -43,7 +43,7 @@ class ScaleByBMAState(NamedTuple):
     v: jax.Array  # shape (L,): block sums of z at the last refresh.
     inverse_root: jax.Array  # shape (L, L): the last finite M^-½.
     failures: jax.Array  # shape (), int32: factorisations that were not finite.
-    direction: optax.Updates | None  # a number an input: of learned weights.
+    direction: optax.Updates | None = None  # a number an input: learned weights.
 
 
 def scale_by_bma(

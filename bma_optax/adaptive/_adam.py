@@ -43,7 +43,7 @@ class ScaleByAdamBMAState(NamedTuple):
     v: jax.Array  # shape (L,): block sums of z, on the scale of U.
     inverse_root: jax.Array  # shape (L, L): the last finite M^-½.
     failures: jax.Array  # shape (), int32: factorisations that were not finite.
-    direction: optax.Updates | None  # a number an input: of learned weights.
+    direction: optax.Updates | None = None  # a number an input: learned weights.
 
 
 def scale_by_adam_bma(
