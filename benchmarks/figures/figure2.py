@@ -40,27 +40,41 @@ def optimizers(options: Any) -> dict[str, MakeOptimizer]:
             partition=bma.per_leaf,
             min_eigenvalue=options.min_eigenvalue,
         ),
+        # The same with one block a unit, and the units of an array seeing each other.
+        "BMA, units": functools.partial(
+            bma.adagrad_bma, partition=bma.within("array", bma.per_unit)
+        ),
+        # Eq. (2) for each unit alone: two numbers a block.
+        "BMA, units alone": functools.partial(bma.adagrad_bma, partition=bma.units),
+        "BMA, units alone, learned weights": functools.partial(
+            bma.adagrad_bma, partition=bma.units, weights="learned"
+        ),
         "AdaGrad-Full": functools.partial(
             bma.adagrad_bma, partition=bma.per_element, min_eigenvalue=0.0
         ),
     }
 
 
-PAIR = ["AdaGrad-Diag", "AdaGrad-BMA"]
+FULL = "AdaGrad-Full"
+LOOKED_AT = ("AdaGrad-Diag", "AdaGrad-BMA", FULL)
 # Channels of the convolutions, each of which halves the image.
-NETS = {"small": ((16, 32), PAIR), "large": ((32, 64, 128), PAIR)}
+NETS = {"small": (16, 32), "large": (32, 64, 128)}
 # Digits are 8 x 8: no larger net, but one for AdaGrad-Full.
-DIGITS = {"small": ((16, 32), PAIR), "tiny": ((4, 4), [*PAIR, "AdaGrad-Full"])}
+DIGITS = {"small": (16, 32), "tiny": (4, 4)}
 DEFAULTS = {"digits": (20, 3), "mnist": (1, 3), "cifar10": (2, 3)}  # Epochs, seeds.
+
+
+def makers_of(net: str, options: Any) -> dict[str, MakeOptimizer]:
+    """The optimisers on a net: AdaGrad-Full on the tiny one alone."""
+    return {m: x for m, x in optimizers(options).items() if m != FULL or net == "tiny"}
 
 
 def study(net: str, data: Any, options: Any, results: Results, bar: tqdm):
     """All methods, learning rates and seeds on one net, run by run."""
-    channels, methods = (DIGITS if options.dataset == "digits" else NETS)[net]
-    problem, makers = Problem(data, channels, options), optimizers(options)
-    rows = {}
-    for method in methods:
-        make = makers[method]
+    channels = (DIGITS if options.dataset == "digits" else NETS)[net]
+    problem, rows = Problem(data, channels, options), {}
+    makers = makers_of(net, options)
+    for method, make in makers.items():
         step, compile_seconds = problem.compile(make)
         for rate in options.learning_rates:
             for seed in range(options.seeds):
@@ -75,7 +89,9 @@ def study(net: str, data: Any, options: Any, results: Results, bar: tqdm):
     rate, seen = rows["AdaGrad-BMA"]["best_learning_rate"], None
     if rate is not None:
         bar.set_description(f"{net}: what the matrix looks like")
-        seen = look(problem, {m: makers[m] for m in methods}, float(rate))
+        seen = look(
+            problem, {m: makers[m] for m in LOOKED_AT if m in makers}, float(rate)
+        )
     return {
         "parameters": optax.tree.size(problem.params),
         "methods": rows,
@@ -176,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results(options, shared, jax, optax, flax, np, bma)
     nets = DIGITS if options.dataset == "digits" else NETS
     each = len(options.learning_rates) * options.seeds
-    total = each * sum(len(methods) for _, methods in nets.values())
+    total = each * sum(len(makers_of(net, options)) for net in nets)
     with tqdm(total=total, unit="run", disable=None) as bar:
         for net in nets:
             found = results.cell(

@@ -6,7 +6,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-STYLES = {"AdaGrad-Diag": "C0-", "AdaGrad-BMA": "C1--", "AdaGrad-Full": "C2-."}
+STYLES = {"AdaGrad-Diag": "C0-", "AdaGrad-BMA": "C1--", "AdaGrad-Full": "C2-."} | {
+    "BMA, units": "C4--",
+    "BMA, units alone": "C3-",
+    "BMA, units alone, learned weights": "C5-",
+}
 LARGE = 12  # More blocks have no names in a heat map.
 
 
