@@ -43,6 +43,12 @@ def table(blocks: Any) -> str:
             f"mini-BMA: float32 state {4 * numbers:,} bytes beside the momentum, "
             f"{(d + numbers) / max(d, 1):.3f} numbers a parameter with it"
         )
+        sums = d + 3 * blocks.num_dense
+        learned = sums + sum(_units.num_weights(array) for array in blocks.arrays)
+        lines.append(
+            f"AdaGrad-BMA: float32 state {4 * sums:,} bytes, {sums / max(d, 1):.3f} "
+            f"numbers a parameter; {learned / max(d, 1):.3f} with learned weights"
+        )
     else:
         lines += [_grid(fields) for fields in blocks.grids]
         if blocks.buckets or not blocks.grids:

@@ -45,10 +45,14 @@ class Units:
         return math.prod(self.view[i] for i in self.units)
 
     @property
+    def num_matrices(self) -> int:
+        """The number of stacked matrices, each with weights of its own."""
+        return math.prod(self.shape) // (self.num_inputs * self.num_units)
+
+    @property
     def num_statistics(self) -> int:
         """Two numbers a unit and one an input."""
-        stacked = math.prod(self.shape) // (self.num_inputs * self.num_units)
-        return stacked * (2 * self.num_units + self.num_inputs)
+        return self.num_matrices * (2 * self.num_units + self.num_inputs)
 
     @property
     def unit_shape(self) -> Shape:
@@ -126,6 +130,12 @@ def num_statistics(tiles: Tiles) -> int:
     """What mini-BMA stores of an array beside the momentum."""
     units = units_of(tiles)
     return math.prod(tiles.shape) if units is None else units.num_statistics
+
+
+def num_weights(tiles: Tiles) -> int:
+    """The numbers of a learned direction: one an input, or a placeholder."""
+    units = units_of(tiles)
+    return 1 if units is None else units.num_matrices * units.num_inputs
 
 
 def placeholder(zeros: jax.Array) -> jax.Array:
