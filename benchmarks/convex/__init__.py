@@ -1,0 +1,1 @@
+"""Linear models: AdaGrad-BMA with one block a unit where the loss is convex."""
