@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.costs import step_cost
 from benchmarks.figures import figure2
-from benchmarks.grids.__main__ import REAL
+from benchmarks.grids.__main__ import OTHERS
 from benchmarks.harness.race import summary
 from benchmarks.networks import report
 
@@ -31,13 +31,13 @@ def bold_heading(markdown: str) -> str:
 
 
 def grids(content: Content) -> str:
-    found = {k: v for k, v in content["problems"].items() if k not in REAL}
-    return without_heading(summary("", found)) + of_machine(content)
+    found = {k: v for k, v in content["problems"].items() if k not in OTHERS}
+    return summary(found) + of_machine(content)
 
 
 def real(content: Content) -> str:
-    found = {k: v for k, v in content["problems"].items() if k in REAL}
-    return without_heading(summary("", found)) + of_machine(content)
+    found = {k: v for k, v in content["problems"].items() if k in OTHERS}
+    return summary(found) + of_machine(content)
 
 
 def networks(content: Content) -> str:
@@ -46,11 +46,7 @@ def networks(content: Content) -> str:
 
 
 def costs(content: Content) -> str:
-    bandwidth = content["copy_bandwidth"]
-    tables = [
-        bold_heading(step_cost.table(result, bandwidth))
-        for result in content["trees"].values()
-    ]
+    tables = [bold_heading(step_cost.table(x)) for x in content["trees"].values()]
     return "\n\n".join(tables) + of_machine(content)
 
 

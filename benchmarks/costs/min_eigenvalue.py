@@ -7,7 +7,6 @@ floor: the mean training loss over seeds at the best learning rate of an interio
 that rate, and the largest single entry of any update before the rate.
 """
 
-import functools
 import itertools
 
 import jax
@@ -24,24 +23,21 @@ from benchmarks.harness.tuning import best_of
 
 FLOORS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
 RATES = np.float32(10.0) ** np.arange(-3.5, 0.6, 0.5, dtype=np.float32)
-RULES = (bma.per_leaf, bma.per_unit)
-FORMS = ("left", "symmetric")
-SIZES = (64, 32, 10)
+VARIANTS = tuple(itertools.product((bma.per_leaf, bma.per_unit), ("left", "symmetric")))
+SHAPES = (64, 32), (32, 10)
 
 
-def init(key: jax.Array) -> list[dict[str, jax.Array]]:
-    keys = jax.random.split(key, len(SIZES) - 1)
-    return [
-        {"w": jax.random.normal(k, (m, n)) / m**0.5, "b": jnp.zeros(n)}
-        for k, m, n in zip(keys, SIZES[:-1], SIZES[1:], strict=True)
-    ]
+def init(key: jax.Array) -> dict[str, jax.Array]:
+    keys = jax.random.split(key)
+    params = {"b1": jnp.zeros(32), "b2": jnp.zeros(10)}
+    for name, k, (inputs, units) in zip(("w1", "w2"), keys, SHAPES, strict=True):
+        params[name] = jax.random.normal(k, (inputs, units)) / inputs**0.5
+    return params
 
 
 def loss(params, images, labels) -> jax.Array:
-    hidden = images
-    for layer in params[:-1]:
-        hidden = jax.nn.relu(hidden @ layer["w"] + layer["b"])
-    logits = hidden @ params[-1]["w"] + params[-1]["b"]
+    hidden = jax.nn.relu(images @ params["w1"] + params["b1"])
+    logits = hidden @ params["w2"] + params["b2"]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
@@ -81,28 +77,25 @@ def main(arguments: list[str] | None = None) -> None:
     labels = jnp.asarray(data.train_labels)
     shared = {"steps": options.steps, "seeds": options.seeds}
     results, lines = Results(options, shared, jax, optax, bma), []
-
-    def row(train, floor):
-        losses, largest = train(jnp.float32(floor), RATES, jnp.arange(options.seeds))
-        means = dict(enumerate(np.asarray(losses, float).mean(axis=1).tolist()))
-        best, on_edge = best_of(means)
-        return {
-            "loss": means[best],
-            "rate": RATES[best],
-            "on_edge_of_grid": on_edge,
-            "largest": np.asarray(largest[best]).max(),
-        }
-
-    for rule, form in tqdm(list(itertools.product(RULES, FORMS)), disable=None):
+    for rule, form in tqdm(VARIANTS, disable=None):
         train = make_training(rule, form, images, labels, options.steps)
         for floor in FLOORS:
-            keys = "rows", f"{rule} {form}", floor
-            found = results.cell(functools.partial(row, train, floor), *keys)
-            edge = " (edge of the grid)" if found["on_edge_of_grid"] else ""
-            loss, rate = f"{found['loss']:.4f}", f"{found['rate']:.2g}{edge}"
-            lines.append(
-                [rule, form, f"{floor:g}", loss, rate, f"{found['largest']:.1f}"]
-            )
+
+            def row(train=train, floor=floor):
+                seeds = jnp.arange(options.seeds)
+                losses, largest = train(jnp.float32(floor), RATES, seeds)
+                means = np.asarray(losses, float).mean(axis=1)
+                best, on_edge = best_of(dict(enumerate(means)))
+                found = {"loss": means[best], "rate": RATES[best]}
+                return found | {
+                    "on_edge": on_edge,
+                    "largest": float(largest[best].max()),
+                }
+
+            found = results.cell(row, "rows", f"{rule} {form}", floor)
+            edge = " (edge of the grid)" if found["on_edge"] else ""
+            numbers = f"{found['loss']:.4f}", f"{found['rate']:.2g}{edge}"
+            lines.append((rule, form, floor, *numbers, f"{found['largest']:.1f}"))
     columns = "rule, form, min_eigenvalue, training loss, best rate, max update"
     print(table(columns.split(", "), lines))
     results.finish()

@@ -10,15 +10,12 @@ A method that makes its root every k steps is timed over windows of k.
 """
 
 import functools
-import math
-import statistics
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import bma_optax as bma
@@ -27,35 +24,35 @@ from benchmarks.harness.results import Parser, Results, positive
 from benchmarks.harness.timing import clock, compiled, in_turns, summary
 
 NEVER = 10**6  # A root at few steps only: what the sums cost without it.
-Shapes = tuple[tuple[int, ...], ...]
 
 
 class Method(NamedTuple):
     label: str
     tx: Any
     window: int = 1  # Steps from one root to the next.
-    slow: bool = False  # Left out where it takes minutes.
+    trees: tuple[str, ...] = ()  # If not all.
 
 
-def with_biases(kernels: list[tuple[int, ...]]) -> Shapes:
-    return tuple(shape for kernel in kernels for shape in (kernel, kernel[-1:]))
+def with_biases(kernels: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return [shape for kernel in kernels for shape in (kernel, kernel[-1:])]
 
 
 CONVOLUTIONS = [(3, 3, 3, 16), (3, 3, 16, 32), (3, 3, 32, 64), (3, 3, 64, 128)]
-TREES: dict[str, Shapes] = {
+TREES = {
     "50k": with_biases([(128, 128)] * 3),
     "1M": with_biases([*CONVOLUTIONS, (3200, 250), (250, 10)]),  # 1000 units.
     "30M": with_biases([(632, 632)] * 75),
     "100M": with_biases([(1000, 1000)] * 100),
     "tiny": with_biases([(8, 8)] * 500),
 }
+SMALL = ("50k", "1M")  # Elsewhere Muon takes minutes.
 METHODS = {
     "adagrad": Method("`optax.scale_by_rss` (AdaGrad)", optax.scale_by_rss()),
     "adam": Method("`optax.scale_by_adam`", optax.scale_by_adam()),
-    "muon": Method("`optax.contrib.muon`", optax.contrib.muon(1.0), slow=True),
+    "muon": Method("`optax.contrib.muon`", optax.contrib.muon(1.0), 1, SMALL),
     "bma": Method("`scale_by_bma()`", bma.scale_by_bma()),
     "bma_sums": Method(
-        "... without v and the root", bma.scale_by_bma(update_interval=NEVER), NEVER
+        "... without v and the root", bma.scale_by_bma(update_interval=NEVER)
     ),
     "bma_10": Method(
         "... `update_interval=10`", bma.scale_by_bma(update_interval=10), 10
@@ -64,26 +61,12 @@ METHODS = {
     "adam_bma": Method("`scale_by_adam_bma()`", bma.scale_by_adam_bma()),
     "mini_bma": Method("`scale_by_mini_bma()`", bma.scale_by_mini_bma()),
 }
-# All units of a net see each other: one matrix of 1000 x 1000.
-COUPLED = {
-    "units": Method("`per_unit`, L = 1000", bma.scale_by_bma(bma.per_unit)),
-    "units_10": Method(
-        "... `update_interval=10`",
-        bma.scale_by_bma(bma.per_unit, update_interval=10),
-        10,
-    ),
-    "units_100": Method(
-        "... `update_interval=100`",
-        bma.scale_by_bma(bma.per_unit, update_interval=100),
-        100,
-    ),
-}
-
-
-def methods_of(name: str) -> dict[str, Method]:
-    every = METHODS | (COUPLED if name == "1M" else {})
-    small = name in ("50k", "1M")
-    return {key: method for key, method in every.items() if small or not method.slow}
+for k in (1, 10, 100):  # All units see each other: one matrix of 1000 x 1000.
+    METHODS[f"units_{k}"] = Method(
+        f"`per_unit`, L = 1000, `update_interval={k}`",
+        bma.scale_by_bma(bma.per_unit, update_interval=k),
+        *(k, ("1M",)),
+    )
 
 
 def mature(tx: Any, like: Any) -> Any:
@@ -98,10 +81,10 @@ def mature(tx: Any, like: Any) -> Any:
 
 def measure(name: str, steps: int) -> dict[str, Any]:
     """Seconds of a step of each method on one tree, and bytes."""
-    shapes, methods = TREES[name], methods_of(name)
+    methods = {k: m for k, m in METHODS.items() if name in (m.trees or TREES)}
     like = {
         f"array{i:03}.{'kernel' if len(shape) > 1 else 'bias'}": jnp.zeros(shape)
-        for i, shape in enumerate(shapes)
+        for i, shape in enumerate(TREES[name])
     }
     programs, states, rows = {}, {}, {}
     for key, method in methods.items():
@@ -117,12 +100,9 @@ def measure(name: str, steps: int) -> dict[str, Any]:
 
     @jax.jit
     def drawn(key):
-        keys = jax.random.split(key, len(like))
         # Signs cancel inside a block, but not all of them.
-        return {
-            name: 0.1 + jax.random.normal(k, x.shape)
-            for (name, x), k in zip(like.items(), keys, strict=True)
-        }
+        noise = optax.tree.random_like(key, like)
+        return jax.tree.map(lambda x: 0.1 + x, noise)
 
     gradient = functools.lru_cache(1)(lambda i: drawn(jax.random.key(i)))
 
@@ -131,41 +111,28 @@ def measure(name: str, steps: int) -> dict[str, Any]:
         (_, states[key]), seconds = clock(programs[key], mine, states[key], like)
         return seconds
 
-    windows = {k: m.window if m.window < NEVER else 1 for k, m in methods.items()}
-    total = max(steps, *(2 * window for window in windows.values())) + 1
+    total = max(steps, *(2 * method.window for method in methods.values()))
     measures = {key: functools.partial(step, key) for key in methods}
-    for key, seconds in in_turns(measures, total).items():
-        times, window = seconds[1:], windows[key]  # The first warms up.
-        starts = range(0, len(times) - window + 1, window)
-        rows[key] |= summary([statistics.fmean(times[i : i + window]) for i in starts])
+    for key, seconds in in_turns(measures, 1 + total).items():
+        window = methods[key].window
+        times = np.array(seconds[1:])[: total // window * window]  # One warms up.
+        rows[key] |= summary(times.reshape(-1, window).mean(axis=1).tolist())
     return {
         "parameters": optax.tree.size(like),
-        "arrays": len(shapes),
-        "steps": total - 1,
-        # What it foretells of `scale_by_bma()`, beside the bytes measured.
-        "partition": str(bma.partition(like)).splitlines()[-1],
+        "arrays": len(like),
+        "steps": total,
         "methods": rows,
     }
 
 
-def copy_bandwidth(size: int) -> float:
-    """Bytes a second of a pass that reads and writes float32 in place."""
-    negate = jax.jit(lambda x: -x, donate_argnums=0)
-    x, times = jnp.ones(size), []
-    for _ in range(12):
-        x, seconds = clock(negate, x)
-        times.append(seconds)
-    return 2 * x.nbytes / statistics.median(times[2:])
-
-
-def table(result: dict[str, Any], bandwidth: float) -> str:
+def table(result: dict[str, Any]) -> str:
     rows, d = result["methods"], result["parameters"]
     lines = []
     for key, row in rows.items():
         low, high = (1e3 * x for x in row["range"])
         lines.append(
             [
-                (METHODS | COUPLED)[key].label,
+                METHODS[key].label,
                 f"{1e3 * row['seconds']:.3g} ({low:.3g} to {high:.3g})",
                 f"{row['seconds'] / rows['adagrad']['seconds']:.2f}",
                 f"{row['seconds'] / rows['adam']['seconds']:.2f}",
@@ -175,35 +142,8 @@ def table(result: dict[str, Any], bandwidth: float) -> str:
         )
     columns = ["method", "milliseconds (range)", "of AdaGrad", "of Adam"]
     columns += ["state, temporary (bytes / d)", "s to compile"]
-    least = 24 * d / rows["bma"]["seconds"]
-    return (
-        f"\n### {d:,} parameters in {result['arrays']} arrays, "
-        f"{result['steps']} steps\n\n{tables.table(columns, lines)}\n"
-        f"\n`scale_by_bma()`: 24 bytes a parameter, the least for two passes, at "
-        f"{least / 1e9:.3g} GB/s; a pass in place runs at {bandwidth / 1e9:.3g} GB/s.\n"
-        f"\n`bma.partition`: {result['partition']}."
-    )
-
-
-def draw(trees: dict[str, Any], path: Path) -> None:
-    """Cost against d."""
-    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    chosen = [result for name, result in trees.items() if name != "tiny"]
-    chosen.sort(key=lambda result: result["parameters"])
-    for key in ("adam", "bma", "symmetric", "adam_bma", "mini_bma"):
-        ratios = [
-            r["methods"][key]["seconds"] / r["methods"]["adagrad"]["seconds"]
-            for r in chosen
-        ]
-        sizes = [r["parameters"] for r in chosen]
-        axes.plot(sizes, ratios, "o-", label=METHODS[key].label.replace("`", ""))
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="parameters", ylabel="time of a step / AdaGrad's")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150)
-    print(f"Wrote {path}")
+    head = f"\n### {d:,} parameters in {result['arrays']} arrays\n\n"
+    return head + tables.table(columns, lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -212,14 +152,11 @@ def main(arguments: list[str] | None = None) -> None:
     add("--trees", nargs="+", choices=TREES, default=list(TREES))
     add("--steps", type=positive, default=40, help="at least so many; default: 40")
     options = parser.parse(arguments)
-    largest = max(sum(map(math.prod, TREES[name])) for name in options.trees)
     results = Results(options, {"steps": options.steps}, jax, optax, bma)
-    bandwidth = results.cell(lambda: copy_bandwidth(largest), "copy_bandwidth")
     for name in tqdm(options.trees, unit="tree", disable=None):
         found = results.cell(lambda n=name: measure(n, options.steps), "trees", name)
-        tqdm.write(table(found, bandwidth))
+        tqdm.write(table(found))
     results.finish()
-    draw(results.content["trees"], options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,37 +1,27 @@
-"""The problems of this study: parameters on a grid, most with neighbours."""
+"""The problems of this study: fields on a grid, in which neighbours meet."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 import scipy.sparse
-import scipy.sparse.linalg
-from matplotlib import cbook
+from scipy.sparse.linalg import LaplacianNd, splu
 from sklearn import datasets
 
 import bma_optax as bma
+from benchmarks.harness.solver import Problem
+
+try:
+    import pyamg
+except ImportError:  # It has no part in what is measured here but its own row.
+    pyamg = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A loss of an array and data, and the solvers that suit it."""
-
-    name: str
-    title: str
-    make: Callable[[int], tuple[Any, Any]]  # Seed -> start, data; seed 0 is reported.
-    loss: Callable[..., jax.Array]
-    diagonal: Callable[..., jax.Array]  # Of the Hessian, for Jacobi: params, data.
-    partition: bma.Rule
-    update_interval: int = 10_000  # A constant curvature needs one refresh.
-    quadratic: bool = True
-    matrix: Callable[[Any], tuple[Any, np.ndarray]] | None = None
-    # Data -> what is timed; assembling the system is not.
-    direct: Callable[[Any], Callable[[], np.ndarray]] | None = None
-    direct_label: str = "sparse LU"
-    picture: Callable[[Any], np.ndarray] | None = np.asarray  # From parameters.
+def quadratic(**fields: Any) -> Problem:
+    return Problem(quadratic=True, update_interval=10_000, **fields)
 
 
 def dirichlet(u: jax.Array, axes: int) -> jax.Array:
@@ -42,30 +32,12 @@ def dirichlet(u: jax.Array, axes: int) -> jax.Array:
 
 def laplacian(shape: tuple[int, ...]) -> scipy.sparse.csr_array:
     """The Hessian of ``dirichlet``."""
-    total = 0
-    for axis, n in enumerate(shape):
-        ends = np.full(n, 2.0)
-        ends[[0, -1]] = 1.0
-        part = scipy.sparse.diags_array(
-            [ends, -1.0, -1.0], offsets=[0, 1, -1], shape=(n, n)
-        )
-        before = scipy.sparse.eye_array(int(np.prod(shape[:axis])))
-        after = scipy.sparse.eye_array(int(np.prod(shape[axis + 1 :])))
-        total = total + scipy.sparse.kron(before, scipy.sparse.kron(part, after))
-    return scipy.sparse.csr_array(total)
+    every = LaplacianNd(shape, boundary_conditions="neumann", dtype=float)
+    return -scipy.sparse.csr_array(every.tosparse())
 
 
 def laplacian_diagonal(shape: tuple[int, ...]) -> np.ndarray:
     return laplacian(shape).diagonal().reshape(shape)
-
-
-def sparse_lu(matrix, rhs: np.ndarray) -> Callable[[], np.ndarray]:
-    """One factorisation for all right hand sides, in the order for symmetric ones."""
-    csc = scipy.sparse.csc_matrix(matrix)
-
-    order = {"permc_spec": "MMD_AT_PLUS_A", "options": {"SymmetricMode": True}}
-    splu = scipy.sparse.linalg.splu
-    return lambda: splu(csc, diag_pivot_thresh=0.0, **order).solve(rhs)
 
 
 def seen_pixels(shape, count: int, rng) -> np.ndarray:
@@ -74,34 +46,61 @@ def seen_pixels(shape, count: int, rng) -> np.ndarray:
     return mask
 
 
+def extent(mask: np.ndarray) -> tuple[int, ...]:
+    """The grid of a mask: a last axis of size 1 stands for colours."""
+    return tuple(n for n in mask.shape if n > 1)
+
+
 def paint_loss(u, data) -> jax.Array:
     """Smoothness, and the squared errors where ``mask`` is 1."""
     mask, y = data
-    return dirichlet(u, mask.ndim) + jnp.sum(_over(mask, u) * jnp.square(u - y)) / 2
-
-
-def _over(mask, u):
-    return mask.reshape(mask.shape + (1,) * (u.ndim - mask.ndim))
-
-
-def paint_matrix(data):
-    mask, y = (np.asarray(x) for x in data)
-    matrix = laplacian(mask.shape) + scipy.sparse.diags_array(mask.ravel())
-    return matrix, (_over(mask, y) * y).reshape(mask.size, -1)
+    return dirichlet(u, len(extent(mask))) + jnp.sum(mask * jnp.square(u - y)) / 2
 
 
 def paint_diagonal(u, data) -> jax.Array:
     mask = data[0]
-    diagonal = laplacian_diagonal(mask.shape) + mask
-    return jnp.broadcast_to(_over(diagonal, u), u.shape)
+    diagonal = laplacian_diagonal(extent(mask)).reshape(mask.shape) + mask
+    return jnp.broadcast_to(diagonal, u.shape)
 
 
-def inpainting(name: str, title: str, make, rule, **more: Any) -> Problem:
-    def direct(data):
-        return sparse_lu(*paint_matrix(data))
+def paint_system(data):
+    """The matrix, and the right hand sides as columns."""
+    mask, y = data
+    matrix = laplacian(extent(mask)) + scipy.sparse.diags_array(mask.ravel())
+    return matrix, (mask * y).reshape(mask.size, -1)
 
-    more = {"matrix": paint_matrix, "direct": direct} | more
-    return Problem(name, title, make, paint_loss, paint_diagonal, rule, **more)
+
+def sparse_lu(data) -> Callable[[int], np.ndarray]:
+    """One factorisation for all right hand sides, in the order for symmetric ones."""
+    matrix, rhs = paint_system(data)
+    csc = scipy.sparse.csc_matrix(matrix)
+    order = {"permc_spec": "MMD_AT_PLUS_A", "options": {"SymmetricMode": True}}
+    return lambda _: splu(csc, diag_pivot_thresh=0.0, **order).solve(rhs)
+
+
+def algebraic_multigrid(data) -> Callable[[int], np.ndarray]:
+    """PyAMG: its set-up, and so many iterations of CG around it."""
+    matrix, rhs = paint_system(data)
+    matrix = scipy.sparse.csr_matrix(matrix)  # PyAMG wants this one, with 32 bits.
+    matrix.indices = matrix.indices.astype(np.int32)
+    matrix.indptr = matrix.indptr.astype(np.int32)
+
+    def solve(iterations: int) -> np.ndarray:
+        levels = pyamg.ruge_stuben_solver(matrix)
+        options = {"tol": 1e-30, "maxiter": iterations, "accel": "cg"}
+        return np.stack([levels.solve(b, **options) for b in rhs.T], axis=1)
+
+    return solve
+
+
+def inpainting(direct: bool = True, **fields: Any) -> Problem:
+    # The matrix is assembled; that is not timed.
+    experts = {"pyamg": ("pyamg", algebraic_multigrid)} if pyamg else {}
+    if direct:
+        experts["direct"] = "sparse LU", sparse_lu
+    return quadratic(
+        loss=paint_loss, diagonal=paint_diagonal, experts=experts, **fields
+    )
 
 
 def paint(n: int, dimensions: int = 2, count: int = 40) -> Problem:
@@ -113,30 +112,13 @@ def paint(n: int, dimensions: int = 2, count: int = 40) -> Problem:
         mask = seen_pixels(shape, count, rng)
         return np.zeros(shape), (mask, mask * rng.standard_normal(shape))
 
-    size = " x ".join(map(str, shape))
-    kind, tile = ("paint", (4, 4)) if dimensions == 2 else ("volume", (4, 4, 4))
-    title = f"{size} in-painting, {count} seen"
-    # In three dimensions a factorisation fills up.
-    more = {"direct": None} if dimensions > 2 else {}
-    return inpainting(f"{kind}_{n}", title, make, bma.per_tile(tile, reach=1), **more)
-
-
-def terrain(shape=(344, 403)) -> Problem:
-    """Elevations of the Jacksboro fault, Tennessee, at scattered points."""
-
-    def make(seed: int):
-        with cbook.get_sample_data("jacksboro_fault_dem.npz") as file:
-            heights = file["elevation"].astype(float)[: shape[0], : shape[1]]
-        # Another instance: other points on the map turned upside down.
-        heights = (heights - heights.mean()) / heights.std()
-        heights = heights[::-1, ::-1] if seed % 2 else heights
-        rng = np.random.default_rng(seed)
-        mask = seen_pixels(heights.shape, heights.size // 50, rng)
-        return np.zeros(heights.shape), (mask, mask * heights)
-
-    title = f"gridding {shape[0]} x {shape[1]} elevations, 2 % seen"
-    rule = bma.per_tile((4, 4), reach=1)
-    return inpainting("terrain", title, make, rule)
+    return inpainting(
+        name=f"{'paint' if dimensions == 2 else 'volume'}_{n}",
+        title=f"{' x '.join(map(str, shape))} in-painting, {count} seen",
+        make=make,
+        partition=bma.per_tile((4,) * dimensions, reach=1),
+        direct=dimensions == 2,  # In three dimensions a factorisation fills up.
+    )
 
 
 def photograph(seed: int, stride: int) -> np.ndarray:
@@ -157,13 +139,15 @@ def photo(stride: int = 2) -> Problem:
     def make(seed: int):
         image = photograph(seed, stride)
         rng = np.random.default_rng(seed)
-        mask = seen_pixels(image.shape[:2], image[..., 0].size // 20, rng)
-        return np.zeros(image.shape), (mask, mask[..., None] * image)
+        mask = seen_pixels((*image.shape[:2], 1), image[..., 0].size // 20, rng)
+        return np.zeros(image.shape), (mask, mask * image)
 
-    title = f"5 % of a photograph's pixels, {427 // stride} x {640 // stride} x 3"
-    rule = bma.per_tile((4, 4, 1), reach=(1, 1, 0))
-    shown = {"picture": lambda u: np.clip((np.asarray(u) + 1) / 2, 0, 1)}
-    return inpainting("photo", title, make, rule, **shown)
+    return inpainting(
+        name="photo",
+        title=f"5 % of a photograph's pixels, {427 // stride} x {640 // stride} x 3",
+        make=make,
+        partition=bma.per_tile((4, 4, 1), reach=(1, 1, 0)),
+    )
 
 
 def plasma(n: int = 128) -> Problem:
@@ -173,14 +157,143 @@ def plasma(n: int = 128) -> Problem:
     def make(seed: int):
         rng = np.random.default_rng(seed)
         charges = seen_pixels((n, n), 30, rng) * rng.normal(1, 2, (n, n))
-        return np.zeros((n, n)), (charges + 20 * area,)
+        return np.zeros((n, n)), charges + 20 * area
 
     def loss(u, data):
-        return dirichlet(u, 2) + jnp.sum(area * jnp.cosh(u) - data[0] * u)
+        return dirichlet(u, 2) + jnp.sum(area * jnp.cosh(u) - data * u)
 
-    def diagonal(u, data):
-        return laplacian_diagonal(u.shape) + area * jnp.cosh(u)
+    return Problem(
+        name="plasma",
+        title=f"Poisson-Boltzmann equation, {n} x {n}",
+        make=make,
+        loss=loss,
+        diagonal=lambda u, data: laplacian_diagonal(u.shape) + area * jnp.cosh(u),
+        partition=bma.per_tile((4, 4), reach=1),
+        update_interval=5,
+    )
 
-    title = f"Poisson-Boltzmann equation, {n} x {n}"
-    rule = bma.per_tile((4, 4), reach=1)
-    return Problem("plasma", title, make, loss, diagonal, rule, 5, quadratic=False)
+
+# What Newton-BMA, or any iteration, does not suit ------------------------------------
+
+
+def deblur(n: int = 128, sigma: float = 2.0, weight: float = 1e-3) -> Problem:
+    """Deconvolution of a Gaussian kernel around a periodic image."""
+    frequency = np.minimum(np.arange(n), n - np.arange(n))
+    kernel = np.exp(-((frequency / sigma) ** 2) / 2)
+    spectrum = np.fft.fft(kernel / kernel.sum()).real
+    blur = np.outer(spectrum, spectrum)
+    waves = 2 - 2 * np.cos(2 * np.pi * np.arange(n) / n)
+    eigenvalues = blur**2 + weight * (waves[:, None] + waves)
+    half = n // 2 + 1
+
+    def filtered(u, gains, fft):
+        return fft.irfft2(fft.rfft2(u) * gains[:, :half], (n, n))
+
+    def make(seed: int):
+        rng = np.random.default_rng(seed)
+        y = filtered(grey(seed, n), blur, np.fft)
+        return np.zeros((n, n)), y + 0.01 * rng.standard_normal((n, n))
+
+    def loss(u, data):
+        steps = [u - jnp.roll(u, 1, axis) for axis in (0, 1)]
+        prior = weight * sum(jnp.sum(step**2) for step in steps)
+        return (jnp.sum((filtered(u, blur, jnp.fft) - data) ** 2) + prior) / 2
+
+    def fourier(data):
+        return lambda _: filtered(data, blur / eigenvalues, np.fft)
+
+    return quadratic(
+        name="deblur",
+        title=f"deblurring, {n} x {n}",
+        make=make,
+        loss=loss,
+        diagonal=lambda u, data: jnp.full(u.shape, eigenvalues.mean()),
+        partition=bma.per_tile((n // 8, n // 8)),
+        experts={"direct": ("FFT", fourier)},
+    )
+
+
+def spline(n: int = 4096, weight: float = 1e4) -> Problem:
+    """A one-dimensional smoothing spline: second differences, of order four."""
+    D = scipy.sparse.diags_array([1.0, -2.0, 1.0], offsets=[0, 1, 2], shape=(n - 2, n))
+    prior = weight * (D.T @ D)
+
+    def make(seed: int):
+        rng = np.random.default_rng(seed)
+        x = np.linspace(0, 1, n)
+        y = np.sin(20 * x**2 + seed) + 0.3 * rng.standard_normal(n)
+        mask = seen_pixels((n,), n // 4, rng)
+        return np.zeros(n), (mask, mask * y)
+
+    def loss(u, data):
+        mask, y = data
+        bends = weight * jnp.sum(jnp.diff(u, 2) ** 2)
+        return (bends + jnp.sum(mask * (u - y) ** 2)) / 2
+
+    def banded_cholesky(data):
+        mask, y = data
+        bands = np.zeros((3, n))
+        for k in range(3):
+            bands[k, : n - k] = prior.diagonal(k)
+        bands[0] += mask
+        return lambda _: scipy.linalg.solveh_banded(bands, mask * y, lower=True)
+
+    return quadratic(
+        name="spline",
+        title=f"smoothing spline, {n} points, a quarter seen",
+        make=make,
+        loss=loss,
+        diagonal=lambda u, data: prior.diagonal() + data[0],
+        partition=bma.per_tile((4,), reach=2),
+        experts={"direct": ("banded Cholesky", banded_cholesky)},
+    )
+
+
+def heat(n: int = 32, experiments: int = 4, steps: int = 60) -> Problem:
+    """The conductivity of a plate from temperatures at a few points and two times.
+
+    Everything is felt everywhere, and a product costs two simulations.
+    """
+    rate, noise, weight = 0.15, 0.002, 0.1
+
+    def temperatures(u, hot):
+        conductivity = rate * jnp.exp(u)
+        down = (conductivity[1:] + conductivity[:-1]) / 2
+        right = (conductivity[:, 1:] + conductivity[:, :-1]) / 2
+
+        def advance(T, _):
+            flow_down = down * jnp.diff(T, axis=1)
+            flow_right = right * jnp.diff(T, axis=2)
+            T = T.at[:, :-1].add(flow_down).at[:, 1:].add(-flow_down)
+            T = T.at[:, :, :-1].add(flow_right).at[:, :, 1:].add(-flow_right)
+            return T, T
+
+        return jax.lax.scan(advance, hot, length=steps)[1][steps // 2 - 1 :: steps // 2]
+
+    def make(seed: int):
+        rng = np.random.default_rng(seed)
+        x = np.linspace(0, 1, n)
+        waves = np.cos(np.pi * np.outer(np.arange(4), x))
+        true = np.einsum("ij,ix,jy->xy", rng.normal(0, 0.25, (4, 4)), waves, waves)
+        centers = rng.uniform(0.1, 0.9, (experiments, 2, 1))
+        near = np.exp(-(((x - centers) / 0.15) ** 2))
+        hot = np.einsum("kx,ky->kxy", near[:, 0], near[:, 1])
+        mask = seen_pixels((n, n), n * n // 10, rng)
+        seen = np.asarray(temperatures(jnp.asarray(np.minimum(true, 0.5)), hot))
+        noisy = seen + noise * rng.standard_normal(seen.shape)
+        return np.zeros((n, n)), (mask, mask * noisy, hot)
+
+    def loss(u, data):
+        mask, y, hot = data
+        error = mask * (temperatures(u, hot) - y) / noise
+        return jnp.sum(error**2) / 2 + weight / noise * dirichlet(u, 2)
+
+    return Problem(
+        name="heat",
+        title=f"conductivity of a plate, {n} x {n}, through the heat equation",
+        make=make,
+        loss=loss,
+        # Of the prior alone.
+        diagonal=lambda u, data: weight / noise * laplacian_diagonal(u.shape),
+        partition=bma.per_tile((4, 4)),
+    )

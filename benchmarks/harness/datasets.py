@@ -2,15 +2,14 @@
 
 import gzip
 import io
-import math
-import struct
 import tarfile
 import zlib
-from fnmatch import fnmatch
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from sklearn.datasets import load_digits
 
 SOURCES = {
     "mnist": "the four idx-ubyte files come from https://yann.lecun.com/exdb/mnist or "
@@ -19,6 +18,7 @@ SOURCES = {
     "https://www.cs.toronto.edu/~kriz/cifar.html",
 }
 CLASSES = 10
+Parts = tuple[np.ndarray, ...]  # Images and labels to train with, then to test with.
 
 
 class DataError(ValueError):
@@ -39,7 +39,7 @@ def load(dataset: str, data_dir: str | Path | None = None) -> Dataset:
 
     Args:
       dataset: "digits" (no files), "mnist" (IDX files, gzipped or not) or "cifar10"
-        (the binary version, as the archive or extracted).
+        (the archive of the binary version).
       data_dir: the folder that holds the files, or that folder's parent.
 
     Raises:
@@ -55,24 +55,20 @@ def load(dataset: str, data_dir: str | Path | None = None) -> Dataset:
         parts = loaders[dataset](Path(data_dir or "."))
     except DataError as error:
         raise DataError(f"{error}; {source}") from error
-    images = parts[0]
-    mean = images.mean(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
-    std = images.std(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
-    std = np.where(std > 0, std, np.float32(1))
-
-    def scaled(images: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray((images.astype(np.float32) - mean) / std)
-
-    train, labels, test, test_labels = parts
-    return Dataset(
-        *(scaled(train), labels.astype(np.int32)),
-        *(scaled(test), test_labels.astype(np.int32)),
+    mean, std = (
+        moment(parts[0], axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
+        for moment in (np.mean, np.std)
     )
+    std = np.where(std > 0, std, np.float32(1))
+    train, test = (
+        np.ascontiguousarray((images.astype(np.float32) - mean) / std)
+        for images in parts[::2]
+    )
+    labels, test_labels = (x.astype(np.int32) for x in parts[1::2])
+    return Dataset(train, labels, test, test_labels)
 
 
-def _digits(_: Path) -> tuple[np.ndarray, ...]:
-    from sklearn.datasets import load_digits
-
+def _digits(_: Path) -> Parts:
     digits = load_digits()
     images = digits.images[..., None]
     order = np.random.default_rng(0).permutation(len(images))
@@ -80,113 +76,74 @@ def _digits(_: Path) -> tuple[np.ndarray, ...]:
     return images[train], digits.target[train], images[test], digits.target[test]
 
 
-def _mnist(data_dir: Path) -> tuple[np.ndarray, ...]:
-    arrays: list[np.ndarray] = []
+def _mnist(folder: Path) -> Parts:
+    parts = []
     for part in ("train", "t10k"):
-        images_path = _find_idx(data_dir, f"{part}-images-idx3-ubyte")
-        labels_path = _find_idx(data_dir, f"{part}-labels-idx1-ubyte")
-        images = _read_idx(images_path, dimensions=3)
-        labels = _read_idx(labels_path, dimensions=1)
+        images = _read(folder, "mnist", f"{part}-images-idx3-ubyte", _images)
+        name = f"{part}-labels-idx1-ubyte"
+        labels = _read(folder, "mnist", name, lambda x: _labels(_idx(x, 1)))
         if len(labels) != len(images):
-            many = f"{len(images)} images of {images_path.name}"
-            raise DataError(f"{labels_path}: {len(labels)} labels for the {many}")
-        if arrays and arrays[0].shape[1:3] != images.shape[1:]:
-            raise DataError(
-                f"{images_path}: images of shape {images.shape[1:]}, those for "
-                f"training are {arrays[0].shape[1:3]}"
-            )
-        _check_labels(labels, labels_path)
-        arrays += [images[..., None], labels]
-    return tuple(arrays)
+            raise DataError(f"{name}: {len(labels)} labels for {len(images)} images")
+        parts += [images, labels]
+    return tuple(parts)
 
 
-def _find_idx(data_dir: Path, name: str) -> Path:
-    for folder in (data_dir, data_dir / "mnist"):
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-    raise DataError(f"{data_dir / name}[.gz]: no such file")
+def _cifar10(folder: Path) -> Parts:
+    return _read(folder, "cifar10", "cifar-10-binary.tar", _batches)
 
 
-def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Reads unsigned bytes in IDX: magic number, big-endian shape, values."""
-    content = _read(path)
-    header = 4 * (1 + dimensions)
-    if content[:4] != bytes([0, 0, 8, dimensions]):
-        raise DataError(
-            f"{path}: not an IDX file of bytes with {dimensions} axes (it starts with "
-            f"0x{content[:4].hex()})"
-        )
-    shape = struct.unpack(f">{dimensions}I", content[4:header].ljust(header - 4, b"\0"))
-    size = len(content) - header
-    if size != math.prod(shape) or size == 0:
-        raise DataError(
-            f"{path}: truncated or damaged, its header promises the shape {shape} but "
-            f"{max(size, 0)} bytes follow"
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-
-
-def _read(path: Path) -> bytes:
+def _read(folder: Path, inner: str, name: str, decode: Callable[[bytes], Any]) -> Any:
+    """What a file holds, gzipped or not, or one line that names it."""
+    places = [place / name for place in (folder, folder / inner)]
+    paths = [Path(f"{place}{end}") for place in places for end in ("", ".gz")]
+    path = next(filter(Path.is_file, paths), None)
+    if path is None:
+        raise DataError(f"{places[0]}[.gz]: no such file")
     try:
         content = path.read_bytes()
         # Browsers unpack some downloads and keep the name: trust the content.
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        return decode(content)
+    except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
+        raise DataError(f"{path}: truncated or damaged: {error}") from error
 
 
-def _cifar10(data_dir: Path) -> tuple[np.ndarray, ...]:
-    batches = _cifar10_files(data_dir)
-    train = sorted(name for name in batches if "data_batch_" in name)
-    test = [name for name in batches if name.endswith("test_batch.bin")]
-    for found, wanted in ((train, "data_batch_1.bin"), (test, "test_batch.bin")):
-        if not found:
-            path = data_dir / "cifar-10-batches-bin" / wanted
-            raise DataError(f"{path}: no such file, nor in a cifar-10-binary.tar.gz")
-    parts = [_cifar10_rows(name, batches[name]) for name in train]
-    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return images, labels, *_cifar10_rows(test[0], batches[test[0]])
+def _idx(content: bytes, axes: int) -> np.ndarray:
+    """Unsigned bytes in IDX: magic number, big-endian shape, values."""
+    if content[:4] != bytes([0, 0, 8, axes]):
+        raise ValueError(f"not an IDX file of bytes with {axes} axes")
+    shape = np.frombuffer(content, ">u4", count=axes, offset=4)
+    values = np.frombuffer(content, np.uint8, offset=4 * (1 + axes))
+    if values.size == 0:
+        raise ValueError("no values")
+    return values.reshape(shape)
 
 
-def _cifar10_files(data_dir: Path) -> dict[str, bytes]:
-    """The contents of the batches by name, from a folder, else from the archive."""
-    for folder in (data_dir, data_dir / "cifar10"):
-        for extracted in (folder, folder / "cifar-10-batches-bin"):
-            paths = [*extracted.glob("data_batch_*.bin"), extracted / "test_batch.bin"]
-            files = {str(path): _read(path) for path in paths if path.is_file()}
-            if files:
-                return files
-        archive = folder / "cifar-10-binary.tar.gz"
-        if archive.is_file():
-            return _unpack(archive)
-    return {}
+def _images(content: bytes) -> np.ndarray:
+    return _idx(content, 3)[..., None]
 
 
-def _unpack(archive: Path) -> dict[str, bytes]:
-    try:
-        with tarfile.open(fileobj=io.BytesIO(_read(archive)), mode="r:") as tar:
-            return {
-                f"{archive}/{member.name}": tar.extractfile(member).read()
-                for member in tar
-                if member.isfile() and fnmatch(Path(member.name).name, "*_batch*.bin")
-            }
-    except tarfile.TarError as error:
-        raise DataError(
-            f"{archive}: not a tar archive, or truncated ({error})"
-        ) from error
-
-
-def _cifar10_rows(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of one label and 3 x 32 x 32 pixels, channels first in the file."""
-    if not content or len(content) % 3073:
-        size = f"{len(content)} bytes are not rows of 3073"
-        raise DataError(f"{name}: truncated or damaged, {size}")
-    rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
-    _check_labels(rows[:, 0], name)
-    return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
-
-
-def _check_labels(labels: np.ndarray, name: str | Path) -> None:
+def _labels(labels: np.ndarray) -> np.ndarray:
     if labels.max() >= CLASSES:
-        raise DataError(f"{name}: a label is {labels.max()}, above 9")
+        raise ValueError(f"a label is {labels.max()}, above 9")
+    return labels
+
+
+def _batches(content: bytes) -> Parts:
+    """Rows of one label and 3 x 32 x 32 pixels, channels first in the file."""
+    rows = {"data": [], "test": []}
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in sorted(tar.getmembers(), key=lambda member: member.name):
+            kind, _, rest = Path(member.name).name.partition("_")
+            if kind in rows and rest.endswith(".bin"):
+                values = np.frombuffer(tar.extractfile(member).read(), np.uint8)
+                rows[kind].append(values.reshape(-1, 3073))
+    parts = []
+    for kind, batches in rows.items():
+        if sum(map(len, batches)) == 0:
+            raise ValueError(f"no {kind}_batch*.bin with images")
+        every = np.concatenate(batches)
+        images = every[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        parts += [images, _labels(every[:, 0])]
+    return tuple(parts)

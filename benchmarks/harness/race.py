@@ -5,9 +5,10 @@ compilation does not. Rates are tuned on another instance; the steps to the targ
 then counted once, and timed again by programs that do not look at the target.
 """
 
+import argparse
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,144 +16,178 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.harness.solver import Method, Solution, Solver
+import bma_optax as bma
+from benchmarks.harness.peers import PEERS
+from benchmarks.harness.results import Parser, Results, positive
+from benchmarks.harness.solver import Method, Problem, Solver
 from benchmarks.harness.tables import middle, table
-from benchmarks.harness.timing import in_turns
+from benchmarks.harness.timing import clock, in_turns
 from benchmarks.harness.tuning import descend
 
 TOLERANCE = 1e-6
 PATIENCE = 8.0  # Seconds: no method is repeated beyond.
+MOST = 50  # Iterations of an expert's tool.
+Starts = dict[str, tuple[float, ...] | None]  # By method.
+
+
+def begin(
+    parser: Parser, arguments: list[str] | None, methods: Iterable[str], max_steps: int
+) -> tuple[argparse.Namespace, Results]:
+    """The options of a study of races, and its results, a cell a problem."""
+    add, every = parser.add_argument, list(methods)
+    add("--methods", nargs="+", choices=every, default=every)
+    add("--repeats", type=positive, default=5)
+    add("--max-steps", type=positive, default=max_steps)
+    options = parser.parse(arguments)
+    shared = {"repeats": options.repeats, "max_steps": options.max_steps}
+    return options, Results(options, shared, jax, optax, np, bma)
 
 
 class Race:
-    """Methods on one problem: tuned, counted, then timed in turns.
+    """Methods and experts' tools on one problem: tuned, counted, timed in turns.
 
     Args:
-      problem: with `loss(params, data)` and `make(seed) -> (params, data)`; seed 0 is
-        reported, seed 1 is what methods are tuned on.
-      methods: by name.
-      find_goal: this object and an instance -> `start`, `optimum` and `target`.
-      max_steps: of every method.
-      starts: where tuning starts instead, known from a problem of the same kind, with
-        the finest stride alone.
+      problem: what they minimise.
+      methods: by name; those that are chosen and suit the problem take part.
+      options: the names of the chosen `methods`, `max_steps` and `repeats` of each.
+      starts: known from a problem of the same kind, where tuning starts instead, with
+        the finest stride alone. A method that starts from None takes no part.
     """
 
     def __init__(
         self,
-        problem: Any,
+        problem: Problem,
         methods: dict[str, Method],
-        find_goal: Callable[..., dict[str, Any]],
-        max_steps: int,
-        starts: dict[str, tuple] | None = None,
+        options: argparse.Namespace,
+        starts: Starts,
     ) -> None:
-        self.problem, self.methods, self.max_steps = problem, methods, max_steps
-        self.find_goal, self.starts = find_goal, starts or {}
+        self.problem, self.options, self.starts = problem, options, starts
+        self.methods = {
+            name: method
+            for name, method in methods.items()
+            if name in options.methods and method.suits(problem)
+            if starts.get(name, ()) is not None
+        }
+        self.experts = [name for name in problem.experts if name in options.methods]
         self.instance, self.other = (
             jax.tree.map(jnp.asarray, problem.make(seed)) for seed in (0, 1)
         )
+        self.goal, self.other_goal = map(self.goal_of, (self.instance, self.other))
         self.solver = functools.cache(
-            lambda name: Solver(problem, methods[name], self.instance)
+            lambda name: Solver(problem, self.methods[name], self.instance)
         )
-        self.rows: dict[str, dict[str, Any]] = {}
 
-    @functools.cached_property
-    def goal(self) -> dict[str, Any]:
-        return self.find_goal(self, self.instance)
+    def goal_of(self, instance: Any) -> dict[str, float]:
+        """f* directly, or by conjugate gradients until the loss stays."""
+        problem, (params, data) = self.problem, instance
+        start, best = float(problem.loss(params, data)), problem.level
+        if best is not None:
+            return {"start": start, "optimum": best, "target": best}
+        if "direct" in problem.experts:
+            best = self.loss_of(self.expert_on("direct", data)(1), instance)
+        else:
+            method = PEERS["cg" if problem.quadratic else "newton_cg"]
+            solver, best, gained = Solver(problem, method, instance), start, True
+            while gained:
+                found = solver((), (params, data), 50)
+                gained = found.loss < best - 1e-12 * (start - best)
+                best, params = min(best, found.loss), found.params
+        target = best + TOLERANCE * (start - best)
+        return {"start": start, "optimum": best, "target": target}
 
-    @functools.cached_property
-    def tuning_target(self) -> float:
-        return self.find_goal(self, self.other)["target"]
+    def expert_on(self, name: str, data: Any) -> Callable[[int], np.ndarray]:
+        return self.problem.experts[name][1](jax.tree.map(np.asarray, data))
 
-    def run(self, repeats: int, experts: Callable[..., dict] | None = None):
-        """The goal and `methods`, a row each.
+    def loss_of(self, solution: np.ndarray, instance: Any) -> float:
+        params, data = instance
+        return float(self.problem.loss(solution.reshape(params.shape), data))
 
-        `experts`: this object -> by name a row and a function that returns seconds.
-        """
+    def run(self) -> dict[str, Any]:
+        """The goal and `methods`, a row each."""
+        rows, timed = {}, {}
         for name in self.methods:
-            self.rows[name] = self.first(name)
-        names = [name for name, row in self.rows.items() if not row["seconds"]]
-        timed = {name: self.again(name) for name in names}
-        for name, (row, measure) in (experts(self) if experts else {}).items():
-            self.rows[name] = row
-            if row["reached"]:
-                timed[name] = measure
-        for name, seconds in in_turns(timed, repeats, PATIENCE).items():
-            self.rows[name]["seconds"] = seconds
+            rows[name], timed[name] = self.method(name)
+        for name in self.experts:
+            rows[name], timed[name] = self.expert(name)
+        timed = {name: measure for name, measure in timed.items() if measure}
+        for name, seconds in in_turns(timed, self.options.repeats, PATIENCE).items():
+            rows[name]["seconds"] = seconds
         span = self.goal["start"] - self.goal["optimum"]
-        for row in self.rows.values():
+        for row in rows.values():
             row["gap"] = (row.pop("loss") - self.goal["optimum"]) / span
         return self.goal | {
+            "title": self.problem.title,
             "parameters": optax.tree.size(self.instance[0]),
-            "methods": self.rows,
+            "partition": repr(self.problem.partition),
+            "update_interval": self.problem.update_interval,
+            "methods": rows,
         }
 
-    def first(self, name: str) -> dict[str, Any]:
-        """The settings, and the steps to the target."""
-        method, solver, settings, runs = self.methods[name], self.solver(name), (), 0
-        if method.tuned:
-            settings, runs = self.tune(name)
-        target = self.goal["target"]
-        found = solver.search(settings, self.instance, target, self.max_steps)
-        # In vain, or long enough: the search itself is what is timed.
-        final = not found.reached or method.needs_loss and found.seconds > PATIENCE
-        return {
-            "settings": dict(zip(method.tuned, settings, strict=True)),
+    def method(self, name: str) -> tuple[dict[str, Any], Callable | None]:
+        """A row, with the steps to the target; and what is timed, if it gets there."""
+        tuned, solver = self.methods[name].tuned, self.solver(name)
+        settings, runs = self.tune(name) if tuned else ((), 0)
+        most, target = self.options.max_steps, self.goal["target"]
+        found = solver(settings, self.instance, most, target)
+        row = {
+            "settings": dict(zip(tuned, settings, strict=True)),
             "tuning_runs": runs,
             "steps": found.steps,
             "reached": found.reached,
-            "products": found.products,
-            "seconds": [found.seconds] if final else [],
-            "loss": found.loss,
-            "compile_seconds": solver.compile_seconds,
+            "seconds": [found.seconds],
         }
+        if found.reached:  # Those steps again, without a look at the target.
+            found = solver(settings, self.instance, row["steps"])
+        row |= {"loss": found.loss, "products": found.products}
+        row["compile_seconds"] = solver.compile_seconds
+        if not row["reached"]:
+            return row, None
+        return row, lambda _: solver(settings, self.instance, row["steps"]).seconds
 
-    def tune(self, name: str) -> tuple[tuple, int]:
-        method, start, strides = (m := self.methods[name]), m.start, m.strides
+    def tune(self, name: str) -> tuple[tuple[float, ...], int]:
+        start, strides = self.methods[name].start, self.methods[name].strides
         if name in self.starts:
             start, strides = self.starts[name], strides[-1:]
 
         def score(settings, best):
             if any(x > 1 for x in settings[1:]):
                 return None  # A negative momentum.
-            limit = min(best[0] if best else np.inf, self.max_steps)
-            found = self.solver(name).search(
-                settings, self.other, self.tuning_target, limit
-            )
+            most = min(best[0] if best else np.inf, self.options.max_steps)
+            target = self.other_goal["target"]
+            found = self.solver(name)(settings, self.other, most, target)
             steps = found.steps if found.reached else np.inf
             loss = found.loss if np.isfinite(found.loss) else np.inf
             # If all diverge, the least rate is the way to go.
             return steps, loss, settings[0]
 
-        return descend(score, start, strides, method.factor)
+        return descend(score, start, strides)
 
-    def again(self, name: str) -> Callable[[int], float]:
-        """Those steps again, compiled without a look at the target."""
-        row = self.rows[name]
-        found = self.after(name, row["steps"])
-        row |= {"loss": found.loss, "products": found.products}
-        row["compile_seconds"] = self.solver(name).compile_seconds
-        return lambda _: self.after(name, row["steps"]).seconds
-
-    def after(self, name: str, steps: int) -> Solution:
-        settings = tuple(self.rows[name]["settings"].values())
-        return self.solver(name).run(settings, self.instance, steps)
+    def expert(self, name: str) -> tuple[dict[str, Any], Callable]:
+        """A row, with the iterations to the target; and what is timed."""
+        solve, target = self.expert_on(name, self.instance[1]), self.goal["target"]
+        steps, loss = 0, np.inf
+        while loss > target and steps < MOST:
+            steps += 1
+            loss = self.loss_of(solve(steps), self.instance)
+        row = {"label": self.problem.experts[name][0], "settings": {}, "loss": loss}
+        row |= {"steps": steps, "reached": loss <= target, "compile_seconds": None}
+        return row, lambda _: clock(solve, steps)[1]
 
 
 def report(name: str, result: dict[str, Any]) -> str:
     """Every method on one problem, losing rows too."""
     rows = []
     for method, row in result["methods"].items():
-        steps, seconds = row["steps"], row["seconds"]
-        cell = middle(seconds) if seconds else ""
+        steps, cell = row["steps"], middle(row["seconds"])
         if not row["reached"]:
             gap = "diverged" if row["gap"] is None else f"gap {row['gap']:.1e}"
-            steps, cell = f"not reached in {steps}: {gap}", f"({cell})" if cell else ""
+            steps, cell = f"not reached in {steps}: {gap}", f"({cell})"
         compile_seconds = row["compile_seconds"]
         rows.append(
             [
                 row.get("label", method),
                 ", ".join(f"{k} {x:.2g}" for k, x in row["settings"].items()),
-                "" if steps is None else steps,
+                steps,
                 row.get("products") or "",
                 cell,
                 "" if compile_seconds is None else f"{compile_seconds:.2g}",
@@ -166,21 +201,18 @@ def report(name: str, result: dict[str, Any]) -> str:
     return f"{head}\n{table([*columns, 'seconds to compile'], rows)}"
 
 
-def summary(title: str, results: dict[str, Any]) -> str:
+def summary(results: dict[str, Any]) -> str:
     """Median seconds of every method on every problem, and the steps."""
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return "-"
+        if not row["reached"]:
+            return "not reached"
+        steps = f" ({row['steps']})" if row["steps"] else ""
+        return f"{statistics.median(row['seconds']):.3g}{steps}"
+
     names = dict.fromkeys(m for result in results.values() for m in result["methods"])
-    rows = []
-    for method in names:
-        cells = []
-        for result in results.values():
-            row = result["methods"].get(method)
-            if row is None:
-                cells.append("-")
-            elif not row["reached"]:
-                cells.append("not reached")
-            else:
-                steps = f" ({row['steps']})" if row["steps"] else ""
-                cells.append(f"{statistics.median(row['seconds']):.3g}{steps}")
-        rows.append([method, *cells])
-    head = f"\n## {title}: seconds (steps) to 1e-6 of the starting gap\n"
-    return f"{head}\n{table(['method', *results], rows)}"
+    found = [result["methods"] for result in results.values()]
+    rows = [[name, *(cell(methods.get(name)) for methods in found)] for name in names]
+    return table(["method", *results], rows)

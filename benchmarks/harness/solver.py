@@ -1,8 +1,4 @@
-"""Methods that minimise a loss: one step on a Carry, compiled for one problem.
-
-What Optax has no step of its own for is here: conjugate gradients, and Newton's method
-truncated by them, which the studies take as peers.
-"""
+"""A problem, a method to minimise its loss, and both compiled together."""
 
 import dataclasses
 import functools
@@ -11,10 +7,42 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 
+import bma_optax as bma
 from benchmarks.harness.timing import clock, compiled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A loss of parameters and data, and what its solvers may know of it.
+
+    Args:
+      make: seed -> parameters to start from, and data. Seed 0 is reported, methods are
+        tuned on seed 1.
+      loss: parameters, `data` -> the loss.
+      partition, curvature, update_interval: what Newton-BMA is given.
+      quadratic: whether the loss is. Then one refresh of the curvature is enough.
+      diagonal: parameters, `data` -> the diagonal of the curvature, for Jacobi's
+        preconditioner. If it is None, its users probe for it.
+      level: the loss to reach, where there are many minima.
+      experts: tools for this kind of problem, by name: what to call them, and a
+        function of the data that returns another one, from a number of iterations to
+        the solution. The one called "direct" is exact.
+    """
+
+    name: str
+    title: str
+    make: Callable[[int], tuple[Any, Any]]
+    loss: Callable[[Any, Any], jax.Array]
+    partition: bma.Rule
+    curvature: bma.Curvature = bma.Hessian()
+    update_interval: int = 10
+    quadratic: bool = False
+    diagonal: Callable[[Any, Any], Any] | None = None
+    level: float | None = None
+    experts: dict[str, tuple[str, Callable]] = dataclasses.field(default_factory=dict)
 
 
 class Carry(NamedTuple):
@@ -30,16 +58,14 @@ class Method:
     make: Callable[..., tuple[Callable, Callable]]
     tuned: tuple[str, ...] = ()
     start: tuple[float, ...] = ()  # Where tuning starts.
-    strides: tuple[int, ...] = (4, 2, 1)  # Of its grid, in powers of `factor`.
-    factor: float = 2**0.5
-    quadratic: bool | None = None  # Only for such problems; None: for all.
-    needs_loss: bool = False  # At every step, with or without a look at the target.
+    strides: tuple[int, ...] = (4, 2, 1)  # Of its grid, in powers of √2.
+    suits: Callable[[Problem], bool] = lambda problem: True
 
 
 def from_optax(make_tx: Callable[..., optax.GradientTransformation]):
     """`make` of a Method, from (problem, *settings) -> a transformation."""
 
-    def make(problem: Any, data: Any, *settings: Any):
+    def make(problem: Problem, data: Any, *settings: Any):
         tx = optax.with_extra_args_support(make_tx(problem, *settings))
 
         def init(params):
@@ -63,70 +89,6 @@ def from_optax(make_tx: Callable[..., optax.GradientTransformation]):
     return make
 
 
-class CG(NamedTuple):
-    """Conjugate gradients for G x = b, preconditioned by a diagonal."""
-
-    x: jax.Array
-    r: jax.Array
-    p: jax.Array
-    rho: jax.Array
-
-    @classmethod
-    def start(cls, b: jax.Array, inverse: jax.Array) -> "CG":
-        z = inverse * b
-        return cls(jnp.zeros_like(b), b, z, jnp.vdot(b, z))
-
-    def step(self, product: Callable, inverse: jax.Array):
-        """The next step, the decrease of the quadratic, and whether G bent up."""
-        curved = product(self.p)
-        bend = jnp.vdot(self.p, curved)
-        a = self.rho / bend
-        r = self.r - a * curved
-        z = inverse * r
-        rho = jnp.vdot(r, z)
-        new = CG(self.x + a * self.p, r, z + rho / self.rho * self.p, rho)
-        return new, a * self.rho / 2, bend > 0
-
-
-def truncated_newton(loss, params, value, grads, product, inverse, limit: int):
-    """Newton-CG's next parameters, by Armijo's rule, and the products it took.
-
-    Conjugate gradients stop at min(1/2, sqrt |g|), or where G bends down. `inverse`, of
-    the diagonal of G, and `grads` are trees like `params`.
-    """
-    g, unravel = ravel_pytree(grads)
-    inverse = ravel_pytree(inverse)[0]
-    size = jnp.linalg.norm(g)
-    tolerance = jnp.minimum(0.5, jnp.sqrt(size)) * size
-
-    def flat_product(v):
-        return ravel_pytree(product(unravel(v)))[0]
-
-    def unfinished(loop):
-        cg, count, positive = loop
-        return (jnp.linalg.norm(cg.r) > tolerance) & (count < limit) & positive
-
-    def iterate(loop):
-        cg, count, _ = loop
-        new, _, positive = cg.step(flat_product, inverse)
-        kept = jax.tree.map(lambda x, y: jnp.where(positive, x, y), new, cg)
-        return kept, count + 1, positive
-
-    loop = CG.start(-g, inverse), jnp.int32(0), jnp.array(True)
-    cg, count, _ = jax.lax.while_loop(unfinished, iterate, loop)
-    direction = jnp.where(jnp.any(cg.x != 0), cg.x, -inverse * g)
-    slope = 1e-4 * jnp.vdot(g, direction)
-
-    def after(t):
-        return optax.tree.add_scale(params, t, unravel(direction))
-
-    def too_long(t):
-        return ~(loss(after(t)) <= value + t * slope) & (t > 1e-9)
-
-    t = jax.lax.while_loop(too_long, lambda t: t / 2, jnp.ones_like(value))
-    return after(t), count
-
-
 class Solution(NamedTuple):
     steps: int
     loss: float
@@ -139,51 +101,45 @@ class Solution(NamedTuple):
 class Solver:
     """A method compiled for a problem; the settings and the instance are arguments."""
 
-    def __init__(self, problem: Any, method: Method, instance: Any) -> None:
-        def result(carry, data):
-            counts = optax.tree.get_all_with_path(carry.state, "products")
-            spent = sum((n for _, n in counts), jnp.int32(0))
-            return carry.params, problem.loss(carry.params, data), spent
+    def __init__(self, problem: Problem, method: Method, instance: Any) -> None:
+        self.program = functools.cache(
+            lambda looks: compiled(
+                functools.partial(solve, problem, method, looks),
+                *(method.start, *instance, 0.0, 0),
+            )
+        )
 
-        def search(settings, params, data, target, budget):
-            init, step = method.make(problem, data, *settings)
+    def __call__(self, settings, instance, steps: int, target=None) -> Solution:
+        """So many steps; with a target, until the loss is there.
 
-            # The loss where the last step started: it comes with the gradient, another
-            # would cost a pass. What diverged is not above the target either.
-            def unfinished(loop):
-                return (loop[1] < budget) & (loop[0].value > target)
-
-            def advance(loop):
-                return step(loop[0]), loop[1] + 1
-
-            start = init(params), jnp.int32(0)
-            carry, count = jax.lax.while_loop(unfinished, advance, start)
-            return *result(carry, data), carry.value, count
-
-        def run(settings, params, data, steps):
-            init, step = method.make(problem, data, *settings)
-
-            def advance(_, carry):
-                return step(carry)._replace(value=carry.value)
-
-            return result(jax.lax.fori_loop(0, steps, advance, init(params)), data)
-
-        program = (method.start, *instance)
-        self.searching, self.compile_seconds = compiled(search, *program, 0.0, 0)
-        self.running = functools.cache(lambda: compiled(run, *program, 0))
-
-    def search(self, settings, instance, target: float, budget: int) -> Solution:
-        """Steps until the loss is at the target, or so many."""
-        arguments = settings, *instance, float(target), int(budget)
-        result, seconds = clock(self.searching, *arguments)
-        params, loss, products, value, count = result
+        Without one, a method that needs no loss does not compute it.
+        """
+        looks, target = target is not None, -np.inf if target is None else target
+        program, self.compile_seconds = self.program(looks)
+        found, seconds = clock(program, settings, *instance, float(target), int(steps))
+        params, loss, products, value, count = found
         earlier, now = bool(value <= target), bool(loss <= target)
         steps, reached = int(count) - earlier, earlier or now
         return Solution(steps, float(loss), reached, int(products), seconds, params)
 
-    def run(self, settings, instance, steps: int) -> Solution:
-        """So many steps; a method that needs no loss does not compute it."""
-        program, self.compile_seconds = self.running()
-        result, seconds = clock(program, settings, *instance, int(steps))
-        params, loss, products = result
-        return Solution(steps, float(loss), True, int(products), seconds, params)
+
+def solve(problem, method, looks: bool, settings, params, data, target, budget):
+    init, step = method.make(problem, data, *settings)
+
+    def unfinished(loop):
+        carry, count = loop
+        # The loss where the last step started: it comes with the gradient, another
+        # would cost a pass. What diverged is not above the target either.
+        return (count < budget) & (carry.value > target if looks else True)
+
+    def advance(loop):
+        carry, count = loop
+        new = step(carry)
+        return new if looks else new._replace(value=carry.value), count + 1
+
+    start = init(params), jnp.int32(0)
+    carry, count = jax.lax.while_loop(unfinished, advance, start)
+    counts = optax.tree.get_all_with_path(carry.state, "products")
+    products = sum((n for _, n in counts), jnp.int32(0))
+    loss = problem.loss(carry.params, data)
+    return carry.params, loss, products, carry.value, count
