@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_benchmark_datasets import write_mnist
 
-from benchmarks.networks import methods, peers
+import bma_optax as bma
+from benchmarks.networks import __main__ as networks
+from benchmarks.networks import methods, peers, report
 from benchmarks.networks import study as measuring
 from benchmarks.networks import tasks as nets
 
@@ -33,31 +36,30 @@ def gradients(shape, steps, seed=0):
     return [rng.normal(size=shape) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("name", ["dense", nets.EMBEDDINGS])
-def test_adam_mini(x64, name):
-    kernels, biases = gradients((2, 3, 4), 3), gradients((4,), 3, seed=1)
-    if name == nets.EMBEDDINGS:
-        kernels = [kernel.reshape(6, 4) for kernel in kernels]
-    grads = [
-        {name: {"kernel": k, "b": b}} for k, b in zip(kernels, biases, strict=True)
-    ]
-    m, v, m1, v1 = 0, {}, 0, 0
-    every = updates_of(peers.scale_by_adam_mini(0.8, 0.9), grads)
-    for t, updates in enumerate(every, start=1):
-        kernel, bias = kernels[t - 1], biases[t - 1]
-        by_unit = kernel if name == nets.EMBEDDINGS else kernel.reshape(-1, 4).T
-        m = 0.8 * m + 0.2 * by_unit
-        expected = np.zeros_like(by_unit)
-        for unit, row in enumerate(by_unit):
-            v[unit] = 0.9 * v.get(unit, 0) + 0.1 * sum(x * x for x in row) / len(row)
-            root = np.sqrt(v[unit] / (1 - 0.9**t)) + 1e-8
-            expected[unit] = m[unit] / (1 - 0.8**t) / root
-        if name != nets.EMBEDDINGS:
-            expected = expected.T.reshape(kernel.shape)
-        np.testing.assert_allclose(updates[name]["kernel"], expected, rtol=1e-10)
-        m1, v1 = 0.8 * m1 + 0.2 * bias, 0.9 * v1 + 0.1 * bias**2
-        adam = m1 / (1 - 0.8**t) / (np.sqrt(v1 / (1 - 0.9**t)) + 1e-8)
-        np.testing.assert_allclose(updates[name]["b"], adam, rtol=1e-10)
+@pytest.mark.parametrize("name", ["kernel", nets.EMBEDDING])
+def test_scale_along_direction(x64, name):
+    """Against a loop over units; an embedding has a unit a row."""
+    embedding = name == nets.EMBEDDING
+    kernels = gradients((6, 4) if embedding else (2, 3, 4), 4)
+    grads = [{name: x, "bias": x.ravel()[:4]} for x in kernels]
+    y = np.full(4 if embedding else 6, 1.0)
+    y /= np.linalg.norm(y)
+    for x, updates in zip(
+        kernels, updates_of(peers.scale_along_direction(0.3, 0.8), grads), strict=True
+    ):
+        units = x if embedding else x.reshape(6, 4).T
+        q = y / np.linalg.norm(y)
+        expected = np.array([unit + (0.3 - 1) * (unit @ q) * q for unit in units])
+        found = updates[name]
+        found = found if embedding else found.reshape(6, 4).T
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+        np.testing.assert_array_equal(updates["bias"], x.ravel()[:4])
+        target = sum((unit @ q) * unit for unit in units)
+        y = 0.8 * y + 0.2 * target / np.linalg.norm(target)
+    nothing = {name: 0 * kernels[0]}
+    tx = peers.scale_along_direction(0.0)
+    updates, state = tx.update(nothing, tx.init(nothing))
+    assert not np.any(updates[name]) and np.all(np.isfinite(state.direction[name]))
 
 
 def test_soap(x64):
@@ -86,9 +88,11 @@ def test_soap(x64):
             v = v[first][:, second]
             rows = np.linalg.qr(left @ rows[:, first])[0]
             columns = np.linalg.qr(right @ columns[:, second])[0]
-    # Arrays with one axis have Adam from the second step on.
+    # Arrays with one axis have Adam from the second step on, and where all is too long.
     adam = list(updates_of(optax.scale_by_adam(b1, b2, eps), grads[1:]))
     np.testing.assert_allclose(every[-1]["b"], adam[-1]["b"], rtol=1e-10)
+    plain = list(updates_of(peers.scale_by_soap(b1, b2, eps, 2, longest=3), grads))
+    np.testing.assert_allclose(plain[-1]["w"], adam[-1]["w"], rtol=1e-10)
 
 
 @pytest.mark.benchmark
@@ -117,12 +121,13 @@ def test_every_method_goes_down():
         assert float(optax.tree.vdot(updates, grads)) > 0
     # Twice the same gradient: Adam's update is its sign.
     first = {name: updates["dense0"]["kernel"] for name, (updates, _) in found.items()}
-    g = grads["dense0"]["kernel"]
-    signs = np.sign(g)
+    signs = np.sign(grads["dense0"]["kernel"])
     np.testing.assert_allclose(first["adam"], signs, atol=1e-2)
-    shrunk, centered = signs - signs.mean(axis=0), np.sign(g - g.mean(axis=0))
-    np.testing.assert_allclose(first["adam_shrunk"], shrunk, atol=1e-2)
-    np.testing.assert_allclose(first["adam_centralized"], centered, atol=1e-2)
+    # Its second step has the rate 1 / √2.
+    np.testing.assert_allclose(first["adam_decayed"], signs / np.sqrt(2), atol=1e-2)
+    # One block alone, or c = 1, would be the diagonal method.
+    for name in ("adagrad_bma", "units_constant", "units_learned", "units_report"):
+        assert np.abs(first[name] - first["adagrad"]).max() > 1e-5
 
 
 def test_muon_takes_convolutions_but_not_embeddings():
@@ -140,22 +145,68 @@ def test_muon_takes_convolutions_but_not_embeddings():
     assert shapes["conv1/kernel"][1] == ((0, 1, 2), 3)
     assert shapes["block0_query/kernel"][1] == ((0,), 1)
     assert {name for name, (ndim, numbers) in shapes.items() if numbers is None} == {
-        "embedding/token",
-        "embedding/position",
+        "token/embedding",
+        "position/embedding",
         "head/kernel",
     } | {name for name, (ndim, _) in shapes.items() if ndim < 2}
 
 
-def test_random_directions_stay():
-    grads = [{"w": jnp.asarray(g, jnp.float32)} for g in gradients((5, 3), 40)]
-    tx = methods.random_directions()
-    start = state = tx.init(grads[0])
-    update = jax.jit(tx.update)
-    for g in grads:
-        _, state = update(g, state, g)
-    moved = state.direction["w"] - start.direction["w"]
-    assert 1e-3 < float(jnp.linalg.norm(start.direction["w"]))
-    assert float(jnp.linalg.norm(moved)) < 1e-4
+def test_units_of_the_library_are_those_of_the_nets():
+    """Both tell the axis of units by names, and neither has to guess."""
+    for name in ("conv_norm", "transformer"):
+        params = nets.make(name, None, small=True).init(jax.random.key(0))
+        arrays = bma.partition(params, bma.units).arrays
+        leaves = jax.tree.leaves_with_path(params)
+        for array, (path, p) in zip(arrays, leaves, strict=True):
+            units = p.shape[peers.axes(path, p)[1]] if p.ndim > 1 else 0
+            assert array.num_blocks == units
+
+
+def test_files(tmp_path):
+    write_mnist(tmp_path, zipped=True)
+    task = nets.make("mnist", tmp_path, small=True)
+    params = task.init(jax.random.key(0))
+    assert params["conv1"]["kernel"].shape == (3, 3, 4, 4)
+    assert params["dense0"]["kernel"].shape == (3 * 2 * 4, 10)
+    assert len(task.train[0]) == 7 and task.loss(params, task.test) > 0
+    parse = networks.parse
+    assert parse(["--data-dir", "x"]).tasks == nets.FILES == ("mnist", "cifar10")
+    assert parse([]).tasks == nets.TASKS and parse(["--tasks", "conv"]).tasks == [
+        "conv"
+    ]
+
+
+def test_tuning_takes_the_mean_over_its_seeds():
+    """A rate that diverges on one seed is not chosen for what it does on others."""
+    calls = []
+
+    class Trainer:
+        method = methods.METHODS["adagrad"]
+
+        def __call__(self, seeds, rates, settings):
+            calls.append(set(seeds))
+            losses = np.abs(np.log2(rates) + 5)  # Best at 2^-5, but
+            if 100 in seeds:
+                losses[np.log2(rates) == -5] = np.nan
+            if 200 in seeds:
+                losses[np.log2(rates) == -6] = 0.5
+            return (np.repeat(losses[:, None], 20, axis=1),)
+
+    tuned = measuring.tune(Trainer())
+    assert calls == [{0}, {100}, {200}]
+    assert tuned["rate"] == 2.0**-6 and tuned["interior"]
+
+
+def test_summary():
+    def row(losses):
+        return {"train_loss": losses}
+
+    task = {"methods": {"adam": row([4.0, 4.0]), "soap": row([0.0, 4.0])}}
+    task["methods"] |= {"units_learned": row([3.0, 3.5]), "muon_rms": row([1, None])}
+    lines = report.summary({"conv": task}).splitlines()[3:]
+    cells = [line.split("|")[2].strip() for line in lines[2:]]
+    # The mean is bold where both seeds are below Adam.
+    assert cells == ["4", "**3.25**", "2", "diverged", "38%"]
 
 
 def test_forward_shows_the_inputs_of_every_kernel():

@@ -1,1 +1,1 @@
-"""Mini-BMA, Adam-BMA and AdaGrad-BMA on networks."""
+"""AdaGrad-BMA and its kin on networks."""

@@ -1,18 +1,18 @@
-"""Mini-BMA, Adam-BMA and AdaGrad-BMA on networks, beside their controls and peers.
+"""AdaGrad-BMA and its kin on networks, beside their controls and peers.
 
     python -m benchmarks.networks
-    python -m benchmarks.networks --tasks conv --methods mini_bma soap --out conv.json
+    python -m benchmarks.networks --tasks conv --methods units_learned soap --out c.json
     python -m benchmarks.networks --add --methods mini_bma
     python -m benchmarks.networks --tasks mlp_raw_norm --out normalised.json
-    python -m benchmarks.networks --data-dir DIR --out mnist_and_cifar10.json
+    python -m benchmarks.networks --data-dir DIR --out images.json
     python -m benchmarks.networks --tasks mlp_global --times 10 --out longer.json
 
 Small nets on scikit-learn's digits and on the sources of Python's own library; with
---data-dir on MNIST (MLPs, autoencoder) and CIFAR-10 (conv nets). Every method is tuned
-alike: rates are powers of 2, more of them until the best one has worse neighbours, with
-every combination of its settings, by the mean training loss of the last tenth of the
-steps on a seed of its own. Then fresh seeds: the same initial weights and batches for
-all methods.
+--data-dir larger conv nets on MNIST and CIFAR-10. Every method is tuned alike: rates
+are powers of 2, more of them until the best one has worse neighbours, with every
+combination of its settings, by the training loss of the last tenth of the steps, its
+mean over three seeds. Then fresh seeds: the same initial weights and batches for all
+methods.
 """
 
 import argparse
@@ -27,11 +27,10 @@ from tqdm import tqdm
 import bma_optax as bma
 from benchmarks.harness import datasets
 from benchmarks.harness.results import Parser, Results, positive
-from benchmarks.networks.angles import angles
 from benchmarks.networks.methods import METHODS
-from benchmarks.networks.report import angle_table, draw, summary, table
+from benchmarks.networks.report import cosine_table, draw, summary, table
 from benchmarks.networks.study import study, timings
-from benchmarks.networks.tasks import OTHERS, TASKS, Task, make
+from benchmarks.networks.tasks import FILES, OTHERS, TASKS, Task, make
 
 
 def run(name: str, task: Task, options: Any, results: Results, bar: tqdm) -> dict:
@@ -48,12 +47,7 @@ def run(name: str, task: Task, options: Any, results: Results, bar: tqdm) -> dic
 
     def method_on_task(method):
         adam = result["methods"].get("adam")
-        found = study(task, METHODS[method], seeds, adam)
-        if method == "mini_bma":
-            tuned = found["tuning"]
-            tx = METHODS[method].make(**tuned["settings"])
-            found["angles"] = angles(task, tx, tuned["rate"], seeds[0])
-        return found
+        return study(task, METHODS[method], list(range(1, 1 + options.seeds)), adam)
 
     def all_timings():
         timed = {}
@@ -62,7 +56,6 @@ def run(name: str, task: Task, options: Any, results: Results, bar: tqdm) -> dic
             timed[method] = METHODS[method].make(**tuned["settings"]), tuned["rate"]
         return timings(task, timed, options.repeats)
 
-    seeds = list(range(1, 1 + options.seeds))
     result = results.cell(facts, "tasks", name)
     for method in options.methods:
         bar.set_postfix_str(f"{name}: {method}")
@@ -81,13 +74,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("benchmarks.networks", __doc__)
     add = parser.add_argument
     add("--data-dir", type=Path, help="the folder of MNIST's and CIFAR-10's files")
-    add("--tasks", nargs="+", choices=(*TASKS, *OTHERS), default=list(TASKS))
+    add("--tasks", nargs="+", choices=(*TASKS, *FILES, *OTHERS))
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     add("--seeds", type=positive, default=6, help="how many; default: 6")
     add("--times", type=positive, default=1, help="so many times the steps")
     add("--repeats", type=positive, default=5, help="timings of each; default: 5")
     add("--small", action="store_true", help="tiny nets and few steps, to try it out")
     options = parser.parse(arguments)
+    options.tasks = options.tasks or (FILES if options.data_dir else TASKS)
     # Adam comes first: the others are measured against it.
     chosen = {"adam", *options.methods}
     options.methods = [name for name in METHODS if name in chosen]
@@ -96,12 +90,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    shared = {
-        "data": "mnist and cifar10" if options.data_dir else "digits",
-        "seeds": options.seeds,
-        "times": options.times,
-        "small": options.small,
-    }
+    names = "seeds", "times", "small"
+    shared = {name: getattr(options, name) for name in names}
     results = Results(options, shared, jax, optax, np, bma)
     total = len(options.tasks) * (len(options.methods) + 1)
     with tqdm(total=total, unit="cell", disable=None) as bar:
@@ -113,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
             bar.write(table(name, run(name, task, options, results, bar)))
     tasks = results.content["tasks"]
     print(summary(tasks))
-    print(angle_table(tasks))
+    print(cosine_table(tasks))
     results.finish()
     draw(tasks, options.out.with_suffix(".png"))
 

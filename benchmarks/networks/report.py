@@ -18,52 +18,46 @@ COLUMNS = [
     "minus Adam's, same seed",
     "test loss",
     "steps to Adam's loss",
-    "seconds to it",
     "ms a step",
     "state / d",
-    "seconds to compile",
 ]
-SHOWN = ("adam", "adam_centralized", "adam_mini", "soap", "muon", "mini_bma")
+SHOWN = ("adam", "adagrad", "units_learned", "adam_bma_units", "soap", "muon_rms")
+
+
+def finite(values: list[float | None]) -> list[float]:
+    """JSON has null for what diverged."""
+    return [np.inf if x is None else x for x in values]
 
 
 def mean(values: list[float | None]) -> float:
-    return float(np.mean([np.inf if x is None else x for x in values]))
+    return statistics.fmean(finite(values))
 
 
-def difference(row: dict[str, Any], adam: dict[str, Any]) -> str:
-    """Mean, and the extremes over seeds."""
-    pairs = zip(row["train_loss"], adam["train_loss"], strict=True)
-    values = [np.inf if None in pair else pair[0] - pair[1] for pair in pairs]
-    return tables.mean(values, "+.2g") if np.all(np.isfinite(values)) else "diverged"
-
-
-def steps_to_adam(row: dict[str, Any]) -> float | None:
-    """The median over seeds, None unless most get there."""
-    steps = [np.inf if x is None else x for x in row["steps_to_adam"]]
-    middle = statistics.median(steps)
-    return middle if np.isfinite(middle) else None
+def differences(row: dict[str, Any], adam: dict[str, Any]) -> list[float]:
+    """To Adam's training loss on the same seed."""
+    pairs = zip(finite(row["train_loss"]), finite(adam["train_loss"]), strict=True)
+    return [x - y if np.isfinite([x, y]).all() else np.inf for x, y in pairs]
 
 
 def cells(name: str, task: dict[str, Any]) -> list[str]:
     row, adam = task["methods"][name], task["methods"]["adam"]
-    timed, tuned, steps = task["timings"][name], row["tuning"], steps_to_adam(row)
+    timed, tuned = task["timings"][name], row["tuning"]
     settings = [f"{tuned['rate']:.2g}"]
     settings += [f"{key} {x:g}" for key, x in tuned["settings"].items()]
     if not tuned["interior"]:
         settings.append("edge of the grid")
-    reached = sum(x is not None for x in row["steps_to_adam"])
-    per_step = timed["seconds_per_step"]
+    less, steps = differences(row, adam), finite(row["steps_to_adam"])
+    difference = tables.mean(less, "+.2g") if np.isfinite(less).all() else "diverged"
+    middle, reached = statistics.median(steps), int(np.isfinite(steps).sum())
     return [
         METHODS[name].label,
         ", ".join(settings),
         number(mean(row["train_loss"])),
-        "" if name == "adam" else difference(row, adam),
+        "" if name == "adam" else difference,
         number(mean(row["test_loss"])),
-        f"{steps:.0f}" if steps else f"{reached} of {len(row['train_loss'])} do",
-        number(steps * per_step) if steps else "",
-        f"{1e3 * per_step:.3g}",
+        f"{middle:.0f}" if np.isfinite(middle) else f"{reached} of {len(steps)} do",
+        f"{1e3 * timed['seconds_per_step']:.3g}",
         f"{timed['state_over_params']:.3g}",
-        f"{timed['compile_seconds']:.2g}",
     ]
 
 
@@ -79,50 +73,65 @@ def table(name: str, task: dict[str, Any]) -> str:
 
 
 def summary(tasks: dict[str, Any]) -> str:
-    """Training losses of all methods on all tasks, and the gap that mini-BMA closes."""
-    losses = [
-        {m: mean(row["train_loss"]) for m, row in task["methods"].items()}
-        for task in tasks.values()
-    ]
+    """Mean training losses of all methods on all tasks, and the gap that is closed.
+
+    Bold where every seed is below Adam's.
+    """
+
+    def cell(name: str, methods: dict[str, Any]) -> str:
+        if name not in methods:
+            return ""
+        loss = number(mean(methods[name]["train_loss"]))
+        below = max(differences(methods[name], methods["adam"])) < 0
+        return f"**{loss}**" if below else loss
+
+    found = [task["methods"] for task in tasks.values()]
     rows = [
-        [method.label, *(number(x[name]) if name in x else "" for x in losses)]
+        [method.label, *(cell(name, methods) for methods in found)]
         for name, method in METHODS.items()
-        if any(name in x for x in losses)
+        if any(name in methods for methods in found)
     ]
-    closed = [gap_closed(x) for x in losses]
-    if any(closed):
-        label = "mini-BMA's part of the gap from Adam to the better of SOAP and Muon"
-        rows.append([label, *closed])
+    label = (
+        "closed of the gap from Adam to the better of SOAP and Muon, learned weights"
+    )
+    rows.append([label, *map(gap_closed, found)])
     head = "\n### Training loss, mean over seeds\n\n"
     return head + tables.table(["method", *tasks], rows)
 
 
-def gap_closed(losses: dict[str, float]) -> str:
-    peers = {"soap", "muon", "muon_rms"}
-    if not peers | {"adam", "mini_bma"} <= set(losses):
+def gap_closed(methods: dict[str, Any]) -> str:
+    losses = {name: mean(row["train_loss"]) for name, row in methods.items()}
+    peers = [losses[name] for name in ("soap", "muon_rms") if name in losses]
+    if not peers or "units_learned" not in losses:
         return ""
-    best = min(losses[name] for name in peers)
-    if not best < losses["adam"]:
-        return "no gap"
-    return f"{(losses['adam'] - losses['mini_bma']) / (losses['adam'] - best):.0%}"
+    gap = losses["adam"] - min(peers)
+    return f"{(losses['adam'] - losses['units_learned']) / gap:.0%}" if gap > 0 else "-"
 
 
-def angle_table(tasks: dict[str, Any]) -> str:
-    """Cosines of the learned directions at the end, layer by layer."""
-    rows = []
-    for name, task in tasks.items():
-        for layer, row in task["methods"].get("mini_bma", {}).get("angles", {}).items():
-            last = [number(row[key][-1], ".2f") for key in ("mean", "top", "share")]
-            rows.append([name, layer, *last, f"{row['chance']:.2f}"])
-    columns = ["task", "layer", "mean input", "first eigenvector of the inputs"]
-    columns += ["part of the gradient's square", "a random direction"]
-    head = "\n### Cosine of mini-BMA's learned direction with, at the last step\n\n"
-    return head + tables.table(columns, rows) if rows else ""
+def cosine_table(tasks: dict[str, Any]) -> str:
+    """Learned directions and mean inputs, layer by layer; the mean over seeds."""
+    found = {
+        name: {
+            m: row["cosines"] for m, row in task["methods"].items() if row["cosines"]
+        }
+        for name, task in tasks.items()
+    }
+    methods = [m for m in METHODS if any(m in rows for rows in found.values())]
+    rows = [
+        [name, layer, *(number(mean(of[m][layer]), ".2f") for m in methods)]
+        for name, of in found.items()
+        for layer in next(iter(of.values()), {})
+    ]
+    head = (
+        "\n### |cos| of the learned direction and the mean input, at the last step\n\n"
+    )
+    labels = [METHODS[m].label for m in methods]
+    return head + tables.table(["task", "layer", *labels], rows) if rows else ""
 
 
 def draw(tasks: dict[str, Any], path: Path) -> None:
     """Loss against steps and against seconds, for at most four tasks."""
-    preferred = ("mlp_pixel", "conv", "autoencoder", "transformer")
+    preferred = ("mlp_raw", "conv", "autoencoder", "transformer")
     names = [name for name in preferred if name in tasks] or list(tasks)[:4]
     figure = Figure(figsize=(4 * len(names), 6), layout="constrained")
     panels = figure.subplots(2, len(names), squeeze=False, sharey="col")
@@ -133,11 +142,11 @@ def draw(tasks: dict[str, Any], path: Path) -> None:
                 continue
             curve = task["methods"][method]["curve"]
             steps, loss = np.array(curve["step"]), np.array(curve["loss"], float)
+            seconds = steps * task["timings"][method]["seconds_per_step"]
             style = {"color": f"C{color}", "label": METHODS[method].label}
-            style["linewidth"] = 2 if method == "mini_bma" else 1
-            per_step = task["timings"][method]["seconds_per_step"]
-            column[0].plot(steps, loss, **style)
-            column[1].plot(steps * per_step, loss, **style)
+            style["linewidth"] = 2 if method == "units_learned" else 1
+            for axes, x in zip(column, (steps, seconds), strict=True):
+                axes.plot(x, loss, **style)
         column[0].set(title=name, xlabel="step")
         column[1].set(xlabel="second")
         for axes in column:

@@ -1,4 +1,4 @@
-"""How this study measures: tuning on another seed, fresh seeds, timings in turns."""
+"""How this study measures: tuning on other seeds, fresh seeds, timings in turns."""
 
 import math
 import time
@@ -14,8 +14,11 @@ from benchmarks.harness.tuning import grow
 from benchmarks.networks.methods import Method
 from benchmarks.networks.tasks import Task
 
+# With one seed, a rate at which a net diverges and then fits all it has seen may win.
+TUNING_SEEDS = (0, 100, 200)
 RATES = 6  # Neighbouring powers of 2 that one call tries.
 POINTS = 40  # Of a curve.
+EXAMPLES = 500  # For cosines.
 
 
 class Trainer:
@@ -26,8 +29,8 @@ class Trainer:
         self.data = jax.tree.map(jnp.asarray, task.train), in_chunks(task.test)
         # One after the other where LAPACK is called: batches of matrices in a loop can
         # wait for themselves for ever on a CPU with few cores (JAX 0.10.2).
-        one_by_one, at_once = jax.lax.map, lambda run, each: jax.vmap(run)(each)
-        every = one_by_one if method.factorizes else at_once
+        one_by_one = method.factorizes and jax.default_backend() == "cpu"
+        every = jax.lax.map if one_by_one else lambda run, each: jax.vmap(run)(each)
         self.runs = jax.jit(
             lambda arguments, data: every(lambda each: self.run(each, data), arguments)
         )
@@ -42,20 +45,19 @@ class Trainer:
         def step(carry, rows):
             return one_step(self.task, tx, rate, carry, train, rows)
 
-        (params, _), losses = jax.lax.scan(step, start, batches)
+        (params, state), losses = jax.lax.scan(step, start, batches)
         test_losses = jax.lax.map(lambda part: self.task.loss(params, part), test)
-        return losses, jnp.mean(test_losses)
+        learned = optax.tree.get(state, "direction")
+        return losses, jnp.mean(test_losses), params, learned
 
-    def __call__(self, seeds: list[int], rates: list[float], settings: dict):
-        """The losses of every step (runs, steps), and of the test set (runs,)."""
+    def __call__(self, seeds: list[int], rate: float | list[float], settings: dict):
+        """Losses of every step (runs, steps), of the test set, params, directions."""
         batches = np.stack([self.task.batches(seed) for seed in seeds])
-        settings = {key: np.full(len(seeds), x) for key, x in settings.items()}
-        arguments = np.array(seeds), np.array(rates), settings, batches
-        arguments = jax.tree.map(
-            lambda x: x.astype(np.float32) if x.dtype.kind == "f" else x, arguments
-        )
-        losses, test = jax.device_get(self.runs(arguments, self.data))
-        return np.asarray(losses, np.float64), np.asarray(test, np.float64)
+        rates = np.broadcast_to(np.float32(rate), len(seeds))
+        settings = {k: np.full(len(seeds), x, np.float32) for k, x in settings.items()}
+        arguments = np.array(seeds), rates, settings, batches
+        losses, test, *end = self.runs(arguments, self.data)
+        return np.asarray(losses, np.float64), np.asarray(test, np.float64), *end
 
 
 def one_step(task: Task, tx, rate, carry, data, rows):
@@ -90,13 +92,16 @@ def final(losses: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(means), means, np.inf)
 
 
-def tune(trainer: Trainer, seed: int) -> dict[str, Any]:
+def tune(trainer: Trainer) -> dict[str, Any]:
     """The best settings and rate, of grids that grow until the best rate is inside."""
     variants = trainer.method.variants()
 
     def evaluate(i: int, rates: list[float]) -> list[float]:
-        losses, _ = trainer([seed] * RATES, rates, variants[i])
-        return final(losses).tolist()
+        losses = [
+            final(trainer([seed] * RATES, rates, variants[i])[0])
+            for seed in TUNING_SEEDS
+        ]
+        return np.mean(losses, axis=0).tolist()
 
     return grow(evaluate, variants, trainer.method.start, RATES)
 
@@ -105,28 +110,42 @@ def study(task: Task, method: Method, seeds: list[int], adam: dict | None) -> di
     """One cell of the table: a tuned method on fresh seeds."""
     start = time.perf_counter()
     trainer = Trainer(task, method)
-    tuned = tune(trainer, seed=0)
-    # As many runs at once as in tuning, whose program serves again.
-    parts = [seeds[i : i + RATES] for i in range(0, len(seeds), RATES)]
-    results = []
-    for part in parts:
-        padded = part + [part[-1]] * (RATES - len(part))
-        losses, test = trainer(padded, [tuned["rate"]] * RATES, tuned["settings"])
-        results.append((losses[: len(part)], test[: len(part)]))
-    losses, test = (np.concatenate(x) for x in zip(*results, strict=True))
+    tuned = tune(trainer)
+    losses, test, *end = trainer(seeds, tuned["rate"], tuned["settings"])
     targets = final(losses) if adam is None else np.array(adam["train_loss"], float)
     points = np.array_split(np.arange(task.steps), min(POINTS, task.steps))
     return {
         "tuning": tuned,
-        "train_loss": final(losses).tolist(),
-        "test_loss": test.tolist(),
+        "train_loss": final(losses),
+        "test_loss": test,
         "steps_to_adam": steps_to(losses, targets),
         "curve": {
             "step": [int(part[-1]) + 1 for part in points],
             "loss": [float(losses[:, part].mean()) for part in points],
         },
+        "cosines": cosines(task, *end),
         "study_seconds": time.perf_counter() - start,
     }
+
+
+def cosines(task: Task, params: Any, directions: Any) -> dict[str, list[float]]:
+    """For each layer and run, |cos| of the learned direction and the mean input."""
+    if directions is None:
+        return {}
+    examples = jax.tree.map(lambda array: array[:EXAMPLES], task.train)
+
+    @jax.jit
+    @jax.vmap
+    def of(params, directions):
+        def cosine(name, inputs):
+            mean = inputs.reshape(-1, inputs.shape[-1]).mean(axis=0)
+            y = directions[name]["kernel"].ravel()
+            return jnp.abs(y @ mean) / jnp.linalg.norm(y) / jnp.linalg.norm(mean)
+
+        seen = task.forward(params, examples)[1]
+        return {name: cosine(name, inputs) for name, inputs in seen.items()}
+
+    return jax.device_get(of(params, directions))
 
 
 def steps_to(losses: np.ndarray, targets: np.ndarray) -> list[int | None]:
@@ -160,14 +179,9 @@ def timings(task: Task, methods: dict[str, tuple[Any, float]], repeats: int):
 
         # Constants that are shared cannot be given away twice.
         carry = carries[name] = jax.tree.map(jnp.array, (params, tx.init(params)))
-        programs[name], compile_seconds = compiled(
-            run, carry, train, batches, donate_argnums=0
-        )
+        programs[name], _ = compiled(run, carry, train, batches, donate_argnums=0)
         sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in carry]
-        rows[name] = {
-            "compile_seconds": compile_seconds,
-            "state_over_params": sizes[1] / sizes[0],
-        }
+        rows[name] = {"state_over_params": sizes[1] / sizes[0]}
 
     def measure(name: str) -> float:
         carries[name], seconds = clock(programs[name], carries[name], train, batches)

@@ -1,7 +1,8 @@
-"""The nets of this study and what they learn: digits, or MNIST and CIFAR-10, or text.
+"""The nets of this study and what they learn: digits, text, MNIST and CIFAR-10.
 
-Plain functions on nested dictionaries of Flax's layout: kernels are (inputs, outputs),
-those of convolutions (3, 3, inputs, outputs), embeddings (symbols, features).
+Plain functions on nested dictionaries with Flax's names and layout: a `kernel` is
+(inputs, outputs), that of a convolution (3, 3, inputs, outputs), an `embedding`
+(symbols, features).
 """
 
 import functools
@@ -18,7 +19,7 @@ import optax
 
 from benchmarks.harness import datasets
 
-EMBEDDINGS = "embedding"  # In their paths: one unit a row, not a column.
+EMBEDDING = "embedding"  # In their paths: one unit a row, not a column.
 LETTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 Arrays = tuple[np.ndarray, ...]
 
@@ -165,10 +166,10 @@ def transformer_init(length: int, width: int, layers: int, plain: bool, key):
     norm("norm")
     matrix("head", width, len(LETTERS) + 1)
     keys = jax.random.split(jax.random.fold_in(key, len(params)))
-    params[EMBEDDINGS] = {
-        "token": 0.02 * jax.random.normal(keys[0], (len(LETTERS) + 1, width)),
-        "position": 0.02 * jax.random.normal(keys[1], (length, width)),
-    }
+    for name, key, rows in zip(
+        ("token", "position"), keys, (len(LETTERS) + 1, length), strict=True
+    ):
+        params[name] = {EMBEDDING: 0.02 * jax.random.normal(key, (rows, width))}
     return params
 
 
@@ -186,8 +187,8 @@ def layer_norm(layer: Any, x: jax.Array) -> jax.Array:
 def transformer_forward(heads: int, params: Any, examples: Any):
     (rows,), seen, i = examples, {}, 0
     symbols, targets = rows[:, :-1].astype(jnp.int32), rows[:, 1:].astype(jnp.int32)
-    tables, shape = params[EMBEDDINGS], (*symbols.shape, heads, -1)
-    x = tables["token"][symbols] + tables["position"]
+    shape = (*symbols.shape, heads, -1)
+    x = params["token"][EMBEDDING][symbols] + params["position"][EMBEDDING]
     while f"block{i}_query" in params:
         name = f"block{i}"
         y = normalised(params, f"{name}_norm", x)
@@ -236,21 +237,20 @@ def images(source: str, scaling: str, data_dir: Path | None) -> datasets.Dataset
     return data._replace(train_images=scale(train), test_images=scale(test))
 
 
-class Sizes(NamedTuple):
-    """Widths without those of the data, steps and examples a step."""
-
-    hidden: tuple[int, ...] = (256, 128)
-    code: tuple[int, ...] = (96, 48, 12)
-    channels: tuple[int, ...] = (16, 32, 32)
-    width: int = 32
-    length: int = 32
-    characters: int = 400_000
-    steps: dict[str, int] = {"mlp": 200, "conv": 200, "autoencoder": 600, "text": 250}
-    batch_size: int = 32
+class Size(NamedTuple):
+    widths: tuple[int, ...]  # Without those of the data.
+    steps: int
+    batch_size: int
 
 
-FILES = Sizes((256, 128), (256, 64, 16), (16, 32, 32), batch_size=64)
-SMALL = Sizes((6,), (4,), (4, 4), 8, 6, 4000, dict.fromkeys(Sizes().steps, 12), 8)
+SIZES = {
+    "mlp": Size((256, 128), 200, 32),
+    "conv": Size((16, 32, 32), 200, 32),
+    "autoencoder": Size((96, 48, 12), 600, 32),
+    "transformer": Size((32,), 250, 16),  # A window of text is many examples.
+    "files": Size((32, 64, 128), 300, 64),
+}
+SMALL = {"mlp": (6,), "autoencoder": (4,), "transformer": (8,)}  # Else (4, 4).
 MLPS = {
     "mlp_raw": ("raw", jax.nn.relu),
     "mlp_global": ("global", jax.nn.relu),
@@ -258,42 +258,40 @@ MLPS = {
     "mlp_sigmoid": ("global", jax.nn.sigmoid),
 }
 TASKS = (*MLPS, "conv", "conv_norm", "autoencoder", "transformer")
+FILES = ("mnist", "cifar10")  # Conv nets, on data that needs a folder.
 # The same nets with normalisation layers, and the transformer without.
 OTHERS = (*(f"{name}_norm" for name in MLPS), "autoencoder_norm", "transformer_plain")
 
 
 def make(name: str, data_dir: Path | None, small: bool, times: int = 1) -> Task:
-    """A task of TASKS or OTHERS, with so many times its steps."""
-    sizes = SMALL if small else FILES if data_dir else Sizes()
-
-    def task(init, forward, train, test, kind):
-        # A window of text is many examples.
-        examples = sizes.batch_size // 2 if kind == "text" else sizes.batch_size
-        return Task(init, forward, train, test, sizes.steps[kind] * times, examples)
-
+    """A task of TASKS, FILES or OTHERS, with so many times its steps."""
     kind, norm = name.removesuffix("_norm"), name.endswith("_norm")
-    if kind.startswith("transformer"):
-        plain = kind == "transformer_plain"
-        init = functools.partial(transformer_init, sizes.length, sizes.width, 2, plain)
+    family = "files" if name in FILES else kind.split("_")[0]
+    size = SIZES[family]
+    if small:
+        size = Size(SMALL.get(family, (4, 4)), 12, 8)
+    budget = size.steps * times, size.batch_size
+    if family == "transformer":
+        length, plain = 6 if small else 32, kind == "transformer_plain"
+        train, test = text(4000 if small else 400_000, length)
+        init = functools.partial(transformer_init, length, *size.widths, 2, plain)
         forward = functools.partial(transformer_forward, 4)
-        train, test = text(sizes.characters, sizes.length)
-        return task(init, forward, (train,), (test,), "text")
-    source = "digits"
-    if data_dir:
-        source = "cifar10" if kind == "conv" else "mnist"
+        return Task(init, forward, (train,), (test,), *budget)
     scaling, activation = MLPS.get(kind, ("global", None))
     x, labels, test_x, test_labels = images(
-        source, "raw" if kind == "autoencoder" else scaling, data_dir
+        name if name in FILES else "digits",
+        "raw" if kind == "autoencoder" else scaling,
+        data_dir,
     )
-    if kind == "conv":
-        init = functools.partial(conv_init, x.shape[1:], sizes.channels, norm)
-        return task(init, conv_forward, (x, labels), (test_x, test_labels), "conv")
+    if family in ("conv", "files"):
+        init = functools.partial(conv_init, x.shape[1:], size.widths, norm)
+        return Task(init, conv_forward, (x, labels), (test_x, test_labels), *budget)
     x, test_x = x.reshape(len(x), -1), test_x.reshape(len(test_x), -1)
-    if kind == "autoencoder":
-        widths = (x.shape[1], *sizes.code, *sizes.code[-2::-1], x.shape[1])
+    if family == "autoencoder":
+        widths = (x.shape[1], *size.widths, *size.widths[-2::-1], x.shape[1])
         init = functools.partial(dense_init, widths=widths, norm=norm)
-        return task(init, autoencoder_forward, (x,), (test_x,), "autoencoder")
-    widths = (x.shape[1], *sizes.hidden, datasets.CLASSES)
+        return Task(init, autoencoder_forward, (x,), (test_x,), *budget)
+    widths = (x.shape[1], *size.widths, datasets.CLASSES)
     init = functools.partial(dense_init, widths=widths, norm=norm)
     forward = functools.partial(mlp_forward, activation)
-    return task(init, forward, (x, labels), (test_x, test_labels), "mlp")
+    return Task(init, forward, (x, labels), (test_x, test_labels), *budget)
