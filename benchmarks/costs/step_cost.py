@@ -59,6 +59,10 @@ METHODS = {
     ),
     "symmetric": Method('... `form="symmetric"`', bma.scale_by_bma(form="symmetric")),
     "adam_bma": Method("`scale_by_adam_bma()`", bma.scale_by_adam_bma()),
+    "alone": Method("`scale_by_bma(bma.units)`", bma.scale_by_bma(bma.units)),
+    "alone_learned": Method(
+        '... `weights="learned"`', bma.scale_by_bma(bma.units, weights="learned")
+    ),
     "mini_bma": Method("`scale_by_mini_bma()`", bma.scale_by_mini_bma()),
 }
 for k in (1, 10, 100):  # All units see each other: one matrix of 1000 x 1000.

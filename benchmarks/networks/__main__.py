@@ -63,6 +63,8 @@ def run(name: str, task: Task, options: Any, results: Results, bar: tqdm) -> dic
         results.cell(lambda method=method: method_on_task(method), *keys)
         bar.update()
     bar.set_postfix_str(f"{name}: timings")
+    if not options.repeats:
+        return result
     if set(options.methods) - set(result.get("timings", {})):
         result.pop("timings", None)  # In turns, so all of them again.
     results.cell(all_timings, "tasks", name, "timings")
@@ -78,7 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     add("--seeds", type=positive, default=6, help="how many; default: 6")
     add("--times", type=positive, default=1, help="so many times the steps")
-    add("--repeats", type=positive, default=5, help="timings of each; default: 5")
+    add("--repeats", type=int, default=5, help="timings of each; default: 5; 0: none")
     add("--small", action="store_true", help="tiny nets and few steps, to try it out")
     options = parser.parse(arguments)
     options.tasks = options.tasks or (FILES if options.data_dir else TASKS)

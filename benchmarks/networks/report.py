@@ -41,7 +41,7 @@ def differences(row: dict[str, Any], adam: dict[str, Any]) -> list[float]:
 
 def cells(name: str, task: dict[str, Any]) -> list[str]:
     row, adam = task["methods"][name], task["methods"]["adam"]
-    timed, tuned = task["timings"][name], row["tuning"]
+    timed, tuned = task.get("timings", {}).get(name), row["tuning"]
     settings = [f"{tuned['rate']:.2g}"]
     settings += [f"{key} {x:g}" for key, x in tuned["settings"].items()]
     if not tuned["interior"]:
@@ -56,20 +56,22 @@ def cells(name: str, task: dict[str, Any]) -> list[str]:
         "" if name == "adam" else difference,
         number(mean(row["test_loss"])),
         f"{middle:.0f}" if np.isfinite(middle) else f"{reached} of {len(steps)} do",
-        f"{1e3 * timed['seconds_per_step']:.3g}",
-        f"{timed['state_over_params']:.3g}",
+        f"{1e3 * timed['seconds_per_step']:.3g}" if timed else "",
+        f"{timed['state_over_params']:.3g}" if timed else "",
     ]
 
 
 def table(name: str, task: dict[str, Any]) -> str:
     """Every method on one task, losing rows too."""
-    seconds = task["timings"]["gradient"]["seconds_per_step"]
     rows = [cells(method, task) for method in METHODS if method in task["methods"]]
-    return (
+    lines = (
         f"\n### {name}: {task['parameters']} parameters, {task['steps']} steps of "
-        f"{task['batch_size']} examples\n\n{tables.table(COLUMNS, rows)}\n\n"
-        f"The gradient and a step of SGD: {1e3 * seconds:.3g} ms."
+        f"{task['batch_size']} examples\n\n{tables.table(COLUMNS, rows)}\n"
     )
+    if "timings" in task:
+        seconds = task["timings"]["gradient"]["seconds_per_step"]
+        lines += f"\nThe gradient and a step of SGD: {1e3 * seconds:.3g} ms."
+    return lines
 
 
 def summary(tasks: dict[str, Any]) -> str:
@@ -142,11 +144,12 @@ def draw(tasks: dict[str, Any], path: Path) -> None:
                 continue
             curve = task["methods"][method]["curve"]
             steps, loss = np.array(curve["step"]), np.array(curve["loss"], float)
-            seconds = steps * task["timings"][method]["seconds_per_step"]
             style = {"color": f"C{color}", "label": METHODS[method].label}
             style["linewidth"] = 2 if method == "units_learned" else 1
-            for axes, x in zip(column, (steps, seconds), strict=True):
-                axes.plot(x, loss, **style)
+            column[0].plot(steps, loss, **style)
+            if "timings" in task:
+                per_step = task["timings"][method]["seconds_per_step"]
+                column[1].plot(steps * per_step, loss, **style)
         column[0].set(title=name, xlabel="step")
         column[1].set(xlabel="second")
         for axes in column:
