@@ -85,7 +85,7 @@ def test_an_optimum_on_an_edge_is_not_called_one(best, calls):
 def test_a_grid_has_no_edge():
     def bowl(settings, best):
         x, y = (math.log2(s) for s in settings)
-        return None if y > 0 else (x - 9) ** 2 + (y + 0.5) ** 2 + (x - 9) * y / 2
+        return math.inf if y > 0 else (x - 9) ** 2 + (y + 0.5) ** 2 + (x - 9) * y / 2
 
     settings, runs = tuning.descend(bowl, (1.0, 0.01), (4, 2, 1))
     assert [round(2 * math.log2(x)) for x in settings] == [18, -1] and runs < 50

@@ -149,7 +149,6 @@ PEERS = {
         from_optax(lambda p, rate, rest: optax.adam(rate, b1=1 - rest)),
         ("rate", "1 - b1"),
         (0.05, 0.05),
-        (4, 2),
     ),
     "adagrad": Method(
         from_optax(lambda p, rate: optax.adagrad(rate)), ("rate",), (1.0,)

@@ -24,8 +24,7 @@ def descend(
     The grid starts at `start` and has no edge; its strides become finer.
 
     Args:
-      score: settings and the best score up to now -> the score, less is better; or
-        None for settings that are no choice.
+      score: settings and the best score up to now, or None -> the score to minimise.
       start: settings.
       strides: in powers of `factor`, one after the other.
 
@@ -39,10 +38,8 @@ def descend(
 
     def scored(point: tuple[int, ...]) -> Any:
         if point not in scores:
-            known = [x for x in scores.values() if x is not None]
-            scores[point] = score(settings(point), min(known, default=None))
-        found = scores[point]
-        return (found is None, found) if found is not None else (True, ())
+            scores[point] = score(settings(point), min(scores.values(), default=None))
+        return scores[point]
 
     best = (0,) * len(start)
     for stride in strides:
@@ -54,7 +51,7 @@ def descend(
             if nearest == best:
                 break
             best = nearest
-    return settings(best), sum(x is not None for x in scores.values())
+    return settings(best), len(scores)
 
 
 def grow(
