@@ -136,7 +136,7 @@ def positive(text: str) -> int:
 class Parser(argparse.ArgumentParser):
     """The arguments of a study, with `--out` and `--add`, which all of them have.
 
-    By default `benchmarks.costs.long_run` writes `costs/results/long_run.json`.
+    By default `benchmarks.costs.step_cost` writes `costs/results/step_cost.json`.
     """
 
     def __init__(self, module: str, doc: str) -> None:
