@@ -131,7 +131,7 @@ def scale_by_soap(
                 for side, gram in zip(sides, grams, strict=True)
             )
             due = jnp.where(first, 0, jnp.where(count % interval == 0, 1, 2))
-            branches = start, turn, lambda nu, sides: (nu, sides)
+            branches = eigenvectors, turn, lambda nu, sides: (nu, sides)
             return step, mu, *jax.lax.switch(due, branches, nu, sides)
 
         rows = jax.tree.map(one, grads, state.mu, state.nu, state.sides)
@@ -151,8 +151,8 @@ def rotate(x, sides, back=False):
     return x if right is None else x @ right
 
 
-def start(nu, sides):
-    """The eigenvectors of both sides, by LAPACK."""
+def eigenvectors(nu, sides):
+    """Both bases at their start."""
     return nu, tuple(
         side and side._replace(basis=jnp.linalg.eigh(side.square)[1]) for side in sides
     )

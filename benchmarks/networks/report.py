@@ -93,10 +93,10 @@ def summary(tasks: dict[str, Any]) -> str:
         for name, method in METHODS.items()
         if any(name in methods for methods in found)
     ]
-    label = (
-        "closed of the gap from Adam to the better of SOAP and Muon, learned weights"
-    )
-    rows.append([label, *map(gap_closed, found)])
+    closed = [gap_closed(methods) for methods in found]
+    if any(closed):
+        label = "its part of the gap from Adam to the better of SOAP and Muon"
+        rows.append([f"{METHODS['units_learned'].label}: {label}", *closed])
     head = "\n### Training loss, mean over seeds\n\n"
     return head + tables.table(["method", *tasks], rows)
 
