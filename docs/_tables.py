@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.convex import __main__ as linear
 from benchmarks.costs import step_cost
 from benchmarks.figures import figure2
 from benchmarks.grids.__main__ import OTHERS
@@ -45,6 +46,11 @@ def networks(content: Content) -> str:
     return tables + of_machine(content)
 
 
+def convex(content: Content) -> str:
+    tables = [bold_heading(linear.table(x, content[x])) for x in linear.REGIMES]
+    return "\n\n".join(tables) + of_machine(content)
+
+
 def costs(content: Content) -> str:
     tables = [bold_heading(step_cost.table(x)) for x in content["trees"].values()]
     return "\n\n".join(tables) + of_machine(content)
@@ -62,8 +68,8 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "volumes": ("grids/results/volumes.json", grids),
     "real": ("grids/results/grids.json", real),
     "networks": ("networks/results/networks.json", networks),
-    "normalised": ("networks/results/normalised.json", networks),
-    "networks_mnist": ("networks/results/mnist.json", networks),
+    "networks_gpu": ("networks/results/gpu.json", networks),
+    "convex": ("convex/results/convex.json", convex),
     "costs": ("costs/results/step_cost.json", costs),
     "digits": ("figures/results/figure2_digits.json", nets),
     "mnist": ("figures/results/figure2_mnist.json", nets),
