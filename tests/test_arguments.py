@@ -23,10 +23,9 @@ MAKERS = {
     "min_eigenvalue": lambda x: bma.adagrad_bma(0.1, min_eigenvalue=x),
     "b1": lambda x: bma.adam_bma(0.1, x),
     "b2": lambda x: bma.natural_bma(bma.Hessian(), b2=x),
-    "b3": lambda x: bma.scale_block_mean(0.0, b3=x),
+    "b3": lambda x: bma.scale_by_mini_bma(b3=x),
     "eps_root": lambda x: bma.scale_by_adam_bma(eps_root=x),
     "damping": lambda x: bma.newton_bma(damping=x),
-    "factor": lambda x: bma.scale_block_mean(x),
     "max_norm": lambda x: bma.newton_bma(learning_rate=0.1, max_norm=x),
     "update_interval": lambda x: bma.scale_by_newton_bma(update_interval=x),
     "learning_rate": lambda x: bma.adagrad_bma(x),
@@ -48,7 +47,7 @@ def test_numbers(name):
     jax.eval_shape(lambda x: make(x) and None, jnp.asarray(1 if whole else 2.0))
     for bad in (
         *(np.nan, np.inf, np.float32(np.nan), np.asarray(np.nan), jnp.asarray(np.nan)),
-        *(() if name == "factor" else (-1, np.float32(-1), jnp.asarray(-1.0))),
+        *(-1, np.float32(-1), jnp.asarray(-1.0)),
         *((1.5, 0) if whole else ()),
     ):
         with pytest.raises(ValueError, match=f"`{name}` must be"):
@@ -400,7 +399,7 @@ def test_injected_float32_is_the_cure_in_16_bits():
 @pytest.mark.usefixtures("x64")
 def test_learned_direction_keeps_its_dtype():
     w = np.random.default_rng(0).standard_normal((6, 4))
-    tx = bma.scale_block_mean(0.0, weights="learned")
+    tx = bma.scale_by_bma(bma.units, weights="learned")
     for mine, theirs in (("float64", "float32"), ("float32", "float64")):
         state = tx.init(jnp.asarray(w, mine))
         grads = jnp.asarray(w, theirs)
@@ -417,7 +416,7 @@ def test_learned_direction_keeps_its_dtype():
         np.testing.assert_allclose(updates[0], same, rtol=1e-5, atol=1e-6)
         with pytest.raises(ValueError, match=f"has {mine}"):
             tx.update(grads, state, grads)
-    with pytest.raises(ValueError, match=r"direction of shape \(7, 1\)"):
+    with pytest.raises(ValueError, match=r"has shape \(7, 4\)"):
         tx.update(jnp.ones((7, 4)), state)
     # A name that does not tell the axis of units is spoken of at init alone.
     unnamed = {"theta": jnp.ones((6, 4))}
@@ -425,7 +424,7 @@ def test_learned_direction_keeps_its_dtype():
         state = tx.init(unnamed)
     tx.update(unnamed, state)
     for kind in ("learned", "constant"):
-        tx = bma.scale_block_mean(0.0, weights=kind)
+        tx = bma.scale_by_bma(bma.units, weights=kind)
         state = tx.init({"w": jnp.ones((6, 4))})
         with pytest.raises(TypeError, match="'w' has dtype int"):
             tx.update({"w": jnp.ones((6, 4), int)}, state)

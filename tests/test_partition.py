@@ -389,10 +389,10 @@ IN_STACK = bma.by_path({"v|w": None}, default=bma.stacked(bma.per_unit, axis=1))
         lambda: bma.partition(UNNAMED, bma.per_unit),
         lambda: bma.partition(UNNAMED, IN_STACK),
         lambda: bma.mini_bma(0.1).init(UNNAMED),
-        lambda: bma.scale_block_mean(0.0).init(UNNAMED),
+        lambda: bma.scale_by_bma(bma.units).init(UNNAMED),
         lambda: bma.scale_by_newton_bma(bma.per_unit).init(UNNAMED),
     ],
-    ids=["partition", "stacked", "mini_bma", "scale_block_mean", "newton_bma"],
+    ids=["partition", "stacked", "mini_bma", "units", "newton_bma"],
 )
 def test_a_name_that_cannot_tell_is_said(init):
     with pytest.warns(UserWarning, match="^'theta': .*per_column.*per_row") as seen:
