@@ -393,45 +393,16 @@ def test_injected_float32_is_the_cure_in_16_bits():
     assert jnp.all(found[0] < 0.7)
 
 
-# Dtypes of what has no row in the harness ---------------------------------------------
-
-
 @pytest.mark.usefixtures("x64")
-def test_learned_direction_keeps_its_dtype():
-    w = np.random.default_rng(0).standard_normal((6, 4))
-    tx = bma.scale_by_bma(bma.units, weights="learned")
-    for mine, theirs in (("float64", "float32"), ("float32", "float64")):
-        state = tx.init(jnp.asarray(w, mine))
-        grads = jnp.asarray(w, theirs)
-        (_, end), updates = jax.lax.scan(
-            lambda c, _, g=grads: (
-                (c[0], tx.update(g, c[1])[1]),
-                tx.update(g, c[1])[0],
-            ),
-            (grads, state),
-            length=3,
-        )
-        assert end.direction.dtype == mine and updates.dtype == theirs
-        same, _ = tx.update(grads.astype(mine), state)
-        np.testing.assert_allclose(updates[0], same, rtol=1e-5, atol=1e-6)
-        with pytest.raises(ValueError, match=f"has {mine}"):
-            tx.update(grads, state, grads)
-    with pytest.raises(ValueError, match=r"has shape \(7, 4\)"):
-        tx.update(jnp.ones((7, 4)), state)
-    # A name that does not tell the axis of units is spoken of at init alone.
-    unnamed = {"theta": jnp.ones((6, 4))}
-    with pytest.warns(UserWarning, match="'theta'"):
-        state = tx.init(unnamed)
-    tx.update(unnamed, state)
-    for kind in ("learned", "constant"):
-        tx = bma.scale_by_bma(bma.units, weights=kind)
-        state = tx.init({"w": jnp.ones((6, 4))})
-        with pytest.raises(TypeError, match="'w' has dtype int"):
-            tx.update({"w": jnp.ones((6, 4), int)}, state)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("make", [bma.scale_by_adam_bma, bma.scale_by_mini_bma])
+@pytest.mark.parametrize(
+    "make",
+    [
+        bma.scale_by_adam_bma,
+        bma.scale_by_mini_bma,
+        lambda partition: bma.scale_by_bma(bma.units, weights="learned"),
+    ],
+    ids=["adam", "mini", "learned"],
+)
 def test_gradients_are_cast_to_the_statistics(make):
     rng = np.random.default_rng(0)
     grads = {"w": jnp.asarray(rng.standard_normal((5, 4, 3)), "float32")}
