@@ -163,7 +163,9 @@ def _plain(state):
     fields = type(state).__annotations__
 
     def plain(name, x):
-        leaves = None if x is None else jax.tree.leaves(x)
+        if x is None:
+            return None
+        leaves = jax.tree.leaves(x)
         return leaves[0] if fields[name] is jax.Array else leaves
 
     return type(state)(*map(plain, state._fields, state))

@@ -25,6 +25,8 @@ def row(name, factory, trees=1, **kwargs):
 
 # The Hessian of whatever loss `update` is given as `loss_of`.
 ANY_LOSS = bma.GaussNewton(lambda p: p, lambda y, loss_of: loss_of(y))
+# The units of arrays that have no name to go by, as in many tests.
+UNITS = bma.within("block", bma.per_column)
 
 
 METHODS = [
@@ -45,6 +47,15 @@ METHODS = [
         initial_accumulator_value=0.1,
     ),
     row(
+        "adagrad_bma units learned",
+        bma.adagrad_bma,
+        trees=2,
+        learning_rate=1.0,
+        partition=UNITS,
+        weights="learned",
+        min_eigenvalue=1.0,
+    ),
+    row(
         "adam_bma projection",
         bma.adam_bma,
         trees=2,
@@ -53,11 +64,19 @@ METHODS = [
         update_interval=2,
     ),
     row(
+        "adam_bma units learned",
+        bma.adam_bma,
+        trees=3,
+        learning_rate=0.01,
+        partition=UNITS,
+        weights="learned",
+    ),
+    row(
         "mini_bma",
         bma.mini_bma,
         trees=4,
         learning_rate=0.01,
-        partition=bma.per_column,  # The arrays of many tests have no name to go by.
+        partition=bma.per_column,
     ),
     row("newton_bma", bma.newton_bma, trees=2, learning_rate=None),
     row(

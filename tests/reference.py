@@ -3,6 +3,8 @@
 Independent of the library: a label for each element says which block it is in.
 """
 
+import itertools
+
 import numpy as np
 
 import bma_optax as bma
@@ -31,7 +33,11 @@ RULES = {
 
 
 class DenseAdaGradBMA:
-    """F entry by entry from U and v, its inverse root from a d x d decomposition."""
+    """F from the d x L matrix E, U and v, its inverse root from a d x d decomposition.
+
+    With ``matrices``, arrays of the positions of elements, units x inputs, the units of
+    each share weights that are learned. All other weights are 1.
+    """
 
     def __init__(
         self,
@@ -44,7 +50,12 @@ class DenseAdaGradBMA:
         form="left",
         estimator="report",
         interval=1,
+        matrices=(),
     ):
+        self.matrices = matrices
+        self.directions = [
+            np.full(m.shape[1], 1 / np.sqrt(m.shape[1])) for m in matrices
+        ]
         self.labels = np.asarray(labels)  # (d,), -1 where there is no block
         self.groups = groups  # label -> group
         self.initial, self.eps, self.floor, self.form = initial, eps, floor, form
@@ -53,9 +64,28 @@ class DenseAdaGradBMA:
         self.h = np.full(len(labels), initial)
         self.U = {(i, j): 0.0 for i in self.blocks for j in self.blocks}
 
+    def weights(self):
+        """A weight for each element, of mean square 1 in each block."""
+        weights = np.ones(len(self.labels))
+        for matrix, y in zip(self.matrices, self.directions, strict=True):
+            weights[matrix] = np.sqrt(len(y)) * y / np.linalg.norm(y)
+        return weights
+
+    def turn(self, r):
+        """A step of power iteration on each matrix, of what F^-½ is applied to."""
+        for k, (matrix, y) in enumerate(
+            zip(self.matrices, self.directions, strict=True)
+        ):
+            q = y / np.linalg.norm(y)
+            target = sum(np.outer(row, row) for row in r[matrix]) @ q
+            if np.any(target):
+                target = target / np.linalg.norm(target)
+                self.directions[k] = 0.95 * y + 0.05 * target
+
     def add(self, g, old=1.0, new=1.0):
         self.h = old * self.h + new * g**2
-        u = {b: g[self.labels == b].sum() for b in self.blocks}
+        sums = self.weights() * g
+        u = {b: sums[self.labels == b].sum() for b in self.blocks}
         for i, j in self.U:
             self.U[i, j] = old * self.U[i, j] + new * u[i] * u[j]
 
@@ -63,25 +93,32 @@ class DenseAdaGradBMA:
         step = self.steps + 1
         young = step < self.interval and step in {2**i for i in range(30)}
         if self.steps % self.interval == 0 or young:
-            self.root = self.inverse_root(*args)
+            self.M = self.small_matrix(*args)
         self.steps += 1
+        self.root = self.inverse_root()
         return self.root
 
-    def inverse_root(self, eps, shift=0.0, correction=1.0):
-        labels, root = self.labels, np.sqrt(self.h / correction)
+    def small_matrix(self, eps, shift=0.0, correction=1.0):
+        labels, weights = self.labels, self.weights()
+        root = weights**2 * np.sqrt(self.h / correction)
         v = {b: root[labels == b].sum() for b in self.blocks}
         s = {b: (labels == b).sum() for b in self.blocks}
         v = {b: np.hypot(v[b], s[b] * np.sqrt(eps)) + s[b] * shift for b in v}
-        F = np.eye(len(labels))
-        for i, j in self.U:
+        M = np.eye(len(self.blocks))
+        for (m, i), (n, j) in itertools.product(enumerate(self.blocks), repeat=2):
             if self.groups[i] != self.groups[j] or v[i] * v[j] == 0:
                 continue
             C = self.U[i, j] / correction / (v[i] * v[j])
-            block = np.ix_(labels == i, labels == j)
             if self.estimator == "projection":
-                F[block] += C - (1 / s[i] if i == j else 0)
+                M[m, n] = np.sqrt(s[i] * s[j]) * C
             elif i != j:
-                F[block] = C / np.sqrt(s[i] * s[j])
+                M[m, n] = C
+        return M
+
+    def inverse_root(self):
+        E = self.weights()[:, None] * (self.labels[:, None] == self.blocks)
+        E = E / np.linalg.norm(E, axis=0)
+        F = np.eye(len(E)) + E @ (self.M - np.eye(len(self.M))) @ E.T
         values, vectors = np.linalg.eigh(F)
         return (vectors * np.maximum(values, self.floor) ** -0.5) @ vectors.T
 
@@ -95,6 +132,7 @@ class DenseAdaGradBMA:
             result = root @ diagonal
         else:
             result = np.sqrt(inverse_z) * (root @ (np.sqrt(inverse_z) * g))
+        self.turn(diagonal if self.form == "left" else np.sqrt(inverse_z) * g)
         return np.where(self.h > self.initial, result, diagonal)
 
 
@@ -116,6 +154,7 @@ class DenseAdamBMA(DenseAdaGradBMA):
         z = np.sqrt(self.h / correction + self.eps_root) + self.eps
         m = self.mu / (1 - self.b1**self.count)
         root = self.root_of_this_step(self.eps_root, self.eps, correction)
+        self.turn(m / z)
         return root @ (m / z)
 
 

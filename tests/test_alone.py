@@ -71,10 +71,11 @@ def test_unless_told_it_is_the_projection(method, rule, floor):
 
 
 @every_rule
-def test_numbers_and_no_matrices(rule):
+@pytest.mark.parametrize("weights", ["constant", "learned"])
+def test_numbers_and_no_matrices(rule, weights):
     """Three numbers a block beside diag H, and no decomposition in the program."""
     params = {"a": {"kernel": jnp.ones((6, 4))}, "b": {"kernel": jnp.ones((4, 2))}}
-    tx = bma.scale_by_bma(ALONE[rule])
+    tx = bma.scale_by_bma(ALONE[rule], weights=weights)
     state = tx.init(params)
     blocks = bma.partition(params, ALONE[rule])
     for field in (state.U, state.v, state.inverse_root):

@@ -23,10 +23,9 @@ MAKERS = {
     "min_eigenvalue": lambda x: bma.adagrad_bma(0.1, min_eigenvalue=x),
     "b1": lambda x: bma.adam_bma(0.1, x),
     "b2": lambda x: bma.natural_bma(bma.Hessian(), b2=x),
-    "b3": lambda x: bma.scale_block_mean(0.0, b3=x),
+    "b3": lambda x: bma.scale_by_mini_bma(b3=x),
     "eps_root": lambda x: bma.scale_by_adam_bma(eps_root=x),
     "damping": lambda x: bma.newton_bma(damping=x),
-    "factor": lambda x: bma.scale_block_mean(x),
     "max_norm": lambda x: bma.newton_bma(learning_rate=0.1, max_norm=x),
     "update_interval": lambda x: bma.scale_by_newton_bma(update_interval=x),
     "learning_rate": lambda x: bma.adagrad_bma(x),
@@ -48,7 +47,7 @@ def test_numbers(name):
     jax.eval_shape(lambda x: make(x) and None, jnp.asarray(1 if whole else 2.0))
     for bad in (
         *(np.nan, np.inf, np.float32(np.nan), np.asarray(np.nan), jnp.asarray(np.nan)),
-        *(() if name == "factor" else (-1, np.float32(-1), jnp.asarray(-1.0))),
+        *(-1, np.float32(-1), jnp.asarray(-1.0)),
         *((1.5, 0) if whole else ()),
     ):
         with pytest.raises(ValueError, match=f"`{name}` must be"):
@@ -394,45 +393,16 @@ def test_injected_float32_is_the_cure_in_16_bits():
     assert jnp.all(found[0] < 0.7)
 
 
-# Dtypes of what has no row in the harness ---------------------------------------------
-
-
 @pytest.mark.usefixtures("x64")
-def test_learned_direction_keeps_its_dtype():
-    w = np.random.default_rng(0).standard_normal((6, 4))
-    tx = bma.scale_block_mean(0.0, weights="learned")
-    for mine, theirs in (("float64", "float32"), ("float32", "float64")):
-        state = tx.init(jnp.asarray(w, mine))
-        grads = jnp.asarray(w, theirs)
-        (_, end), updates = jax.lax.scan(
-            lambda c, _, g=grads: (
-                (c[0], tx.update(g, c[1])[1]),
-                tx.update(g, c[1])[0],
-            ),
-            (grads, state),
-            length=3,
-        )
-        assert end.direction.dtype == mine and updates.dtype == theirs
-        same, _ = tx.update(grads.astype(mine), state)
-        np.testing.assert_allclose(updates[0], same, rtol=1e-5, atol=1e-6)
-        with pytest.raises(ValueError, match=f"has {mine}"):
-            tx.update(grads, state, grads)
-    with pytest.raises(ValueError, match=r"direction of shape \(7, 1\)"):
-        tx.update(jnp.ones((7, 4)), state)
-    # A name that does not tell the axis of units is spoken of at init alone.
-    unnamed = {"theta": jnp.ones((6, 4))}
-    with pytest.warns(UserWarning, match="'theta'"):
-        state = tx.init(unnamed)
-    tx.update(unnamed, state)
-    for kind in ("learned", "constant"):
-        tx = bma.scale_block_mean(0.0, weights=kind)
-        state = tx.init({"w": jnp.ones((6, 4))})
-        with pytest.raises(TypeError, match="'w' has dtype int"):
-            tx.update({"w": jnp.ones((6, 4), int)}, state)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("make", [bma.scale_by_adam_bma, bma.scale_by_mini_bma])
+@pytest.mark.parametrize(
+    "make",
+    [
+        bma.scale_by_adam_bma,
+        bma.scale_by_mini_bma,
+        lambda partition: bma.scale_by_bma(bma.units, weights="learned"),
+    ],
+    ids=["adam", "mini", "learned"],
+)
 def test_gradients_are_cast_to_the_statistics(make):
     rng = np.random.default_rng(0)
     grads = {"w": jnp.asarray(rng.standard_normal((5, 4, 3)), "float32")}

@@ -19,22 +19,6 @@ import bma_optax as bma
 KEPT = 1 - 2**-30  # A direction that stays.
 
 
-def small_matrix(dense):
-    """M of blocks in the order of labels, 0 between groups."""
-    blocks = dense.blocks
-    v = {b: np.sqrt(dense.h)[dense.labels == b].sum() for b in blocks}
-    s = {b: (dense.labels == b).sum() for b in blocks}
-    M = np.eye(len(blocks))
-    for i, j in dense.U:
-        if dense.groups[i] == dense.groups[j]:
-            C = dense.U[i, j] / (v[i] * v[j])
-            if dense.estimator == "projection":
-                M[i, j] = C * np.sqrt(s[i] * s[j])
-            elif i != j:
-                M[i, j] = C
-    return M
-
-
 def check_matrix(numbers, M, floor, names, labels_of_names):
     """Eigenvalues, and the strongest pairs by name."""
     values = np.linalg.eigvalsh(M)
@@ -97,7 +81,7 @@ def test_small_matrices_of_gradients(decayed, estimator):
     elements = blocks.expand(jnp.arange(float(len(order))), params)
     positions = flat(elements).astype(int)
     label_of = {order[p]: label for p, label in zip(positions, labels, strict=True)}
-    check_matrix(numbers, small_matrix(dense), 0.7, order, label_of)
+    check_matrix(numbers, dense.M, 0.7, order, label_of)
     assert 0 < numbers["floored_share"] < 1 and numbers["count"] == 5
     given = dense.mu if decayed else flat(grads)
     diagonal = given / np.sqrt(dense.h)

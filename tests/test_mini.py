@@ -1,4 +1,4 @@
-"""Mini-BMA and the controls against an independent float64 reference."""
+"""Mini-BMA against an independent float64 reference."""
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +168,7 @@ def test_statistics_are_sharded_as_their_array(rule, shape, spec, nu):
     params = jax.device_put(local, jax.NamedSharding(mesh, jax.P(*spec)))
     for tx in (
         bma.scale_by_mini_bma(partition=rule),
-        bma.scale_block_mean(0.3, rule, weights="learned"),
+        bma.scale_by_bma(bma.within("block", rule), weights="learned"),
     ):
         state, update = tx.init(params), jax.jit(tx.update)
         updates, new = update(params, state)
@@ -202,8 +202,8 @@ def test_trees_with_little_in_them(params):
     for tx in (
         bma.scale_by_mini_bma(),
         bma.scale_by_adam_bma(),
-        bma.scale_block_mean(0.5),
-        bma.scale_block_mean(0.5, weights="learned"),
+        bma.scale_by_bma(bma.units, weights="learned"),
+        bma.scale_by_adam_bma(partition=bma.units, weights="learned"),
     ):
         state = tx.init(params)
         updates, new = jax.jit(tx.update)(params, state)
@@ -235,52 +235,6 @@ def test_a_gradient_that_is_not_finite_hurts_only_its_unit(bad):
         np.testing.assert_array_equal(new[:, 1], good[:, 1])
     np.testing.assert_array_equal(after.direction["w"], state.direction["w"])
     np.testing.assert_array_equal(updates["w"][:, 1], expected["w"][:, 1])
-
-
-# Controls -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rule", [bma.per_unit, bma.per_layer, bma.per_tile((2,))])
-def test_scale_block_mean_scales_block_means(rule):
-    rng = np.random.default_rng(3)
-    x = {"a": {"w": jnp.asarray(rng.standard_normal((5, 3)), jnp.float32)}}
-    x["a"]["b"] = jnp.asarray(rng.standard_normal(3), jnp.float32)
-    blocks = bma.partition(x, rule)
-    tx = bma.scale_block_mean(0.3, rule)
-    y, _ = jax.jit(tx.update)(x, tx.init(x))
-    means = blocks.expand(
-        blocks.block_sums(x) / jnp.asarray(blocks.sizes, "float32"), x
-    )
-    jax.tree.map(
-        lambda x, y, mean: np.testing.assert_allclose(y, x - 0.7 * mean, atol=1e-6),
-        x,
-        y,
-        means,
-    )
-
-
-@pytest.mark.usefixtures("x64")
-def test_scale_block_mean_along_a_learned_direction():
-    rng = np.random.default_rng(4)
-    tx = bma.scale_block_mean(0.3, weights="learned", b3=0.8)
-    update, state = jax.jit(tx.update), tx.init(jnp.zeros((5, 3)))
-    y = np.full(5, 1 / np.sqrt(5))
-    for _ in range(10):
-        x = rng.standard_normal((5, 3))
-        updates, state = update(jnp.asarray(x), state)
-        q = y / np.linalg.norm(y)
-        expected = x - 0.7 * np.outer(q, q) @ x
-        np.testing.assert_allclose(updates, expected, atol=1e-12)
-        target = x @ x.T @ q
-        y = 0.8 * y + 0.2 * target / np.linalg.norm(target)
-
-
-def test_a_factor_of_one_does_nothing_and_a_traced_one_is_fine():
-    x = jnp.arange(6.0).reshape(3, 2)
-    for weights in ("constant", "learned"):
-        tx = optax.inject_hyperparams(bma.scale_block_mean)(1.0, weights=weights)
-        updates, _ = jax.jit(tx.update)(x, tx.init(x))
-        np.testing.assert_allclose(updates, x, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -320,13 +274,6 @@ def test_a_factor_of_one_does_nothing_and_a_traced_one_is_fine():
         (lambda: bma.scale_by_adam_bma(estimator="ridge"), ValueError, "projection"),
         (lambda: bma.scale_by_bma(estimator="ridge"), ValueError, "projection"),
         (lambda: bma.scale_by_adam_bma(b1=1.0), ValueError, "b1"),
-        (lambda: bma.scale_block_mean(0.0, len), TypeError, "by_function"),
-        (lambda: bma.scale_block_mean(0.0, weights="all"), ValueError, "constant"),
-        (
-            lambda: bma.scale_block_mean(0.0).init({"n": jnp.ones((2, 2), int)}),
-            TypeError,
-            "'n' has dtype int",
-        ),
     ],
 )
 def test_errors(call, error, message):

@@ -389,10 +389,10 @@ IN_STACK = bma.by_path({"v|w": None}, default=bma.stacked(bma.per_unit, axis=1))
         lambda: bma.partition(UNNAMED, bma.per_unit),
         lambda: bma.partition(UNNAMED, IN_STACK),
         lambda: bma.mini_bma(0.1).init(UNNAMED),
-        lambda: bma.scale_block_mean(0.0).init(UNNAMED),
+        lambda: bma.scale_by_bma(bma.units).init(UNNAMED),
         lambda: bma.scale_by_newton_bma(bma.per_unit).init(UNNAMED),
     ],
-    ids=["partition", "stacked", "mini_bma", "scale_block_mean", "newton_bma"],
+    ids=["partition", "stacked", "mini_bma", "units", "newton_bma"],
 )
 def test_a_name_that_cannot_tell_is_said(init):
     with pytest.warns(UserWarning, match="^'theta': .*per_column.*per_row") as seen:
@@ -400,13 +400,22 @@ def test_a_name_that_cannot_tell_is_said(init):
     assert [warning.filename for warning in seen] == [__file__]
 
 
-def test_the_name_is_not_said_again_at_update():
-    tx = bma.scale_by_mini_bma()
+@pytest.mark.parametrize(
+    ("make", "by_name", "column"),
+    [
+        (bma.scale_by_mini_bma, bma.per_unit, bma.per_column),
+        (bma.scale_by_bma, bma.units, bma.within("block", bma.per_column)),
+    ],
+    ids=["mini", "units"],
+)
+def test_the_name_is_not_said_again_at_update(make, by_name, column):
+    params = {"theta": jnp.ones((4, 3, 2)), "w": jnp.ones((4, 3))}
+    tx = make(partition=by_name)
     with pytest.warns(UserWarning, match="theta"):
-        state = tx.init(UNNAMED)
-    updates, _ = tx.update(UNNAMED, state)  # A warning is an error here.
-    column = bma.scale_by_mini_bma(partition=bma.per_column)
-    expected, _ = column.update(UNNAMED, column.init(UNNAMED))
+        state = tx.init(params)
+    updates, _ = tx.update(params, state)  # A warning is an error here.
+    tx = make(partition=column)
+    expected, _ = tx.update(params, tx.init(params))
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
 
 

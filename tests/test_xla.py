@@ -39,9 +39,9 @@ def first(x, *_):
     [
         ("recompute", lambda: bma.scale_by_bma(form="symmetric")),
         ("after", lambda: bma.scale_by_mini_bma()),
-        ("after", lambda: bma.scale_block_mean(0.3, weights="learned")),
+        ("after", lambda: bma.scale_by_bma(bma.units, weights="learned")),
     ],
-    ids=["symmetric", "mini", "control"],
+    ids=["symmetric", "mini", "learned"],
 )
 def test_a_step_copies_no_array(monkeypatch, trick, make):
     assert of_update(make()) < 0.1

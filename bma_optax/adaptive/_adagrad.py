@@ -114,8 +114,10 @@ def scale_by_bma(
         place of :math:`1 / \sqrt{s}` in E and follows the leading direction of the
         rows R of :math:`Z^{-1} g` by one step of power iteration a step: :math:`y
         \leftarrow 0.95 y + 0.05 R^T R q / \|R^T R q\|`, q = y / ‖y‖, from plain means.
-        It needs the estimator "projection" and stores one number an input. Arrays
-        whose blocks are not of one shape, or fewer than two, keep constant weights.
+        It needs the estimator "projection" and stores one number an input. The blocks
+        of an array must be of one shape. An array of one block, or of blocks of one
+        element, keeps constant weights. With the form "symmetric" R has the rows of
+        :math:`Z^{-1/2} g`.
       update_interval: k, an integer >= 1: the steps from one computation of M^-½ to the
         next. M^-½ is also computed at steps 1, 2, 4, 8, ... below k, because the first
         gradients change M most. Every gradient enters U and diag H, whatever k is. With
@@ -130,10 +132,11 @@ def scale_by_bma(
     Raises:
       TypeError: if ``partition`` is not a rule, or if a number is not one or has 16
         bits; at ``init`` and ``update``, if a leaf is not a real floating array.
-      ValueError: if ``form`` or ``estimator`` is unknown, or if a number is negative or
-        NaN; at ``init``, if the rule does not fit the parameters; at ``update``, if the
-        gradients do not have the structure and shapes that ``init`` saw, or if the
-        state belongs to parameters of another dtype.
+      ValueError: if ``form``, ``estimator`` or ``weights`` is unknown, or if a number
+        is negative or NaN; at ``init``, if the rule does not fit the parameters, or if
+        learned weights have the estimator "report"; at ``update``, if the gradients do
+        not have the structure and shapes that ``init`` saw, or if the state belongs to
+        parameters of another dtype, to another partition or to other weights.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -198,6 +201,7 @@ def scale_by_bma(
         updates, state = _tree.arrays((updates, state))
         blocks = _build.layout(updates, partition)
         blocks.check_state(state.U.shape)
+        _columns.check_state(weights, blocks, state.direction)
         kind = _inverse_root.chosen(estimator, blocks, weights)
         floor = _inverse_root.floor(min_eigenvalue, kind)
         columns = _columns.Columns(blocks, state.direction)

@@ -108,10 +108,11 @@ def scale_by_adam_bma(
     Raises:
       TypeError: if ``partition`` is not a rule, or if a number is not one or has 16
         bits; at ``init`` and ``update``, if a leaf is not a real floating array.
-      ValueError: if ``estimator`` is unknown, or if a number is out of its range; at
-        ``init``, if the rule does not fit the parameters; at ``update``, if the
-        gradients do not have the structure and shapes that ``init`` saw, or if the
-        state belongs to parameters of another dtype.
+      ValueError: if ``estimator`` or ``weights`` is unknown, or if a number is out of
+        its range; at ``init``, if the rule does not fit the parameters, or if learned
+        weights have the estimator "report"; at ``update``, if the gradients do not have
+        the structure and shapes that ``init`` saw, or if the state belongs to
+        parameters of another dtype, to another partition or to other weights.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -174,6 +175,7 @@ def scale_by_adam_bma(
         updates, state = _tree.arrays((updates, state))
         blocks = _build.layout(updates, partition)
         blocks.check_state(state.U.shape)
+        _columns.check_state(weights, blocks, state.direction)
         kind = _inverse_root.chosen(estimator, blocks, weights)
         floor = _inverse_root.floor(min_eigenvalue, kind)
         columns = _columns.Columns(blocks, state.direction)

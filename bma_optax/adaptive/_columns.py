@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _xla
+from bma_optax import _names, _sharding, _xla
 from bma_optax.adaptive import _direction
 from bma_optax.partitions import _units
 
@@ -50,6 +50,25 @@ def start(weights, blocks, zeros):
     return _units.map_arrays(_Array, one, blocks.arrays, zeros).y
 
 
+def check_state(weights, blocks, y):
+    """Raises a ValueError for directions that other weights or another rule made."""
+    if blocks.arrays and (y is None) != (weights == "constant"):
+        other = "constant" if y is None else "learned"
+        raise ValueError(
+            f"The state has {other} weights, and `weights` is {weights!r}. Pass a "
+            "state of the same weights instead."
+        )
+    for array, found in zip(blocks.arrays, jax.tree.leaves(y), strict=False):
+        units = _units.units_of(array)
+        expected = (1,) * len(array.shape) if units is None else units.input_shape
+        if found.shape != expected:
+            raise ValueError(
+                f"{_names.name_of(array.path)!r}: the state has a direction of shape "
+                f"{found.shape}; {blocks.rule} makes {expected}. Pass a state of the "
+                "same partition instead."
+            )
+
+
 class Columns:
     """E with the weights of one step: sums over blocks, and back."""
 
@@ -74,7 +93,8 @@ class Columns:
 
         def one(array, units, x, W):
             if units is not None:
-                return units.times(units.split(x), W.astype(x.dtype))
+                sums = units.times(units.split(x), W.astype(x.dtype))
+                return _sharding.replicated(sums)
             return array.sums(x) if array.num_blocks else None
 
         return self.blocks.join_arrays([one(*each) for each in self._each(tree)], tree)

@@ -56,12 +56,16 @@ def floor(min_eigenvalue, estimator: str):
 
 
 def _all_alone(blocks: Partition) -> bool:
-    """Whether the rule bounds who sees whom, and no block sees another."""
+    """Whether the rule bounds who sees whom, and no block sees another.
+
+    So it is where there are no blocks, as in ``init`` of a placeholder by
+    ``optax.tree.map_params``.
+    """
     coupled = any(n > 1 for _, n in blocks.buckets)
-    bounded = any(
-        array.num_blocks and array.group[:1] != ("all",) for array in blocks.arrays
-    )
-    return bounded and not coupled
+    bounded = [
+        array.group[:1] != ("all",) for array in blocks.arrays if array.num_blocks
+    ]
+    return not coupled and (any(bounded) or not bounded)
 
 
 def start(blocks, zeros):

@@ -13,7 +13,9 @@ from bma_optax.partitions import _units
 
 def table(blocks: Any) -> str:
     """Arrays, blocks, bytes of state and the cost of a solve, line by line."""
-    alone = bool(blocks.arrays) and all(array.alone for array in blocks.arrays)
+    alone = bool(blocks.arrays) and all(
+        array.alone and _units.same_shapes(array) for array in blocks.arrays
+    )
     last = "bytes of mini-BMA" if alone else "bytes of diag H"
     rows = [("array", "shape", "tile", "blocks", "block size", last)]
     numbers = 0

@@ -80,8 +80,12 @@ class _PerUnit(Rule):
     def tile(self, path, shape):
         if len(shape) == 3 and path[-1:] == ("kernel",) and path[-2:-1] in _PROJECTIONS:
             return (shape[0], 1, 1)  # Units are counted by heads, and in each.
+        return self._axis(path, shape).tile(path, shape)
+
+    def _axis(self, path, shape):
+        """The rule of the axis that counts units, ``per_leaf`` where none does."""
         guess = per_column if self._guesses(path, shape) else per_leaf
-        return (_rule_of_name(path) or guess).tile(path, shape)
+        return _rule_of_name(path) or guess
 
     def _guesses(self, path, shape):
         return _rule_of_name(path) is None and sum(n > 1 for n in shape) > 1
@@ -94,9 +98,9 @@ class _PerUnit(Rule):
 class _Units(_PerUnit):
     """Each output unit is a block that sees no other.
 
-    The units are those of ``per_unit``. An array of one axis, such as a bias or a
-    scale, has no blocks: the diagonal method updates it. A transformation stores two
-    numbers a unit, and no matrix.
+    The units are those of ``per_unit``. An array of one axis, or whose name tells that
+    it has no inputs, such as a bias or a scale, has no blocks: the diagonal method
+    updates it. A transformation stores a few numbers a unit, and no matrix.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -107,8 +111,9 @@ class _Units(_PerUnit):
     """
 
     def tile(self, path, shape):
-        tile = super().tile(path, shape)
-        return None if len(shape) < 2 or tile == per_leaf.tile(path, shape) else tile
+        if len(shape) < 2 or self._axis(path, shape) is per_leaf:
+            return None
+        return super().tile(path, shape)
 
     def scope(self, path):
         return "block"

@@ -59,6 +59,11 @@ class Units:
         """The shape of a number a unit."""
         return tuple(1 if i in self.inputs else n for i, n in enumerate(self.view))
 
+    @property
+    def input_shape(self) -> Shape:
+        """The shape of a number an input."""
+        return tuple(1 if i in self.units else n for i, n in enumerate(self.view))
+
     def split(self, x: jax.Array) -> jax.Array:
         """An array in the shape of the view."""
         return (
@@ -141,6 +146,12 @@ def num_weights(tiles: Tiles) -> int:
 def placeholder(zeros: jax.Array) -> jax.Array:
     """One unused number with the axes of an array, on its mesh."""
     return jnp.sum(zeros, keepdims=True)
+
+
+def same_shapes(tiles: Tiles) -> bool:
+    """Whether all blocks of an array have one shape."""
+    pairs = zip(tiles.shape, tiles.tile or tiles.shape, strict=True)
+    return 0 in tiles.shape or all(n % t == 0 for n, t in pairs)
 
 
 @functools.lru_cache(maxsize=1024)
