@@ -47,7 +47,7 @@ METHODS = [
         initial_accumulator_value=0.1,
     ),
     row(
-        "adagrad_bma units learned",
+        "adagrad_bma learned",
         bma.adagrad_bma,
         trees=2,
         learning_rate=1.0,
@@ -56,20 +56,14 @@ METHODS = [
         min_eigenvalue=1.0,
     ),
     row(
-        "adam_bma projection",
-        bma.adam_bma,
-        trees=2,
-        learning_rate=0.01,
-        estimator="projection",
-        update_interval=2,
-    ),
-    row(
-        "adam_bma units learned",
+        "adam_bma learned",
         bma.adam_bma,
         trees=3,
         learning_rate=0.01,
-        partition=UNITS,
+        partition=bma.within("array", bma.per_column),
+        estimator="projection",
         weights="learned",
+        update_interval=2,
     ),
     row(
         "mini_bma",

@@ -88,7 +88,9 @@ def test_projection_in_adagrad_equals_the_dense_reference(form, couple):
     )
     update = jax.jit(tx.update)
     labels, groups = labels_and_groups(RULES[bma.per_unit], couple)
-    dense = DenseAdaGradBMA(labels, groups, form=form, estimator="projection")
+    dense = DenseAdaGradBMA(
+        labels, groups, form=form, estimator="projection", floor=1.0
+    )
     state = tx.init(random_tree(rng))
     for _ in range(10):
         g = random_tree(rng)

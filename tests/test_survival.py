@@ -70,7 +70,7 @@ def by_name():
 
 def some():
     """One of each kind: compiling is what takes time."""
-    names = "adagrad_bma", "adam_bma projection", "mini_bma", "newton_bma"
+    names = "adagrad_bma", "adam_bma learned", "mini_bma", "newton_bma"
     return {name: by_name()[name] for name in names}
 
 
@@ -251,7 +251,7 @@ def scale(c):
 @settings(max_examples=12)
 @given(
     st.lists(st.sampled_from(sorted(WRAPPERS)), min_size=2, max_size=3),
-    st.sampled_from(["adagrad_bma", "adam_bma projection", "mini_bma"]),
+    st.sampled_from(["adagrad_bma", "adam_bma learned", "mini_bma"]),
 )
 def test_wrappers_in_any_order(names, method):
     tx = by_name()[method]
@@ -267,7 +267,7 @@ def test_wrappers_in_any_order(names, method):
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", ["adagrad_bma", "adam_bma projection", "mini_bma"])
+@pytest.mark.parametrize("name", ["adagrad_bma", "adam_bma learned", "mini_bma"])
 def test_schedule_free_and_lookahead(name):  # These average the iterates.
     tx = by_name()[name]
     with jax.numpy_dtype_promotion("standard"):
