@@ -66,7 +66,9 @@ def least_loss(task: Task) -> float:
         return float(loss), np.asarray(gradient, float)
 
     options = {"maxiter": 3000, "maxfun": 6000}
-    found = scipy.optimize.minimize(evaluate, start, jac=True, options=options)
+    found = scipy.optimize.minimize(
+        evaluate, start, method="L-BFGS-B", jac=True, options=options
+    )
     return float(found.fun)
 
 
@@ -76,7 +78,7 @@ def measure(task: Task, name: str, online: bool) -> dict[str, Any]:
     trainer = Trainer(task, method)
 
     def scores(seeds: list[int], rates: list[float], settings: dict) -> np.ndarray:
-        losses, _ = trainer(seeds, rates, settings)
+        losses = trainer(seeds, rates, settings)[0]
         found = losses.mean(axis=1) if online else final(losses)
         return np.where(np.isfinite(found), found, np.inf)
 
