@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bma_optax import _xla
 from bma_optax.algebra._expansions import (
     block_sums,
     check_sizes,
@@ -227,5 +228,5 @@ class BlockMeanMatrix(Functions):
         if x.shape != (self.shape[0],):
             raise ValueError(f"`x` must have shape ({self.shape[0]},), got {x.shape}.")
         w = unit_weights(weights, self.sizes, self.M.dtype)
-        shift = self.correction @ block_sums(w * x, np.asarray(self.sizes))
+        shift = _xla.product(self.correction, block_sums(w * x, np.asarray(self.sizes)))
         return expand(self.Lambda, self.sizes) * x + w * expand(shift, self.sizes)

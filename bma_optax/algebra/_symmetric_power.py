@@ -20,6 +20,8 @@ import jax.extend
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
+from bma_optax import _xla
+
 
 def matrix_power(
     matrix: jax.Array,
@@ -120,17 +122,20 @@ def _derivative_impl(
     n = len(directions)
     if n == 0:
         power = stand_in.over(1).value(values) ** p
-        return (vectors * power[..., None, :]) @ transposed
-    rotated = [transposed @ direction @ vectors for direction in directions]
+        return _xla.product(vectors * power[..., None, :], transposed)
+    rotated = [
+        _xla.product(_xla.product(transposed, direction), vectors)
+        for direction in directions
+    ]
     difference = _divided_difference_tensor(p, stand_in.over(n + 1), values, n)
     index = string.ascii_lowercase[: n + 1]
     terms = [f"...{i}{j}" for i, j in itertools.pairwise(index)]
     equation = ",".join([f"...{index}", *terms]) + f"->...{index[0]}{index[-1]}"
     total = sum(
-        jnp.einsum(equation, difference, *order)
+        jnp.einsum(equation, difference, *order, precision=jax.lax.Precision.HIGHEST)
         for order in itertools.permutations(rotated)
     )
-    return vectors @ total @ transposed
+    return _xla.product(_xla.product(vectors, total), transposed)
 
 
 @_derivative_p.def_abstract_eval

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _tree
+from bma_optax import _control_flow, _tree, _xla
 from bma_optax.algebra import _symmetric_power
 from bma_optax.algebra._expansions import diagonal_matrix
 from bma_optax.curvature import _probing
@@ -86,9 +86,7 @@ class Dense:
         def difference(weights):
             t = jnp.where(mine, weights * least / n, 0)
             image = blocks.block_sums(G(blocks.expand(t, G.params)))
-            expected = jnp.matmul(
-                sums.evidence, t[: self.num_blocks], precision=jax.lax.Precision.HIGHEST
-            )
+            expected = _xla.product(sums.evidence, t[: self.num_blocks])
             return (image[: self.num_blocks] - expected) / (
                 least * n[: self.num_blocks]
             )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow
+from bma_optax import _control_flow, _xla
 from bma_optax.algebra import _symmetric_power
 from bma_optax.multilevel._stencil import Stencil
 from bma_optax.partitions import _tiles
@@ -113,10 +113,7 @@ class Hierarchy:
 
         def solve(level, r):
             if level == len(self.levels):
-                x = jnp.matmul(
-                    levels.inverse, r.reshape(-1), precision=jax.lax.Precision.HIGHEST
-                )
-                return x.reshape(r.shape)
+                return _xla.product(levels.inverse, r.reshape(-1)).reshape(r.shape)
             tile, smoother = self.levels[level][1], levels.smoothers[level]
 
             def cycle(r):

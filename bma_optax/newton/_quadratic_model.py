@@ -195,7 +195,7 @@ def _minimise(gradient, G, direction, previous, dtype):
     scaled = A * unit[:, None] * jnp.broadcast_to(unit, (2, 2))
     floor = jnp.asarray(float(jnp.finfo(dtype).eps) ** 0.5, dtype)
     inverse = _symmetric_power.matrix_power(scaled, -1.0, floor, absolute=True)
-    a, b = unit * (inverse @ (unit * r))
+    a, b = unit * _xla.product(inverse, unit * r)
     finite = jnp.isfinite(a) & jnp.isfinite(b)
     a, b = jnp.where(finite, a, 1), jnp.where(finite, b, 0)
     return a, b, -(a * r[0] + b * r[1])
