@@ -132,31 +132,24 @@ def cosine_table(tasks: dict[str, Any]) -> str:
 
 
 def draw(tasks: dict[str, Any], path: Path) -> None:
-    """Loss against steps and against seconds, for at most four tasks."""
-    preferred = ("mlp_raw", "conv", "autoencoder", "transformer")
-    names = [name for name in preferred if name in tasks] or list(tasks)[:4]
-    figure = Figure(figsize=(4 * len(names), 6), layout="constrained")
-    panels = figure.subplots(2, len(names), squeeze=False, sharey="col")
-    for column, name in zip(panels.T, names, strict=True):
-        task = tasks[name]
+    """Loss against steps, for at most four tasks."""
+    preferred = ("mlp_raw", "mlp_sigmoid", "conv", "conv_norm", "mnist", "cifar10")
+    names = [name for name in preferred if name in tasks][:4] or list(tasks)[:4]
+    figure = Figure(figsize=(4 * len(names), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        methods = tasks[name]["methods"]
         for color, method in enumerate(SHOWN):
-            if method not in task["methods"]:
-                continue
-            curve = task["methods"][method]["curve"]
-            steps, loss = np.array(curve["step"]), np.array(curve["loss"], float)
-            style = {"color": f"C{color}", "label": METHODS[method].label}
-            style["linewidth"] = 2 if method == "units_learned" else 1
-            column[0].plot(steps, loss, **style)
-            if "timings" in task:
-                per_step = task["timings"][method]["seconds_per_step"]
-                column[1].plot(steps * per_step, loss, **style)
-        column[0].set(title=name, xlabel="step")
-        column[1].set(xlabel="second")
-        for axes in column:
-            axes.set_yscale("log")
-            axes.grid(alpha=0.3)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("training loss")
-    panels[0, 0].legend(fontsize="small")
+            if method in methods:
+                curve = methods[method]["curve"]
+                loss = np.array(curve["loss"], float)
+                width = 2 if method == "units_learned" else 1
+                style = {"color": f"C{color}", "label": METHODS[method].label}
+                axes.semilogy(curve["step"], loss, linewidth=width, **style)
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("training loss")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=80)
     print(f"Wrote {path}")
