@@ -64,13 +64,6 @@ def at_least_one(**arguments: Any) -> None:
             raise TypeError(f"`{name}` must be {wanted}, got {value!r}.")
 
 
-def boolean(**arguments: Any) -> None:
-    """Raises a TypeError if a value is neither True nor False."""
-    for name, value in arguments.items():
-        if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"`{name}` must be True or False, got {value!r}.")
-
-
 def is_zero(value: Any) -> bool:
     """Whether ``value`` is a Python or NumPy number 0, which cannot change later."""
     return isinstance(value, (int, float, np.number)) and value == 0

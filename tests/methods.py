@@ -74,17 +74,6 @@ METHODS = [
     ),
     row("newton_bma", bma.newton_bma, trees=2, learning_rate=None),
     row(
-        "newton_bma per_column by layer damped",
-        bma.newton_bma,
-        trees=2,
-        learning_rate=None,
-        partition=bma.within("layer", bma.per_column),
-        update_interval=2,
-        damping=0.1,
-        max_norm=10.0,
-        key=1,
-    ),
-    row(
         "newton_bma with a reach",
         bma.newton_bma,
         trees=2,
@@ -93,14 +82,20 @@ METHODS = [
         partition=bma.per_tile((2,), reach=15),
     ),
     row(
-        "natural_bma",
+        "natural_bma per_column by layer damped",
         bma.natural_bma,
         trees=2,
         learning_rate=None,
         curvature=ANY_LOSS,
+        partition=bma.within("layer", bma.per_column),
+        update_interval=2,
         b2=0.5,
+        damping=0.1,
+        max_norm=10.0,
+        key=1,
     ),
 ]
+BY_NAME = {m.id: m.values[0] for m in METHODS}
 every_method = pytest.mark.parametrize("method", METHODS)
 # One of each kind, for what is told of a wrapper: first order, and Newton with a dense
 # coarse matrix and with nested ones.

@@ -3,8 +3,6 @@
 Independent of the library: a label for each element says which block it is in.
 """
 
-import itertools
-
 import numpy as np
 
 import bma_optax as bma
@@ -57,12 +55,14 @@ class DenseAdaGradBMA:
             np.full(m.shape[1], 1 / np.sqrt(m.shape[1])) for m in matrices
         ]
         self.labels = np.asarray(labels)  # (d,), -1 where there is no block
-        self.groups = groups  # label -> group
+        blocks = np.unique(self.labels[self.labels >= 0])
+        self.E = 1.0 * (self.labels[:, None] == blocks)  # (d, blocks)
+        same = [groups[i] == groups[j] for i in blocks for j in blocks]
+        self.coupled = np.reshape(same, (len(blocks),) * 2).astype(bool)
         self.initial, self.eps, self.floor, self.form = initial, eps, floor, form
         self.estimator, self.interval, self.steps = estimator, interval, 0
-        self.blocks = [b for b in np.unique(labels) if b >= 0]
         self.h = np.full(len(labels), initial)
-        self.U = {(i, j): 0.0 for i in self.blocks for j in self.blocks}
+        self.U = np.zeros(self.coupled.shape)
 
     def weights(self):
         """A weight for each element, of mean square 1 in each block."""
@@ -84,10 +84,8 @@ class DenseAdaGradBMA:
 
     def add(self, g, old=1.0, new=1.0):
         self.h = old * self.h + new * g**2
-        sums = self.weights() * g
-        u = {b: sums[self.labels == b].sum() for b in self.blocks}
-        for i, j in self.U:
-            self.U[i, j] = old * self.U[i, j] + new * u[i] * u[j]
+        u = self.E.T @ (self.weights() * g)
+        self.U = old * self.U + new * np.outer(u, u)
 
     def root_of_this_step(self, *args):
         step = self.steps + 1
@@ -99,24 +97,17 @@ class DenseAdaGradBMA:
         return self.root
 
     def small_matrix(self, eps, shift=0.0, correction=1.0):
-        labels, weights = self.labels, self.weights()
-        root = weights**2 * np.sqrt(self.h / correction)
-        v = {b: root[labels == b].sum() for b in self.blocks}
-        s = {b: (labels == b).sum() for b in self.blocks}
-        v = {b: np.hypot(v[b], s[b] * np.sqrt(eps)) + s[b] * shift for b in v}
-        M = np.eye(len(self.blocks))
-        for (m, i), (n, j) in itertools.product(enumerate(self.blocks), repeat=2):
-            if self.groups[i] != self.groups[j] or v[i] * v[j] == 0:
-                continue
-            C = self.U[i, j] / correction / (v[i] * v[j])
-            if self.estimator == "projection":
-                M[m, n] = np.sqrt(s[i] * s[j]) * C
-            elif i != j:
-                M[m, n] = C
-        return M
+        s = self.E.sum(axis=0)
+        v = self.E.T @ (self.weights() ** 2 * np.sqrt(self.h / correction))
+        v = np.hypot(v, s * np.sqrt(eps)) + s * shift
+        known = self.coupled & (np.outer(v, v) != 0)
+        M = self.U / correction / np.where(known, np.outer(v, v), np.inf)
+        if self.estimator == "projection":
+            return np.where(known, np.sqrt(np.outer(s, s)) * M, np.eye(len(M)))
+        return M - np.diag(np.diag(M)) + np.eye(len(M))
 
     def inverse_root(self):
-        E = self.weights()[:, None] * (self.labels[:, None] == self.blocks)
+        E = self.weights()[:, None] * self.E
         E = E / np.linalg.norm(E, axis=0)
         F = np.eye(len(E)) + E @ (self.M - np.eye(len(self.M))) @ E.T
         values, vectors = np.linalg.eigh(F)
@@ -188,3 +179,27 @@ class DenseMiniBMA:
         target = target / np.linalg.norm(target)
         self.y = self.b3 * self.y + (1 - self.b3) * target
         return update
+
+
+def newton_inverse(G, labels, groups=None, damping=0.0):
+    """C of a curvature G, d x d: absolute diagonal, floored Λ, |M|.
+
+    Labels say which block an element is in, -1 where there is none; groups, which
+    group a label is in.
+    """
+    labels, d = np.asarray(labels), len(G)
+    E = 1.0 * (labels[:, None] == np.unique(labels[labels >= 0]))
+    s, z = E.sum(axis=0), np.sqrt(np.abs(np.diag(G)))
+    E *= z[:, None]
+    E /= np.linalg.norm(E, axis=0)
+    M = E.T @ (G / np.outer(z, z)) @ E
+    if groups is not None:
+        groups = np.asarray(groups)
+        M = M * (groups[:, None] == groups)
+    of_block = np.maximum((s - np.diag(M)) / np.maximum(s - 1, 1), 1e-3)
+    Lambda = np.where(E != 0, np.where(s > 1, of_block, 1), 0).sum(axis=1)
+    Lambda = np.where(labels >= 0, Lambda, 1)
+    values, vectors = np.linalg.eigh(M + damping * np.eye(len(M)))
+    inverse_M = (vectors / np.maximum(np.abs(values), damping)) @ vectors.T
+    middle = np.diag(1 / (Lambda + damping)) @ (np.eye(d) - E @ E.T)
+    return (middle + E @ inverse_M @ E.T) / np.outer(z, z)

@@ -36,7 +36,7 @@ def test_by_the_reports_estimator_it_is_the_diagonal_method(method, rule):
     alone = factory(partition=ALONE[rule], estimator="report")
     diagonal = factory(partition=bma.by_path({"": None}))
     transformations = alone, diagonal, optax_method
-    states = [tx.init(random_tree(rng, np.float32)) for tx in transformations]
+    states = [jax.jit(tx.init)(random_tree(rng, np.float32)) for tx in transformations]
     updates = [jax.jit(tx.update) for tx in transformations]
     for _ in range(5):
         g = random_tree(rng, np.float32)
@@ -62,7 +62,7 @@ def test_unless_told_it_is_the_projection(method, rule, floor):
         couple = "array"
     labels, groups = labels_and_groups(RULES[inner], couple)
     dense = reference(labels, groups, floor=floor, estimator="projection", **kwargs)
-    state, update = tx.init(random_tree(rng)), jax.jit(tx.update)
+    state, update = jax.jit(tx.init)(random_tree(rng)), jax.jit(tx.update)
     for _ in range(10):
         g = random_tree(rng)
         updates, state = update(g, state)
@@ -117,7 +117,7 @@ def test_blocks_that_may_see_others_have_the_reports(rule, params):
 def test_a_block_whose_sums_are_zero_stays_at_the_diagonal():
     tx = bma.scale_by_bma(ALONE["units"], min_eigenvalue=0.0)
     g = {"kernel": jnp.array([[1.0, 1.0], [-1.0, 2.0]])}
-    updates, state = tx.update(g, tx.init(g))
+    updates, state = jax.jit(tx.update)(g, tx.init(g))
     np.testing.assert_allclose(updates["kernel"][:, 0], [1, -1], rtol=1e-6)
     assert jnp.all(jnp.isfinite(state.inverse_root))
 
@@ -129,7 +129,7 @@ def test_an_array_of_one_block_that_has_no_bounds_is_alone_too():
     units = bma.within("block", bma.per_unit)
     mixed = bma.by_path({"bias": bma.per_leaf}, default=units)
     found = [
-        tx.update(grads, tx.init(params))[0]
+        jax.jit(tx.update)(grads, tx.init(params))[0]
         for tx in map(bma.scale_by_bma, (units, mixed))
     ]
     np.testing.assert_array_equal(found[0]["kernel"], found[1]["kernel"])

@@ -1,4 +1,4 @@
-"""Arguments and what users' functions return: each works, or is named in an error."""
+"""Numbers, keys and what users' functions return: each works, or an error names it."""
 
 import jax
 import jax.numpy as jnp
@@ -74,33 +74,6 @@ def test_numbers(name):
         for narrow in (jnp.bfloat16(0.5), np.float16(0.5)):
             with pytest.raises(TypeError, match=f"`{name}` has dtype .*float16"):
                 make(narrow)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "match"),
-    [
-        (lambda: bma.newton_bma(0.1), TypeError, "and a rate as `learning_rate`"),
-        (lambda: bma.natural_bma(bma.Hessian(), 0.1), TypeError, "`learning_rate`"),
-        (lambda: bma.mini_bma(bma.per_unit), TypeError, "`learning_rate`"),
-        (lambda: bma.adagrad_bma(None), TypeError, "`learning_rate`"),
-        (lambda: bma.adagrad_bma(0.1, 0.9), TypeError, "`partition`.*`learning_rate`"),
-        (lambda: bma.newton_bma(bma.per_tile), TypeError, r"per_tile\(\("),
-        (lambda: bma.scale_by_bma(lambda p, s: s), TypeError, "bma.by_function"),
-        (lambda: bma.mini_bma(0.1, mu_dtype="float33"), TypeError, "`mu_dtype`"),
-        (lambda: bma.adam_bma(0.1, mu_dtype="int32"), TypeError, "`mu_dtype`"),
-        (lambda: bma.Operator(jnp.eye(3)), TypeError, "lambda v: A @ v"),
-        (
-            lambda: bma.preconditioner(jnp.eye(3), X),
-            TypeError,
-            "`product_fn`.*lambda v",
-        ),
-        (lambda: bma.Hessian(diagonal_fn=X), TypeError, "`diagonal_fn`"),
-        (lambda: bma.Hessian(num_probes=2.5), ValueError, "`num_probes`"),
-    ],
-)
-def test_errors(make, error, match):
-    with pytest.raises(error, match=match):
-        make()
 
 
 @pytest.mark.usefixtures("x64")
@@ -222,6 +195,12 @@ def test_losses(value_fn, match):
             traced(tx, value_fn=value_fn)
 
 
+def test_a_loss_without_a_signature():
+    """Functions that are written in C may have none."""
+    updates, _ = traced(bma.newton_bma(), jnp.ones(1), value_fn=max)
+    assert updates.shape == (1,)
+
+
 @pytest.mark.parametrize(
     ("product", "error", "match"),
     [
@@ -265,31 +244,6 @@ def test_products_and_diagonals(product, error, match):
         assert "`diagonal`" in str(found.value)
 
 
-@pytest.mark.parametrize(
-    ("curvature", "match"),
-    [
-        (bma.Operator(lambda p: p), "`product_fn` must be a function v -> G v"),
-        (bma.GaussNewton(lambda p: p, lambda y: (loss(y), 1)), "`loss_fn` must return"),
-        (bma.GaussNewton(lambda p: p, lambda y: y["a"]), "`loss_fn` must return"),
-        (
-            bma.GaussNewton(lambda p: jnp.arange(3), lambda y: jnp.sum(y)),
-            "`model_fn`.*int32",
-        ),
-        (
-            bma.Fisher(lambda p: p, lambda key, y: y, lambda y, z: (y["a"], 1)),
-            r"`losses_fn` .*\(n,\)",
-        ),
-        (
-            bma.Fisher(lambda p: p, lambda key, y: y, lambda y, z: 1.0),
-            r"`losses_fn` .*got a float",
-        ),
-    ],
-)
-def test_parts_of_a_curvature(curvature, match):
-    with pytest.raises(TypeError, match=match):
-        traced(bma.scale_by_newton_bma(curvature=curvature), value_fn=loss)
-
-
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("theirs", ["float64", "bfloat16"])
 def test_products_of_another_dtype_leave_that_of_the_state(theirs):
@@ -312,37 +266,13 @@ def test_products_in_another_order_of_the_tree():
     def product(v):
         return OrderedDict(b=3 * v["b"], a=2 * v["a"])
 
-    C = bma.preconditioner(product, TREE)
-    result = C(TREE)
+    result = jax.jit(lambda x: bma.preconditioner(product, TREE)(x))(TREE)
     np.testing.assert_allclose(result["a"], 1 / 2, rtol=1e-6)
     np.testing.assert_allclose(result["b"], 1 / 3, rtol=1e-6)
     assert jax.tree.structure(result) == jax.tree.structure(TREE)
 
 
 # Vectors ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("like", "x", "error", "match"),
-    [
-        (X, jnp.ones((3, 3)), ValueError, r"shape \(3, 3\).*of \(3,\).*jax.vmap\(C\)"),
-        (X, jnp.ones((3, 1)), ValueError, r"shape \(3, 1\)"),
-        (X, jnp.ones((1,)), ValueError, r"shape \(1,\)"),
-        (jnp.ones((2, 4)), jnp.ones((1, 4)), ValueError, r"shape \(1, 4\)"),
-        (jnp.ones((2, 4)), jnp.ones(8), ValueError, r"shape \(8,\)"),
-        (TREE, X, ValueError, "'params' has shape"),
-        (TREE, {"a": X}, ValueError, "'b' has shape none"),
-        (TREE, TREE | {"c": X}, ValueError, "'c'"),
-        (TREE, TREE | {"b": jnp.ones((5, 2, 2))}, ValueError, r"'b' .*\(5, 2, 2\)"),
-        (X, jnp.arange(3), TypeError, "int32. Pass"),
-        (X, X.astype(complex), TypeError, "complex64. Pass the real and the imaginary"),
-        (X, X > 0, TypeError, "bool. Pass"),
-    ],
-)
-def test_vectors_of_a_preconditioner(like, x, error, match):
-    C = bma.preconditioner(lambda v: v, like, diagonal=like)
-    with pytest.raises(error, match=match):
-        C(x)
 
 
 def test_several_right_hand_sides_and_numpy():
@@ -384,9 +314,14 @@ def test_injected_float32_is_the_cure_in_16_bits():
     found = []
     for tx in (bma.adam_bma(0.1, weight_decay=0.1), inject(0.1, weight_decay=0.1)):
         p, state = params, tx.init(params)
-        for _ in range(5):
+
+        @jax.jit
+        def step(p, state, tx=tx):
             updates, state = tx.update(p - jnp.bfloat16(0.3), state, p)
-            p = optax.apply_updates(p, updates)
+            return updates, optax.apply_updates(p, updates), state
+
+        for _ in range(5):
+            updates, p, state = step(p, state)
         assert updates.dtype == params.dtype
         found.append(p)
     np.testing.assert_array_equal(*found)
@@ -405,14 +340,12 @@ def test_injected_float32_is_the_cure_in_16_bits():
 )
 def test_gradients_are_cast_to_the_statistics(make):
     rng = np.random.default_rng(0)
-    grads = {"w": jnp.asarray(rng.standard_normal((5, 4, 3)), "float32")}
     tx = make(partition=bma.per_unit)
-    first = jax.tree.map(lambda g: g[0].astype("float64"), grads)
-    state = again = tx.init(first)
+    state = again = tx.init({"w": jnp.zeros((4, 3), "float64")})
     update = jax.jit(tx.update)
-    for i in range(5):
-        g = jax.tree.map(lambda x, i=i: x[i], grads)
-        updates, state = update(g, state)
-        wide, again = update(jax.tree.map(lambda x: x.astype("float64"), g), again)
-        np.testing.assert_array_equal(updates["w"], wide["w"].astype("float32"))
+    for g in rng.standard_normal((5, 4, 3)).astype("float32"):
+        updates, state = update({"w": g}, state)
+        wide, again = update({"w": g.astype("float64")}, again)
+        same = np.asarray(wide["w"]).astype("float32")
+        np.testing.assert_array_equal(updates["w"], same)
     jax.tree.map(np.testing.assert_array_equal, state, again)

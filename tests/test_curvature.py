@@ -201,6 +201,33 @@ def test_what_the_error_advises_works():
         np.testing.assert_allclose(*steps, rtol=1e-3)
 
 
+@jax.custom_jvp
+def slope_of_square(x):
+    return 2 * x
+
+
+@jax.custom_jvp
+def square(x):
+    return jnp.sum(x**2)
+
+
+def double(v):
+    """What JAX cannot batch."""
+    return jax.pure_callback(lambda v: 2 * np.asarray(v), v, v)
+
+
+slope_of_square.defjvp(lambda x, v: (slope_of_square(*x), double(*v)))
+square.defjvp(lambda x, v: (square(*x), jnp.vdot(slope_of_square(*x), *v)))
+
+
+def test_a_product_that_cannot_be_batched_is_still_one():
+    x = jnp.asarray(PARAMS)
+    product = bma.Hessian().linearize(x, jax.random.key(0), square, {})
+    np.testing.assert_allclose(product(x), 2 * x)
+    with pytest.raises(NotImplementedError, match="vmap"):
+        jax.vmap(product)(x[None])
+
+
 def test_an_error_of_the_function_itself_is_left_alone():
     def loss(params):
         raise ValueError("mine")

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from methods import KINDS, METHODS, every_kind, every_method, every_rated_method
+from methods import BY_NAME, KINDS, every_kind, every_method, every_rated_method
 
 import bma_optax as bma
 
@@ -133,16 +133,18 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
-@every_method
-def test_without_jit_nothing_is_compiled_twice(method):
+# With a reach: see test_sharding.py.
+@pytest.mark.parametrize("name", [name for name in BY_NAME if "reach" not in name])
+def test_without_jit_nothing_is_compiled_twice(name):
     """Neither at a refresh, the third and fifth step, nor for losses that are new."""
+    method = BY_NAME[name]
     known = inspect.signature(method.factory).parameters
     kwargs = {"update_interval": 2} if "update_interval" in known else {}
-    tx = method.factory(**method.kwargs | kwargs)
-    state = tx.init(PARAMS)
+    tx, params = method.factory(**method.kwargs | kwargs), PARAMS["a"]
+    state = tx.init(params)
     for step in range(5):
         compiled.clear()
-        _, state = tx.update(PARAMS, state, PARAMS, **with_loss(lambda p: bowl(p)))
+        _, state = tx.update(params, state, params, **with_loss(lambda p: bowl(p)))
         assert step < 2 or not compiled
 
 
@@ -197,7 +199,7 @@ def test_converges(method, problem):
 @every_method
 def test_map_params_reaches_only_what_is_like_params(method):
     tx = method.build()
-    state = tx.init(PARAMS)
+    state = jax.jit(tx.init)(PARAMS)
     doubled = optax.tree.map_params(tx, lambda v: v + 1, state)
     changed = [
         path[-1]
@@ -227,12 +229,16 @@ def test_leaves_in_another_order_are_told_by_name(method):
 
 @every_method
 def test_an_average_of_states_is_one(method):
+    """Also of its counters and keys, which become floats."""
     tx = method.build()
-    state = tx.init(PARAMS)
-    update = functools.partial(tx.update, **with_loss(bowl))
-    with optax_promotes():
+    state = jax.eval_shape(tx.init, PARAMS)
+
+    def update(state):
         mean = jax.tree.map(lambda a, b: (a + b) / 2, state, state)
-        jax.eval_shape(update, PARAMS, mean, PARAMS)
+        return tx.update(PARAMS, mean, PARAMS, **with_loss(bowl))
+
+    with optax_promotes():
+        jax.eval_shape(update, state)
 
 
 @every_method
@@ -283,18 +289,28 @@ def test_state_is_stable_under_cond(method, dtype):
             state = new
 
 
+def to_be_sharded():
+    return {
+        "kernel": jnp.arange(64.0, dtype=jnp.float16).reshape(2, 8, 4) / 64,
+        "embedding": jnp.arange(16.0).reshape(2, 8) / 16,
+    }
+
+
+@functools.cache
+def first_update_on_one_device(name):
+    tx, params = BY_NAME[name].build(), to_be_sharded()
+    return jitted(tx.update)(params, jax.jit(tx.init)(params), params)[0]
+
+
+# Without jit, a reach has a test of its own in test_sharding.py.
+WAYS = {"jit": BY_NAME, "jit outside the mesh": KINDS, "no jit": KINDS[:2]}
+
+
 @pytest.mark.parametrize(
-    ("method", "how"),
-    [pytest.param(*m.values, "jit", id=m.id) for m in METHODS]
-    + [
-        pytest.param(*m.values, how, id=f"{m.id} {how}")
-        for m in METHODS
-        for how in ("jit outside the mesh", "no jit")
-        # Without jit, a reach has a test of its own in test_sharding.py.
-        if m.id in (KINDS[:2] if how == "no jit" else KINDS)
-    ],
+    ("name", "how"),
+    [(name, how) for name in BY_NAME for how in WAYS if name in WAYS[how]],
 )
-def test_sharding_is_stable(method, how):
+def test_sharding_is_stable(name, how):
     """Explicit axes; a sharded array's state is sharded as it is.
 
     Without ``jax.jit`` the axes have one device each. An eager update is hundreds of
@@ -311,15 +327,11 @@ def test_sharding_is_stable(method, how):
     )
     sharded = jax.NamedSharding(mesh, jax.P("y", "x", None))
     other = jax.NamedSharding(mesh, jax.P(None, "x"))
-    local = {
-        "kernel": jnp.arange(64.0, dtype=jnp.float16).reshape(2, 8, 4) / 64,
-        "embedding": jnp.arange(16.0).reshape(2, 8) / 16,
-    }
-    params = jax.device_put(local, {"kernel": sharded, "embedding": other})
+    params = jax.device_put(to_be_sharded(), {"kernel": sharded, "embedding": other})
 
     def run(params):
-        tx = method.build()
-        state = tx.init(params)
+        tx = BY_NAME[name].build()
+        state = (jax.jit(tx.init) if how == "jit" else tx.init)(params)
         update = functools.partial(tx.update, **with_loss(bowl))
         updates, new = (jax.jit(update) if jit else update)(params, state, params)
         if under_mesh:  # Traced or not, the types are the same.
@@ -343,10 +355,9 @@ def test_sharding_is_stable(method, how):
             updates = run(params)
     else:
         updates = run(params)
-    tx = method.build()
-    expected, _ = jitted(tx.update)(local, tx.init(local), local)
-    for name, rtol, atol in (("kernel", 1e-2, 0), ("embedding", 1e-4, 1e-7)):
-        np.testing.assert_allclose(updates[name], expected[name], rtol, atol)
+    expected = first_update_on_one_device(name)
+    for key, rtol, atol in (("kernel", 1e-2, 0), ("embedding", 1e-4, 1e-7)):
+        np.testing.assert_allclose(updates[key], expected[key], rtol, atol)
 
 
 @every_method
@@ -625,8 +636,8 @@ def test_trains_flax_nnx(method):
     assert losses[-1] < 0.8 * losses[0]
 
 
-@every_kind
-def test_trains_flax_linen(method):
+@pytest.mark.parametrize("name", KINDS[:2])  # Its parameters are plain dictionaries.
+def test_trains_flax_linen(name):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -634,7 +645,7 @@ def test_trains_flax_linen(method):
 
     model = Net()
     params = model.init(jax.random.key(0), X)
-    tx = small_rate(method)
+    tx = small_rate(BY_NAME[name])
 
     def loss(params):
         return jnp.mean((model.apply(params, X) - Y) ** 2)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
-from reference import RULES
+from reference import RULES, newton_inverse
 
 import bma_optax as bma
 
@@ -64,40 +64,27 @@ def elements():
 
 
 def dense_inverse(G, rule, *, damping=0.0, couple="all"):
-    """C, entry by entry from MATH's definition: absolute diagonal, floored Λ, |M|."""
     names = [RULES[rule](path, index) for path, index in elements()]
-    paths = [path for path, _ in elements()]
-    group = {"all": lambda i: 0, "layer": lambda i: paths[i][:-1]}[couple]
     blocks = sorted({n for n in names if n is not None}, key=str)
-    d = len(G)
-    z = np.sqrt(np.abs(np.diag(G)))
-    F = G / np.outer(z, z)
-    E = np.zeros((d, len(blocks)))
-    for i, name in enumerate(names):
-        if name is not None:
-            E[i, blocks.index(name)] = z[i]
-    E /= np.linalg.norm(E, axis=0)
-    M = E.T @ F @ E
-    groups = [group(int(np.flatnonzero(E[:, j])[0])) for j in range(len(blocks))]
-    M = M * np.array([[a == b for a in groups] for b in groups])
-    Lambda = np.ones(d)
-    for j in range(len(blocks)):
-        inside = E[:, j] != 0
-        s = inside.sum()
-        if s > 1:
-            Lambda[inside] = max((s - M[j, j]) / (s - 1), 1e-3)
-    values, vectors = np.linalg.eigh(M + damping * np.eye(len(M)))
-    inverse_M = (vectors / np.maximum(np.abs(values), damping)) @ vectors.T
-    middle = np.diag(1 / (Lambda + damping)) @ (np.eye(d) - E @ E.T)
-    return (middle + E @ inverse_M @ E.T) / np.outer(z, z)
+    labels = [-1 if n is None else blocks.index(n) for n in names]
+    groups = None
+    if couple == "layer":
+        layers = {
+            label: str(path[:-1])
+            for label, (path, _) in zip(labels, elements(), strict=True)
+        }
+        groups = [layers[label] for label in range(len(blocks))]
+    return newton_inverse(G, labels, groups, damping)
 
 
-def operator_of(tx, G):
-    """C of one step, column by column; an array whose gradient is 0 stays."""
+@functools.cache
+def operator_of(rule):
+    """C(G, damping) of one step, by columns; an array whose gradient is 0 stays."""
     params = tree_of(np.zeros(D))
 
     @jax.jit
-    def columns():
+    def matrix(G, damping):
+        tx = bma.scale_by_newton_bma(rule, damping=damping)
         update = functools.partial(tx.update, value_fn=quadratic(G))
         _, state = update(params, tx.init(params), params)
 
@@ -105,9 +92,9 @@ def operator_of(tx, G):
             return ravel_pytree(update(tree_of_jax(vector), state, params)[0])[0]
 
         images = jax.vmap(apply)(1 + jnp.eye(D + 1, D))
-        return images[:D] - images[D:]
+        return (images[:D] - images[D:]).T, state.floored
 
-    return np.asarray(columns()).T
+    return lambda G, damping=0.0: jax.device_get(matrix(G, damping))
 
 
 def one_update(tx, params, f, grads=None):
@@ -164,11 +151,6 @@ def test_weighted_projection_is_nearest(seed, sizes):
     np.testing.assert_allclose(dense @ solved, x, rtol=1e-6, atol=1e-6)
 
 
-def test_weights_must_fit():
-    with pytest.raises(ValueError, match=r"`weights` must have shape \(3,\)"):
-        bma.BlockMeanMatrix.project(jnp.eye(3), (2, 1), jnp.ones(2))
-
-
 def test_partition_owns_the_weights():
     blocks = bma.partition(PARAMS, bma.per_unit)
     w, x = (tree_of(np.random.default_rng(i).standard_normal(D)) for i in range(2))
@@ -213,36 +195,34 @@ def test_absolute_power_and_its_derivatives():
 # The direction ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("couple", "damping"), [("all", 0.0), ("all", 0.3), ("layer", 0.3)]
-)
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_operator_equals_the_dense_reference(rule, damping, couple):
-    G = positive_definite(0)
-    within = rule if couple == "all" else bma.within(couple, rule)
-    C = operator_of(bma.scale_by_newton_bma(within, damping=damping), G)
-    expected = dense_inverse(G, rule, damping=damping, couple=couple)
-    np.testing.assert_allclose(C, expected, rtol=1e-8, atol=1e-9 * np.abs(C).max())
-    np.testing.assert_allclose(C, C.T, atol=1e-12 * np.abs(C).max())
-    assert np.linalg.eigvalsh(C)[0] > 0
-    if rule == bma.per_element and damping == 0 and couple == "all":
-        np.testing.assert_allclose(C @ G, np.eye(D), atol=1e-8)
+def test_operator_equals_the_dense_reference(rule):
+    """Also of indefinite curvature, and where layers do not see each other."""
+    definite, not_definite = positive_definite(0), indefinite(1)
+    for G, couple, damping in [
+        (definite, "all", 0.0),
+        (definite, "all", 0.3),
+        (not_definite, "all", 0.0),
+        (definite, "layer", 0.3),
+    ]:
+        within = rule if couple == "all" else bma.within(couple, rule)
+        C, floored = operator_of(within)(G, damping)
+        expected = dense_inverse(G, rule, damping=damping, couple=couple)
+        rtol, scale = (1e-8 if G is definite else 1e-7), np.abs(C).max()
+        np.testing.assert_allclose(C, expected, rtol=rtol, atol=rtol / 10 * scale)
+        np.testing.assert_allclose(C, C.T, atol=1e-12 * scale)
+        assert np.linalg.eigvalsh(C)[0] > 0
+        if rule == bma.per_element and damping == 0:
+            if G is definite:
+                np.testing.assert_allclose(C @ G, np.eye(D), atol=1e-8)
+            else:
+                assert floored == np.sum(np.linalg.eigvalsh(G) < 0) > 0
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_indefinite_curvature_is_caught(rule):
-    G = indefinite(1)
-    tx = bma.scale_by_newton_bma(rule)
-    C = operator_of(tx, G)
-    expected = dense_inverse(G, rule)
-    np.testing.assert_allclose(C, expected, rtol=1e-7, atol=1e-8 * np.abs(C).max())
-    assert np.linalg.eigvalsh(C)[0] > 0
-    params = tree_of(np.zeros(D))
-    if rule == bma.per_element:
-        _, state = one_update(tx, params, quadratic(G))
-        negative = int(np.sum(np.linalg.eigvalsh(G) < 0))
-        assert state.floored == negative > 0
-        assert bma.diagnostics(state)["coarse_ratio"] < 0
+def test_indefinite_curvature_is_shown():
+    tx = bma.scale_by_newton_bma(bma.per_element)
+    _, state = one_update(tx, tree_of(np.zeros(D)), quadratic(indefinite(1)))
+    assert bma.diagnostics(state)["coarse_ratio"] < 0
 
 
 def test_newton_solves_a_quadratic_in_one_step():
@@ -793,15 +773,18 @@ def test_lineax_operator():
     C = jax.jit(lambda: bma.preconditioner(lambda v: G @ v, b, bma.per_tile((12,))))()
     operator = C.as_lineax()
     A = lineax.MatrixLinearOperator(G, lineax.positive_semidefinite_tag)
-    solution = lineax.linear_solve(
-        A,
-        b,
-        lineax.CG(rtol=1e-10, atol=1e-10),
-        options={"preconditioner": operator},
-    )
-    np.testing.assert_allclose(G @ solution.value, b, atol=1e-7)
-    plain = lineax.linear_solve(A, b, lineax.CG(rtol=1e-10, atol=1e-10))
-    assert solution.stats["num_steps"] < plain.stats["num_steps"]
+    solver = lineax.CG(rtol=1e-10, atol=1e-10)
+
+    def solve(options):
+        def run(b):
+            found = lineax.linear_solve(A, b, solver, options=options)
+            return found.value, found.stats["num_steps"]
+
+        return jax.jit(run)(b)
+
+    x, steps = solve({"preconditioner": operator})
+    np.testing.assert_allclose(G @ x, b, atol=1e-7)
+    assert steps < solve({})[1]
     x, y = b, jnp.flip(b)
     np.testing.assert_allclose(operator.transpose().mv(x), operator.mv(x))
     np.testing.assert_allclose(y @ operator.mv(x), x @ operator.T.mv(y), rtol=1e-10)
@@ -810,7 +793,7 @@ def test_lineax_operator():
     np.testing.assert_allclose(operator.as_matrix() @ x, C(x), rtol=1e-9, atol=1e-9)
 
 
-# Diagnostics and errors ---------------------------------------------------------------
+# Diagnostics --------------------------------------------------------------------------
 
 
 def test_diagnostics():
@@ -829,40 +812,3 @@ def test_diagnostics():
     )
     assert numbers["products"] == 2 + 4 + D and numbers["step_products"] == 2
     assert numbers["failures"] == 0
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "match"),
-    [
-        (lambda: bma.newton_bma(curvature=bma.Hessian), TypeError, "bma.Curvature"),
-        (lambda: bma.newton_bma(damping=-1), ValueError, "`damping`"),
-        (lambda: bma.newton_bma(min_eigenvalue=-1), ValueError, "`min_eigenvalue`"),
-        (lambda: bma.newton_bma(b2=1.0), ValueError, "`b2`"),
-        (lambda: bma.newton_bma(update_interval=0), ValueError, "`update_interval`"),
-        (lambda: bma.newton_bma(max_norm=0), ValueError, "`max_norm`"),
-        (lambda: bma.within("some", bma.per_leaf), ValueError, "`bounds`"),
-        (lambda: bma.newton_bma(partition="unit"), TypeError, "rule"),
-        (lambda: bma.Hessian(num_probes=1), ValueError, "`num_probes`"),
-        (lambda: bma.newton_bma().init(jnp.ones(2, int)), TypeError, "floating"),
-        (lambda: bma.preconditioner(lambda v: v, "x"), TypeError, "array"),
-    ],
-)
-def test_errors(make, error, match):
-    with pytest.raises(error, match=match):
-        make()
-
-
-def test_errors_of_update():
-    x = jnp.ones(2)
-    for tx in (bma.scale_by_newton_bma(), bma.scale_by_quadratic_model()):
-        state = tx.init(x)
-        with pytest.raises(ValueError, match="value_fn=loss"):
-            tx.update(x, state, x)
-        with pytest.raises(ValueError, match="needs the parameters"):
-            tx.update(x, state, value_fn=jnp.sum)
-        with pytest.raises(ValueError, match="shape"):
-            tx.update(jnp.ones(3), state, x, value_fn=jnp.sum)
-    fisher = bma.Fisher(lambda x: x, lambda key, y: y, lambda y, z: jnp.sum(y))
-    wrong = bma.scale_by_natural_bma(fisher)
-    with pytest.raises(ValueError, match=r"shape \(n,\)"):
-        wrong.update(x, wrong.init(x), x)

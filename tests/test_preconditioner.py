@@ -1,6 +1,7 @@
 """C for conjugate gradients: unlike units, null directions, holes."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -303,3 +304,17 @@ def test_a_product_that_is_not_finite_is_said():
     with pytest.warns(UserWarning, match="not finite"):
         jax.jit(lambda: bma.preconditioner(lambda v: jnp.nan * v, jnp.ones(4)))()
         jax.effects_barrier()
+    # Under vmap it is said for those that it is true of; filters of other kinds of
+    # warnings, or none at all, change nothing.
+    for kind in (DeprecationWarning, None):
+        with pytest.warns(UserWarning, match="not finite") as seen:
+            warnings.resetwarnings()
+            if kind:
+                warnings.simplefilter("ignore", kind)
+            jax.block_until_ready(
+                jax.jit(
+                    jax.vmap(lambda x: bma.preconditioner(lambda v: x * v, jnp.ones(4)))
+                )(jnp.array([1.0, jnp.nan]))
+            )
+            jax.effects_barrier()
+        assert len(seen) == 1

@@ -9,9 +9,11 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_the_examples_minimise_their_loss():
-    layer = {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}
-    small = {"w": jnp.ones((4, 3)), "b": jnp.ones(4)}
-    starts = (layer, 1e-2), (jnp.zeros((64, 64)), 1e-5), (small, 1e-6)
+    starts = (
+        ({"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}, 2e-2),
+        (jnp.zeros((64, 64)), 1e-5),
+        ({"w": jnp.ones((4, 3)), "b": jnp.ones(4)}, 1e-6),
+    )
     names = {}
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     for example, (start, share) in zip(examples, starts, strict=True):
