@@ -99,10 +99,10 @@ def diagnostics(
       >>> def f(x): return jnp.sum(x["a"] ** 2) + jnp.sum((x["a"] - x["b"]) ** 2)
       >>> tx = bma.adagrad_bma(0.5)
       >>> params = {"a": jnp.array([3.0, 1.0, 2.0]), "b": jnp.array(0.0)}
-      >>> state = tx.init(params)
+      >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for _ in range(9):
       ...     grads = jax.grad(f)(params)
-      ...     updates, state = tx.update(grads, state, params)
+      ...     updates, state = update(grads, state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> blocks = bma.partition(params)
       >>> numbers = bma.diagnostics(state, blocks, grads)

@@ -1,5 +1,6 @@
 """Strict settings for every test: they must be there before JAX starts."""
 
+import gc
 import os
 from importlib import metadata
 
@@ -19,10 +20,17 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# One thread of BLAS for each worker of xdist: more of them wait for the other worker's,
+# at full speed.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import hypothesis
 import jax
 import pytest
 
+# Traces and programs are many small objects that stay: to look through them again and
+# again for what could go is a tenth of the time.
+gc.set_threshold(100_000, 50, 50)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Sums over shards of two programs at once can wait for each other on two cores, until

@@ -159,7 +159,7 @@ def test_without_jit_labels_and_preconditioners_compile_once():
         C = bma.preconditioner(
             lambda v: 3 * v - jnp.roll(v, 1) - jnp.roll(v, -1),
             jnp.ones(12),
-            bma.per_tile((2,), reach=1),
+            bma.per_tile((2,)),
         )
         return C(jnp.ones(12))
 

@@ -236,9 +236,8 @@ TILES = bma.per_tile((4, 4), reach=1)
 def condition(f, like, steps=30, rule=TILES, **kwargs):
     """κ of C G from the coefficients of conjugate gradients (Lanczos)."""
     r = np.random.default_rng(1).standard_normal(like.shape)
-    linear = product(f, like)
-    G = jax.jit(linear)
-    made = jax.jit(lambda: bma.preconditioner(linear, like, rule, **kwargs))()
+    G = jax.jit(lambda x: product(f, like)(x))
+    made = jax.jit(lambda: bma.preconditioner(G, like, rule, **kwargs))()
     C = jax.jit(lambda x: made(x))
     z = np.asarray(C(jnp.asarray(r)))
     p, rz, a, b = z, np.vdot(r, z), [], []
@@ -531,10 +530,11 @@ def test_indefinite_curvature_still_descends():
 
 def test_lineax_and_conjugate_gradients_take_nested_levels():
     f, like = laplacian(32), jnp.zeros((32, 32))
-    G = product(f, like)
+    G = jax.jit(lambda x: product(f, like)(x))
     C = jax.jit(lambda: bma.preconditioner(G, like, bma.per_tile((2, 2), reach=1)))()
     b = jnp.asarray(np.random.default_rng(0).standard_normal((32, 32)))
-    x, _ = jax.scipy.sparse.linalg.cg(G, b, M=C, tol=1e-8, maxiter=30)
+    cg = functools.partial(jax.scipy.sparse.linalg.cg, tol=1e-8, maxiter=30)
+    x, _ = jax.jit(lambda b: cg(G, b, M=C))(b)
     np.testing.assert_allclose(G(x), b, atol=1e-6)
     operator = C.as_lineax()
     np.testing.assert_allclose(operator.T.mv(b), C(b), rtol=1e-10)
@@ -650,7 +650,8 @@ def test_what_a_loss_takes_and_raises():
         raise TypeError("a mistake of its own")
 
     x, tx = jnp.ones(4), bma.scale_by_newton_bma(key=jax.random.key(3))
-    updates, _ = tx.update(x, tx.init(x), x, value_fn=loss, scale=5.0)
+    update = jax.jit(functools.partial(tx.update, value_fn=loss))
+    updates, _ = update(x, tx.init(x), x, scale=5.0)
     np.testing.assert_allclose(updates, x / 10, rtol=1e-5)
     with pytest.raises(TypeError, match="a mistake of its own"):
         tx.update(x, tx.init(x), x, value_fn=broken)

@@ -242,7 +242,7 @@ def test_wrappers_in_any_order(names, method):
     with jax.numpy_dtype_promotion("standard"):
         for name in names:
             tx = WRAPPERS[name](tx)
-        params, state = PARAMS, tx.init(PARAMS)
+        params, state = PARAMS, jax.jit(tx.init)(PARAMS)
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
         step = jax.jit(make_step(optax.with_extra_args_support(tx)))
         for _ in range(4):
@@ -263,10 +263,14 @@ def test_schedule_free_and_lookahead(name):  # These average the iterates.
         ahead = optax.lookahead(gentle, sync_period=3, slow_step_size=0.5)
         both = optax.LookaheadParams.init_synced(PARAMS)
         state = ahead.init(both)
-        update = jax.jit(ahead.update)
+
+        @jax.jit
+        def step(both, state):
+            updates, state = ahead.update(jax.grad(loss)(both.fast), state, both)
+            return optax.apply_updates(both, updates), state
+
         for _ in range(60):
-            updates, state = update(jax.grad(loss)(both.fast), state, both)
-            both = optax.apply_updates(both, updates)
+            both, state = step(both, state)
         assert loss(both.slow) < loss(PARAMS)
 
 

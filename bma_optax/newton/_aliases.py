@@ -160,9 +160,9 @@ def natural_bma(
       >>> solver = bma.natural_bma(fisher)
       >>> params = jnp.zeros((3, 2))
       >>> state = solver.init(params)
+      >>> update = jax.jit(lambda g, s, p: solver.update(g, s, p, value_fn=f))
       >>> for _ in range(3):
-      ...     updates, state = solver.update(
-      ...         jax.grad(f)(params), state, params, value_fn=f)
+      ...     updates, state = update(jax.grad(f)(params), state, params)
       ...     params = optax.apply_updates(params, updates)
       ...     print(f"Objective function: {f(params):.3f}")
       Objective function: 0.427

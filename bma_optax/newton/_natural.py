@@ -63,9 +63,9 @@ def scale_by_natural_bma(
       >>> def f(w): return jnp.mean(losses(x @ w, y))
       >>> tx = optax.chain(bma.scale_by_natural_bma(fisher), optax.scale(-0.5))
       >>> params = jnp.zeros((3, 2))
-      >>> state = tx.init(params)
+      >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for _ in range(3):
-      ...     updates, state = tx.update(jax.grad(f)(params), state, params)
+      ...     updates, state = update(jax.grad(f)(params), state, params)
       ...     params = optax.apply_updates(params, updates)
       ...     print(f"Objective function: {f(params):.3f}")
       Objective function: 0.175

@@ -140,8 +140,9 @@ def scale_by_newton_bma(
       >>> params = {"a": jnp.array([3.0, 2.0]), "b": jnp.array(2.0)}
       >>> tx = optax.chain(bma.scale_by_newton_bma(), optax.scale(-1.0))
       >>> state = tx.init(params)
+      >>> update = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=f))
       >>> for _ in range(3):
-      ...     updates, state = tx.update(jax.grad(f)(params), state, params, value_fn=f)
+      ...     updates, state = update(jax.grad(f)(params), state, params)
       ...     params = optax.apply_updates(params, updates)
       ...     print(f"Objective function: {f(params):.3f}")
       Objective function: 0.000
