@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.convex import __main__ as convex
 from benchmarks.figures import figure2
 from benchmarks.harness import results, timing, tuning
 
@@ -204,12 +205,12 @@ def test_figure2(tmp_path):
     content, printed = run(tmp_path, "figures.figure2", options)
     assert "| AdaGrad-Full |" in printed
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
-    for net, methods in (("small", 2), ("tiny", 3)):
+    for net, methods, pairs in (("small", 5, 1), ("tiny", 6, 3)):
         result = content["nets"][net]
         assert len(result["methods"]) == methods
         look = result["look"]
         assert 0 < np.median(look["corrections"]) < 1
-        assert len(look["angles"]) == methods * (methods - 1) / 2
+        assert len(look["angles"]) == pairs
         assert all(0 <= x <= 180 for x in sum(look["angles"].values(), []))
         for M in look["matrices"].values():
             assert np.shape(M) == (6, 6) and np.all(np.diag(M) == 1)
@@ -219,6 +220,15 @@ def test_figure2(tmp_path):
             assert row["best_on_edge_of_grid"]
             assert row["seconds_per_step"] > 0
             assert len(row["curve"]["loss"][0]) == 2
+
+
+@pytest.mark.benchmark
+def test_linear_models():
+    task = convex.task_of("wine", True, 5, 4)
+    assert 0 <= convex.least_loss(task) < 1e-2
+    for online in (True, False):
+        found = convex.measure(task, "units_learned", online)
+        assert len(found["loss"]) == 4 and np.all(np.isfinite(found["loss"]))
 
 
 def test_bad_data_is_said_in_one_line(tmp_path):

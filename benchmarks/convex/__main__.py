@@ -37,7 +37,7 @@ REGIMES = {"mini-batches": (600, 48), "online": (1500, 1)}
 
 def forward(params: Any, examples: Any):
     features, targets = examples
-    output = features @ params["kernel"] + params["bias"]
+    output = features @ params["kernel"] + params["bias"][None]
     if jnp.issubdtype(targets.dtype, jnp.integer):
         return cross_entropy(output, targets), {}
     return jnp.mean((output[:, 0] - targets) ** 2) / 2, {}
