@@ -36,11 +36,6 @@ def below_one(**arguments: Any) -> None:
     _check(arguments, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
-def finite(**arguments: Any) -> None:
-    """Raises a ValueError if a number is infinite or NaN."""
-    _check(arguments, "a finite number", math.isfinite)
-
-
 def rates(**arguments: Any) -> None:
     """Raises a ValueError if a rate is below 0, infinite or NaN; schedules pass.
 
