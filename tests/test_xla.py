@@ -97,7 +97,7 @@ def program(function, *args, platform="cuda"):
 
 
 def test_a_second_pass_starts_after_the_first_where_fusions_cannot_write_in_place():
-    """On an H100: 28 bytes a parameter in place of 36 (compiled for, not run on)."""
+    """Else XLA on a GPU copies arrays that a fusion both sums and writes."""
     for tx in (bma.scale_by_bma(), bma.scale_by_adam_bma()):
         state = tx.init(LIKE)
         barriers = [

@@ -25,13 +25,12 @@ import bma_optax as bma
 from benchmarks.convex.data import SOURCES, split
 from benchmarks.harness import tables
 from benchmarks.harness.results import Parser, Results
-from benchmarks.harness.tuning import grow
 from benchmarks.networks.methods import METHODS
-from benchmarks.networks.study import RATES, Trainer, final
+from benchmarks.networks.study import RATES, Trainer, final, tune
 from benchmarks.networks.tasks import Task, cross_entropy
 
 SHOWN = ("adam", "adagrad", "adagrad_bma", "units_constant", "units_learned")
-TUNED, REPORTED = (0, 100, 200), (1, 2, 3, 4)
+REPORTED = (1, 2, 3, 4)  # Orders of the examples.
 REGIMES = {"mini-batches": (600, 48), "online": (1500, 1)}
 
 
@@ -72,26 +71,20 @@ def least_loss(task: Task) -> float:
     return float(found.fun)
 
 
+def regret(losses: np.ndarray) -> np.ndarray:
+    """Mean loss before each step; infinite if it diverged."""
+    means = losses.mean(axis=1)
+    return np.where(np.isfinite(means), means, np.inf)
+
+
 def measure(task: Task, name: str, online: bool) -> dict[str, Any]:
     """One cell: a tuned method on other orders of the examples."""
-    method = METHODS[name]
-    trainer = Trainer(task, method)
-
-    def scores(seeds: list[int], rates: list[float], settings: dict) -> np.ndarray:
-        losses = trainer(seeds, rates, settings)[0]
-        found = losses.mean(axis=1) if online else final(losses)
-        return np.where(np.isfinite(found), found, np.inf)
-
-    def evaluate(i: int, rates: list[float]) -> list[float]:
-        seeds = np.repeat(TUNED, len(rates)).tolist()
-        every = scores(seeds, rates * len(TUNED), method.variants()[i])
-        return every.reshape(len(TUNED), -1).mean(axis=0).tolist()
-
-    tuned = grow(evaluate, method.variants(), method.start, RATES)
-    seeds = list(REPORTED) * -(-RATES * len(TUNED) // len(REPORTED))
-    seeds = seeds[: RATES * len(TUNED)]  # As many runs as before: one program.
-    found = scores(seeds, [tuned["rate"]] * len(seeds), tuned["settings"])
-    return {"tuning": tuned, "loss": found[: len(REPORTED)].tolist()}
+    score = regret if online else final
+    trainer = Trainer(task, METHODS[name])
+    tuned = tune(trainer, score)
+    seeds = [*REPORTED, *REPORTED][:RATES]  # As many runs as in tuning: one program.
+    losses = trainer(seeds, tuned["rate"], tuned["settings"])[0]
+    return {"tuning": tuned, "loss": score(losses)[: len(REPORTED)].tolist()}
 
 
 def table(regime: str, tasks: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -92,13 +93,16 @@ def final(losses: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(means), means, np.inf)
 
 
-def tune(trainer: Trainer) -> dict[str, Any]:
-    """The best settings and rate, of grids that grow until the best rate is inside."""
+def tune(trainer: Trainer, score: Callable = final) -> dict[str, Any]:
+    """The best settings and rate, of grids that grow until the best rate is inside.
+
+    ``score``: losses of every step (runs, steps) -> a number a run, less is better.
+    """
     variants = trainer.method.variants()
 
     def evaluate(i: int, rates: list[float]) -> list[float]:
         losses = [
-            final(trainer([seed] * RATES, rates, variants[i])[0])
+            score(trainer([seed] * RATES, rates, variants[i])[0])
             for seed in TUNING_SEEDS
         ]
         return np.mean(losses, axis=0).tolist()

@@ -167,7 +167,7 @@ def scale_by_bma(
     _checks.not_negative(
         initial_accumulator_value=initial_accumulator_value,
         eps=eps,
-        min_eigenvalue=0.0 if min_eigenvalue is None else min_eigenvalue,
+        min_eigenvalue=_inverse_root.floor(min_eigenvalue, estimator),
     )
     _checks.at_least_one(update_interval=update_interval)
     update_interval = _checks.plain(update_interval)

@@ -142,7 +142,7 @@ def scale_by_adam_bma(
     _checks.not_negative(
         eps=eps,
         eps_root=eps_root,
-        min_eigenvalue=0.0 if min_eigenvalue is None else min_eigenvalue,
+        min_eigenvalue=_inverse_root.floor(min_eigenvalue, estimator),
     )
     _checks.at_least_one(update_interval=update_interval)
     _checks.mu_dtype(mu_dtype)

@@ -8,6 +8,7 @@ of 1/√s. q follows the leading direction of Z^-1 g, see ``_direction``. Number
 array's inputs keep all of its axes, of length 1 where units are counted.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -176,5 +177,5 @@ class _Array(NamedTuple):
 
 
 def _mean_square_one(units, y):
-    square = jnp.sum(jnp.square(y), axis=units.inputs, keepdims=True)
-    return y / jnp.sqrt(square / units.num_inputs)
+    """W = √s q of one array, a number an input."""
+    return math.sqrt(units.num_inputs) * units.direction(y)

@@ -48,7 +48,7 @@ def chosen(estimator: str | None, blocks: Partition, weights: str = "constant") 
     return estimator
 
 
-def floor(min_eigenvalue, estimator: str):
+def floor(min_eigenvalue, estimator: str | None):
     """The floor of M's eigenvalues; None stands for 1 with "projection", else 0.3."""
     if min_eigenvalue is None:
         return 1.0 if estimator == "projection" else 0.3
