@@ -59,6 +59,13 @@ def at_least_one(**arguments: Any) -> None:
             raise TypeError(f"`{name}` must be {wanted}, got {value!r}.")
 
 
+def one_of(options: tuple[Any, ...], **arguments: Any) -> None:
+    """Raises a ValueError if a value is none of the ``options``, strings or None."""
+    for name, value in arguments.items():
+        if not isinstance(value, str | None) or value not in options:
+            raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
+
+
 def is_zero(value: Any) -> bool:
     """Whether ``value`` is a Python or NumPy number 0, which cannot change later."""
     return isinstance(value, (int, float, np.number)) and value == 0

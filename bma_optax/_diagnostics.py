@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from bma_optax import _names
+from bma_optax import _checks, _names
 from bma_optax.adaptive import _diagnostics as _adaptive
 from bma_optax.adaptive import _inverse_root
 from bma_optax.adaptive._adagrad import ScaleByBMAState
@@ -112,7 +112,7 @@ def diagnostics(
       ...     print(f"{blocks.names[i]}, {blocks.names[j]}: {x:.2f}")
       a, b: -0.97
     """  # noqa: E501
-    _inverse_root.check_estimator(estimator)
+    _checks.one_of(_inverse_root.ESTIMATORS, estimator=estimator)
     if not isinstance(blocks, Partition | None):
         raise TypeError(
             f"`blocks` must be a partition, got {type(blocks).__name__}. Pass "

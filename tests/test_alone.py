@@ -114,6 +114,33 @@ def test_blocks_that_may_see_others_have_the_reports(rule, params):
     assert np.abs(found[0] - found[2]).max() > 1e-3
 
 
+@pytest.mark.parametrize("factory", [bma.scale_by_bma, bma.scale_by_adam_bma])
+def test_each_group_has_its_own_estimator(factory):
+    """Units beside blocks that see each other stay what they are without those."""
+    rng = np.random.default_rng(3)
+    shapes = {"a/kernel": (5, 3), "b/kernel": (3, 2), "x/bias": (3,), "y/bias": (2,)}
+    grads = [
+        {k: jnp.asarray(rng.standard_normal(s) + 1) for k, s in shapes.items()}
+        for _ in range(4)
+    ]
+
+    def run(rule, kind):
+        mine = [{k: x for k, x in g.items() if kind in k} for g in grads]
+        tx = factory(partition=rule)
+        state, update = tx.init(mine[0]), jax.jit(tx.update)
+        for g in mine:
+            updates, state = update(g, state)
+        numbers = bma.diagnostics(state, bma.partition(mine[0], rule))
+        return updates, numbers["min_eigenvalue"]
+
+    together, least = run(bma.by_path({"bias": bma.per_leaf}, default=bma.units), "")
+    units, of_units = run(bma.units, "kernel")
+    biases, of_biases = run(bma.per_leaf, "bias")
+    for name, x in (units | biases).items():
+        np.testing.assert_allclose(together[name], x, rtol=1e-5)
+    np.testing.assert_allclose(least, min(of_units, of_biases), rtol=1e-5)
+
+
 def test_a_block_whose_sums_are_zero_stays_at_the_diagonal():
     tx = bma.scale_by_bma(ALONE["units"], min_eigenvalue=0.0)
     g = {"kernel": jnp.array([[1.0, 1.0], [-1.0, 2.0]])}

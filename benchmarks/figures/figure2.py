@@ -42,7 +42,9 @@ def optimizers(options: Any) -> dict[str, MakeOptimizer]:
         ),
         # The same with one block a unit, and the units of an array seeing each other.
         "BMA, units": functools.partial(
-            bma.adagrad_bma, partition=bma.within("array", bma.per_unit)
+            bma.adagrad_bma,
+            partition=bma.within("array", bma.per_unit),
+            estimator="report",
         ),
         # Eq. (2) for each unit alone: two numbers a block.
         "BMA, units alone": functools.partial(bma.adagrad_bma, partition=bma.units),

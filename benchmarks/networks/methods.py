@@ -74,7 +74,7 @@ METHODS = {
     ),
     "units_report": Method(
         "AdaGrad-BMA, units of an array see each other",
-        lambda: bma.scale_by_bma(bma.within("array", bma.per_unit)),
+        lambda: bma.scale_by_bma(bma.within("array", bma.per_unit), estimator="report"),
         start=-5,
         factorizes=True,
     ),

@@ -105,10 +105,10 @@ def scale_by_bma(
       estimator: "report" for the M above, which Lu et al. 2018 use. "projection" for
         :math:`M = S^{1/2} \frac{U}{v v^T} S^{1/2}` with S = diag(s) and the diagonal of
         U included: eq. 2 applied to :math:`Z^{-1} H Z^{-1}`. "report" shrinks the
-        off-diagonal entries of that M by :math:`\sqrt{s_i s_j}`. None selects
-        "projection" if the rule leaves every block alone, as ``bma.units`` does: there
-        "report" has M = 1 and equals AdaGrad, and neither needs an ``eigh``. Otherwise
-        None selects "report".
+        off-diagonal entries of that M by :math:`\sqrt{s_i s_j}`. None decides group by
+        group: "projection" for a block alone, as under ``bma.units``, where "report"
+        has M = 1 and equals AdaGrad, and neither needs an ``eigh``; "report" for blocks
+        that see each other, and for all if the rule sets no bounds.
       weights: "constant" for the block sums above. "learned" for weighted sums: the
         units of an array share a unit vector q over their s inputs, which takes the
         place of :math:`1 / \sqrt{s}` in E and follows the leading direction of the
@@ -160,10 +160,9 @@ def scale_by_bma(
     "Application to AdaGrad" and "AdaGrad-BMA".
     """
     _rules.check_rule(partition)
-    _inverse_root.check_estimator(estimator)
-    _columns.check_weights(weights)
-    if form not in _FORMS:
-        raise ValueError(f"`form` must be one of {_FORMS}, got {form!r}.")
+    _checks.one_of(_inverse_root.ESTIMATORS, estimator=estimator)
+    _checks.one_of(_columns.WEIGHTS, weights=weights)
+    _checks.one_of(_FORMS, form=form)
     _checks.not_negative(
         initial_accumulator_value=initial_accumulator_value,
         eps=eps,
@@ -181,7 +180,7 @@ def scale_by_bma(
             ),
             params,
         )
-        _inverse_root.chosen(estimator, blocks, weights)
+        _inverse_root.by_bucket(estimator, blocks, weights)
         U, v, inverse_root = _inverse_root.start(blocks, sum_of_squares)
         return ScaleByBMAState(
             count=jnp.zeros((), jnp.int32),
@@ -202,8 +201,7 @@ def scale_by_bma(
         blocks = _build.layout(updates, partition)
         blocks.check_state(state.U.shape)
         _columns.check_state(weights, blocks, state.direction)
-        kind = _inverse_root.chosen(estimator, blocks, weights)
-        floor = _inverse_root.floor(min_eigenvalue, kind)
+        estimators = _inverse_root.by_bucket(estimator, blocks, weights)
         columns = _columns.Columns(blocks, state.direction)
 
         # A step passes over memory to update h, to sum g and √h, to write r (into the
@@ -222,7 +220,7 @@ def scale_by_bma(
         def refresh():
             v = _inverse_root.root_sums(columns, h, eps)
             root, failures = _inverse_root.inverse_root(
-                blocks, U, v, state.inverse_root, floor, kind
+                blocks, U, v, state.inverse_root, min_eigenvalue, estimators
             )
             return v, root, state.failures + failures
 

@@ -87,8 +87,9 @@ def scale_by_adam_bma(
         plain Adam.
       estimator: "report" for the M above. "projection" for M = S^½ U / (v vᵀ) S^½ with
         S the diagonal matrix of block sizes and the diagonal of U included; see
-        :func:`scale_by_bma`. None selects "projection" if the rule leaves every block
-        alone, where "report" is plain Adam, and "report" otherwise.
+        :func:`scale_by_bma`. None decides group by group: "projection" for a block
+        alone, where "report" is plain Adam, and "report" for blocks that see each
+        other.
       weights: "constant" or "learned", see :func:`scale_by_bma`. The direction q
         follows that of :math:`Z^{-1} m`.
       min_eigenvalue: the floor of M's eigenvalues, a number >= 0. At 1 the update along
@@ -136,8 +137,8 @@ def scale_by_adam_bma(
     "AdaGrad-BMA"; Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014.
     """
     _rules.check_rule(partition)
-    _inverse_root.check_estimator(estimator)
-    _columns.check_weights(weights)
+    _checks.one_of(_inverse_root.ESTIMATORS, estimator=estimator)
+    _checks.one_of(_columns.WEIGHTS, weights=weights)
     _checks.below_one(b1=b1, b2=b2)
     _checks.not_negative(
         eps=eps,
@@ -154,7 +155,7 @@ def scale_by_adam_bma(
         nu = jax.tree.map(
             lambda p: jnp.zeros_like(p, dtype=_tree.statistic_dtype(p)), params
         )
-        _inverse_root.chosen(estimator, blocks, weights)
+        _inverse_root.by_bucket(estimator, blocks, weights)
         U, v, inverse_root = _inverse_root.start(blocks, nu)
         return ScaleByAdamBMAState(
             count=jnp.zeros((), jnp.int32),
@@ -176,8 +177,7 @@ def scale_by_adam_bma(
         blocks = _build.layout(updates, partition)
         blocks.check_state(state.U.shape)
         _columns.check_state(weights, blocks, state.direction)
-        kind = _inverse_root.chosen(estimator, blocks, weights)
-        floor = _inverse_root.floor(min_eigenvalue, kind)
+        estimators = _inverse_root.by_bucket(estimator, blocks, weights)
         columns = _columns.Columns(blocks, state.direction)
         count = optax.safe_increment(state.count)
 
@@ -204,7 +204,7 @@ def scale_by_adam_bma(
             sizes = jnp.asarray(blocks.sizes, v.dtype)
             v = v + jnp.sqrt(start) * jnp.asarray(eps, v.dtype) * sizes
             root, failures = _inverse_root.inverse_root(
-                blocks, U, v, state.inverse_root, floor, kind
+                blocks, U, v, state.inverse_root, min_eigenvalue, estimators
             )
             return v, root, state.failures + failures
 

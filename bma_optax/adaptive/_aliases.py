@@ -53,7 +53,7 @@ def adagrad_bma(
         :math:`Z^{-1/2} F^{-1/2} Z^{-1/2} g`, always a descent direction, but large
         where gradients were tiny and blocks are fine.
       estimator: "report" for the M of Lu et al. 2018; "projection" for M by eq. 2, with
-        a diagonal. None selects "projection" if every block is alone, else "report".
+        a diagonal. None selects "projection" for a block alone, "report" for others.
       weights: "constant" sums blocks as they are; "learned" along the direction that
         the units of an array share, see :func:`scale_by_bma`.
       update_interval: an integer >= 1, the steps from one computation of M^-½ to the
@@ -137,7 +137,7 @@ def adam_bma(
       partition: the rule that cuts the parameters into blocks. The default
         ``bma.per_leaf`` makes each array one block. An array without blocks gets Adam.
       estimator: "report" for the M of Lu et al. 2018; "projection" for M by eq. 2, with
-        a diagonal. None selects "projection" if every block is alone, else "report".
+        a diagonal. None selects "projection" for a block alone, "report" for others.
       weights: "constant" sums blocks as they are; "learned" along the direction that
         the units of an array share, see :func:`scale_by_bma`.
       min_eigenvalue: the floor of M's eigenvalues, a number >= 0. At 1 the update along

@@ -22,12 +22,6 @@ WEIGHTS = ("constant", "learned")
 KEPT = 0.95  # The part of y that a step keeps, as in mini-BMA.
 
 
-def check_weights(weights: str) -> None:
-    """Raises a ValueError for unknown ``weights``."""
-    if weights not in WEIGHTS:
-        raise ValueError(f"`weights` must be one of {WEIGHTS}, got {weights!r}.")
-
-
 def start(weights, blocks, zeros):
     """The directions y before the first step: None, or a tree of plain means.
 

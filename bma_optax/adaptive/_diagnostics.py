@@ -92,11 +92,14 @@ def _of_roots(blocks, state, estimator):
     U, v, inverse_root = state.U, state.v, state.inverse_root
     if state.direction is not None:
         estimator = "projection"  # Learned weights have no other.
-    estimator = _inverse_root.chosen(estimator, blocks)
     M = [
-        _inverse_root.small_matrix(*parts, estimator)
+        _inverse_root.small_matrix(*parts)
         for parts in zip(
-            blocks.split_matrix(U), blocks.split(v), blocks.split_sizes(), strict=True
+            blocks.split_matrix(U),
+            blocks.split(v),
+            blocks.split_sizes(),
+            _inverse_root.by_bucket(estimator, blocks),
+            strict=True,
         )
     ]
     numbers = of_matrices(blocks, M)

@@ -20,32 +20,30 @@ from bma_optax.algebra._block_mean_matrix import BlockMeanMatrix
 from bma_optax.algebra._expansions import root_outer
 from bma_optax.partitions._blocks import Partition
 
-_ESTIMATORS = ("report", "projection")
+ESTIMATORS = ("report", "projection", None)
 
 
-def check_estimator(estimator: str | None) -> None:
-    """Raises a ValueError for an unknown ``estimator``."""
-    if estimator is not None and estimator not in _ESTIMATORS:
-        raise ValueError(
-            f"`estimator` must be one of {_ESTIMATORS} or None, got {estimator!r}."
-        )
+def by_bucket(
+    estimator: str | None, blocks: Partition, weights: str = "constant"
+) -> list[str]:
+    """Returns the estimator of the groups of each bucket.
 
-
-def chosen(estimator: str | None, blocks: Partition, weights: str = "constant") -> str:
-    """Returns the estimator; None stands for "projection" where every block is alone.
-
-    There the M of "report" is 1. Under a rule that lets all blocks see each other, None
-    stands for "report", even where the rule makes only one block.
+    None stands for "projection" where a block is alone in its group, since the M of
+    "report" is 1 there, and for "report" in groups of several. Under a rule that lets
+    all blocks see each other it stands for "report", even if there is only one block.
     """
-    if estimator is None:
-        estimator = "projection" if _all_alone(blocks) else "report"
-    if weights == "learned" and estimator == "report":
+    kinds = [estimator or "report"] * len(blocks.buckets)
+    if estimator is None and any(
+        array.num_blocks and array.group[:1] != ("all",) for array in blocks.arrays
+    ):
+        kinds = ["projection" if n == 1 else "report" for _, n in blocks.buckets]
+    if weights == "learned" and "report" in kinds:
         raise ValueError(
             '`weights="learned"` needs the estimator "projection": with "report" the '
             "mean of a block has no number of its own. Pass a rule that leaves every "
             'block alone, such as bma.units, or `estimator="projection"`.'
         )
-    return estimator
+    return kinds
 
 
 def floor(min_eigenvalue, estimator: str | None):
@@ -53,19 +51,6 @@ def floor(min_eigenvalue, estimator: str | None):
     if min_eigenvalue is None:
         return 1.0 if estimator == "projection" else 0.3
     return min_eigenvalue
-
-
-def _all_alone(blocks: Partition) -> bool:
-    """Whether the rule bounds who sees whom, and no block sees another.
-
-    So it is where there are no blocks, as in ``init`` of a placeholder by
-    ``optax.tree.map_params``.
-    """
-    coupled = any(n > 1 for _, n in blocks.buckets)
-    bounded = [
-        array.group[:1] != ("all",) for array in blocks.arrays if array.num_blocks
-    ]
-    return not coupled and (any(bounded) or not bounded)
 
 
 def start(blocks, zeros):
@@ -108,7 +93,7 @@ def root_sums(columns, h, eps):
     return _xla.sqrt(jnp.square(v) + jnp.square(sizes) * jnp.asarray(eps, v.dtype))
 
 
-def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):
+def inverse_root(blocks, U, v, last, min_eigenvalue, estimators):
     """M^-½ of each group, and the number of groups in which it failed.
 
     A group whose M^-½ is not finite keeps the last finite one.
@@ -118,20 +103,22 @@ def inverse_root(blocks, U, v, last, min_eigenvalue, estimator):
       U: the matrices of the groups.
       v: shape (L,).
       last: M^-½ of the previous refresh, in the shape of U.
-      min_eigenvalue: the floor of M's eigenvalues.
-      estimator: "report" or "projection".
+      min_eigenvalue: the floor of M's eigenvalues, or None, see :func:`floor`.
+      estimators: "report" or "projection" for each bucket, see :func:`by_bucket`.
     """
     roots, failures = [], jnp.zeros((), jnp.int32)
-    for U_group, v_group, sizes, last_group in zip(
+    for U_group, v_group, sizes, last_group, estimator in zip(
         blocks.split_matrix(U),
         blocks.split(v),
         blocks.split_sizes(),
         blocks.split_matrix(last),
+        estimators,
         strict=True,
     ):
         M = small_matrix(U_group, v_group, sizes, estimator)
         matrix = BlockMeanMatrix(jnp.ones_like(v_group), M, sizes)
-        root = matrix.inverse_sqrt(min_eigenvalue=min_eigenvalue).M
+        least = floor(min_eigenvalue, estimator)
+        root = matrix.inverse_sqrt(min_eigenvalue=least).M
         finite = jnp.all(jnp.isfinite(root), axis=(-1, -2))
         roots.append(jnp.where(finite[:, None, None], root, last_group))
         failures = failures + jnp.sum(~finite, dtype=jnp.int32)

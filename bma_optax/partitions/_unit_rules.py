@@ -7,12 +7,28 @@ PyTorch; the name of an array tells which. ``per_unit`` lets all units see each 
 
 import dataclasses
 import re
+from typing import ClassVar
 
 from bma_optax.partitions._rules import Path, Rule, per_leaf, without_parentheses
 
 
 @dataclasses.dataclass(frozen=True)
-class _PerColumn(Rule):
+class _PerIndex(Rule):
+    """One block for each index of one axis."""
+
+    axis: ClassVar[int]
+
+    def tile(self, path, shape):
+        tile = list(shape)
+        if len(shape) > 1:
+            tile[self.axis] = 1
+        return tuple(tile)
+
+    def __repr__(self):
+        return "per_row" if self.axis == 0 else "per_column"
+
+
+class _PerColumn(_PerIndex):
     """One block for each index of the last axis, whatever the array's name.
 
     An array of one axis is one block.
@@ -23,15 +39,10 @@ class _PerColumn(Rule):
       (2, 2, 2)
     """
 
-    def tile(self, path, shape):
-        return (*shape[:-1], 1) if len(shape) > 1 else shape
-
-    def __repr__(self):
-        return "per_column"
+    axis = -1
 
 
-@dataclasses.dataclass(frozen=True)
-class _PerRow(Rule):
+class _PerRow(_PerIndex):
     """One block for each index of the first axis, whatever the array's name.
 
     An array of one axis is one block.
@@ -42,11 +53,7 @@ class _PerRow(Rule):
       (3, 3)
     """
 
-    def tile(self, path, shape):
-        return (1, *shape[1:]) if len(shape) > 1 else shape
-
-    def __repr__(self):
-        return "per_row"
+    axis = 0
 
 
 # In the last part of a path. Flax: kernel, embedding, lora_a. Haiku: w, w_i,
