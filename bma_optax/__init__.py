@@ -31,6 +31,7 @@ from bma_optax.partitions._combinators import by_path, stacked, within
 from bma_optax.partitions._rules import Rule, per_layer, per_leaf
 from bma_optax.partitions._tile_rules import by_function, per_element, per_tile
 from bma_optax.partitions._unit_rules import per_column, per_row, per_unit, units
+from bma_optax.suggest._suggest import suggest_partition
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ __all__ = [
     "scale_by_newton_bma",
     "scale_by_quadratic_model",
     "stacked",
+    "suggest_partition",
     "units",
     "within",
 ]

@@ -14,7 +14,7 @@ FLOORS = [
     {"adaptive", "curvature"},
     {"multilevel"},
     {"newton"},
-    {"_diagnostics"},
+    {"_diagnostics", "suggest"},
     {"__init__"},
 ]
 

@@ -1,0 +1,141 @@
+"""The table that :func:`suggest_partition` prints."""
+
+import numpy as np
+
+from bma_optax import _names
+from bma_optax.partitions import _build
+from bma_optax.partitions._rules import Rule, per_leaf
+from bma_optax.suggest._structure import Structure
+from bma_optax.suggest._trial import MOST_STEPS, Trial
+
+_HEAD = (
+    "array", "shape", "reach", "periodic", "fields", "apart", "stiffness",
+    "without curvature", "meets",
+)  # fmt: skip
+
+
+def report(
+    found: list[Structure],
+    rule: Rule,
+    tried: Trial | None,
+    products: int,
+    params,
+) -> str:
+    """What was found, what to expect, and the partition.
+
+    Args:
+      found: the arrays.
+      rule: what is suggested.
+      tried: how it went; None if nothing was tried.
+      products: the products that found the structure.
+      params: the parameters.
+    """
+    total = products + (tried.products if tried else 0)
+    lines = [f"Suggested partition: {rule}", f"(found by {total:,} products)", ""]
+    rows = [_HEAD, *(_row(array, found) for array in found)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    lines += [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    lines += ["", *_remarks(found), *_expectation(rule, tried)]
+    if tried is not None and rule is not per_leaf:
+        lines += ["", repr(_build.layout(params, rule))]
+    return "\n".join(lines)
+
+
+def _row(array: Structure, found: list[Structure]) -> tuple[str, ...]:
+    axes, space = array.axes, array.space
+    fields = [i for i, axis in enumerate(axes) if i not in space and not axis.is_apart]
+    apart = [i for i, axis in enumerate(axes) if axis.is_apart and axis.length > 1]
+    return (
+        _names.name_of(array.path),
+        str(array.shape),
+        ", ".join(_reach(axis) for axis in axes) or "-",
+        _positions([i for i in space if axes[i].periodic], "no"),
+        _positions([i for i in fields if axes[i].length > 1] if space else []),
+        _positions(apart),
+        "-"
+        if array.stiffness is None
+        else ", ".join(f"{x:.2g}" for x in array.stiffness),
+        f"{100 * array.empty:.0f} %" if space else "-",
+        ", ".join(_names.name_of(found[i].path) for i in array.meets) or "-",
+    )
+
+
+def _reach(axis) -> str:
+    return "all" if axis.reach is None else str(axis.reach)
+
+
+def _positions(axes: list[int], none: str = "-") -> str:
+    return "axis " + ", ".join(map(str, axes)) if axes else none
+
+
+def _remarks(found: list[Structure]) -> list[str]:
+    lines = []
+    for array in found:
+        name = repr(_names.name_of(array.path))
+        if array.space and array.constant < 1e-3:
+            lines.append(
+                f"Constants have next to no curvature in {name}: its mean is slow, or "
+                "free."
+            )
+        most = None if array.stiffness is None else np.max(np.abs(array.stiffness))
+        if most is not None and most < 1e-2:
+            lines.append(
+                f"Slopes have no curvature in {name}: the loss is of fourth order. "
+                "Block means are too rough there to make steps independent of size."
+            )
+        outside = [i for i in array.meets if found[i].shape != array.shape]
+        if array.space and outside:
+            names = ", ".join(_names.name_of(found[i].path) for i in outside)
+            lines.append(
+                f"What {name} and other arrays ({names}) have in common is taken for "
+                "zero: they are not fields on one grid."
+            )
+    return lines
+
+
+def _expectation(rule: Rule, tried: Trial | None) -> list[str]:
+    """What conjugate gradients took, in sentences."""
+    if tried is None:
+        return [
+            "No array has neighbours: nothing is local, or arrays are too small. For a "
+            "network take bma.adagrad_bma or bma.adam_bma with bma.units, for a few "
+            "hundred parameters bma.newton_bma(bma.per_element), else optax.lbfgs."
+        ]
+    if not tried.local:
+        return [
+            "A check found entries of the curvature beyond the reach above. Pass a "
+            "larger reach by hand if you know it; else take optax.lbfgs."
+        ]
+    if not tried.convex:
+        return [
+            "The curvature is not positive definite at these parameters, so what to "
+            "expect is not known. Try again at parameters nearer to a minimum."
+        ]
+    gap = "1e-6 of the gap"
+    with_blocks = (
+        f"{tried.steps} steps to {gap} with blocks"
+        if tried.steps is not None
+        else f"more than {MOST_STEPS} steps to {gap} with blocks"
+    )
+    if tried.steps_without is not None:
+        without = f"{tried.steps_without} without"
+    elif tried.steps is not None:
+        without = (
+            f"more than {tried.tried} without (then {tried.left_without:.1g} of it is "
+            "left)"
+        )
+    else:
+        without = "no fewer without"
+    lines = [
+        f"Conjugate gradients from here: {with_blocks}, {without}. coarse_ratio "
+        f"{tried.coarse_ratio:.2g}."
+    ]
+    if rule is per_leaf:
+        lines.append(
+            "Blocks do not pay: what is slow here is not smooth. Take optax.lbfgs, or "
+            "conjugate gradients with the diagonal."
+        )
+    return lines

@@ -1,0 +1,192 @@
+"""The public function: measures, tries, and prints what it has found."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax import _checks, _control_flow, _names, _tree
+from bma_optax.curvature import _kinds, _probing
+from bma_optax.curvature._kinds import Curvature
+from bma_optax.multilevel._two_level import TwoLevel, checked_two_level
+from bma_optax.partitions._rules import Rule, per_leaf
+from bma_optax.suggest import _report, _rules, _structure
+from bma_optax.suggest._structure import Structure
+from bma_optax.suggest._trial import Trial, trial
+
+# Blocks cost a step a little, and a refresh some products: they must save more.
+_PAYS = 1.5
+# Where block means are hardly less curved than all else, what is slow is not smooth.
+_SMOOTH = 0.5
+
+
+def suggest_partition(
+    value_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    curvature: Curvature = _kinds.Hessian(),  # noqa: B008 - a frozen value.
+    verbose: bool = True,
+    key: jax.typing.ArrayLike = 0,
+    **extra_args: Any,
+) -> Rule:
+    r"""Finds the partition of a loss by products with its curvature, before training.
+
+    A vector that is random up to a cut across an axis and 0 behind it shows how far
+    elements meet along that axis, whether across the edge too, and which arrays meet. A
+    vector that is 1 on a lattice shows columns of G, and from their second moments
+
+    .. math:: -\tfrac12 \sum_o o_i^2 \, G_{p + o, p} / |G_{pp}|
+
+    how stiff the coupling along axis i is. Where it is far stiffer along some axes,
+    tiles along those alone are tried as well. Conjugate gradients on the quadratic
+    model, with the blocks and with the diagonal alone, then tell whether blocks pay.
+
+    It runs outside ``jax.jit``, and its products are compiled. It takes a few products
+    an axis of each array, two refreshes at most, and some steps of conjugate gradients.
+
+    Args:
+      value_fn: the loss, called as ``value_fn(params, *args)``.
+      params: the parameters, a tree of floating arrays.
+      *args: more arguments of the loss.
+      curvature: what G is: ``bma.Hessian()`` or another :class:`Curvature`.
+      verbose: whether to print the table.
+      key: a seed or a random key, for the probes and for ``bma.Fisher``.
+      **extra_args: arguments for the functions that name them in their signatures, as
+        those of ``update``.
+
+    Returns:
+      A :class:`Rule`, with its reach, for :func:`newton_bma`,
+      :func:`scale_by_newton_bma` or :func:`preconditioner`. It is ``per_leaf`` where
+      nothing is local or blocks do not pay; the table then says what to take instead.
+
+    Raises:
+      TypeError: if ``value_fn`` is not a function with second derivatives, or a leaf is
+        not a real floating array.
+      ValueError: if the curvature is not finite at the parameters, or under
+        ``jax.jit``.
+
+    Example:
+      >>> import jax.numpy as jnp, bma_optax as bma
+      >>> def f(u):
+      ...     smoothness = sum(jnp.sum(jnp.diff(u, axis=i) ** 2) for i in (0, 1))
+      ...     return smoothness + (u[20, 30] - 1) ** 2
+      >>> bma.suggest_partition(f, jnp.zeros((64, 64)), verbose=False)
+      per_tile((4, 4), reach=1)
+
+    Source: for probing by few products, Curtis, Powell and Reid, On the estimation of
+    sparse Jacobian matrices, 1974; for tiles along stiff axes (semi-coarsening),
+    Trottenberg, Oosterlee and Schüller, Multigrid, 2001, section 5.1.
+    """
+    _checks.functions(value_fn=value_fn)
+    if _control_flow.is_traced(params, args, extra_args):
+        raise ValueError(
+            "suggest_partition returns a rule, which is no array. Call it before "
+            "jax.jit, and pass the rule on."
+        )
+    _kinds.check_curvature(curvature)
+    _checks.random_key(key)
+    _tree.parameters(params)
+    params = _tree.arrays(params)
+    loss = (lambda p: value_fn(p, *args)) if args else value_fn
+    random_key = _probing.typed_key(_probing.key_data(key))
+
+    @jax.jit
+    def product(params, v):
+        return _kinds.product_at(curvature, params, random_key, loss, extra_args)(v)
+
+    probe = _probe(product, params)
+    named = _names.named_leaves(params)
+    found = _structure.structures(
+        probe, [path for path, _ in named], [np.shape(leaf) for _, leaf in named]
+    )
+    if not any(array.space for array in found):
+        rule, tried = per_leaf, None
+    else:
+        refresh = functools.partial(_refresh, curvature, random_key, loss, extra_args)
+        rule, tried = _best(found, refresh, product, params)
+    if verbose:
+        print(_report.report(found, rule, tried, probe.count, params))
+    return rule
+
+
+def _probe(product, params) -> _structure.Probe:
+    """Products at a point nearby, where nothing vanishes by symmetry."""
+    leaves, treedef = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    moved = [
+        x + jnp.asarray(1e-3 * _scale(x) * rng.standard_normal(x.shape), x.dtype)
+        for x in leaves
+    ]
+    near = jax.tree.unflatten(treedef, moved)
+
+    def at(point, v):
+        v = [jnp.asarray(x, p.dtype) for x, p in zip(v, leaves, strict=True)]
+        y = product(point, jax.tree.unflatten(treedef, v))
+        return [np.asarray(x, float) for x in jax.tree.leaves(y)]
+
+    ones = [np.ones(x.shape) for x in leaves]
+    point = near
+    if not all(np.all(np.isfinite(x)) for x in at(near, ones)):
+        point = params
+        if not all(np.all(np.isfinite(x)) for x in at(params, ones)):
+            raise ValueError(
+                "The curvature of `value_fn` is not finite at these parameters. Pass "
+                "parameters at which the loss has finite second derivatives."
+            )
+    eps = max((float(jnp.finfo(x.dtype).eps) for x in leaves), default=1e-7)
+    return _structure.Probe(lambda v: at(point, v), eps)
+
+
+def _scale(x) -> float:
+    rms = float(jnp.sqrt(jnp.mean(jnp.square(x.astype(float))))) if x.size else 0.0
+    return rms or 1.0
+
+
+def _refresh(curvature, key, loss, extra_args, method: TwoLevel, params):
+    product = _kinds.product_at(curvature, params, key, loss, extra_args)
+    G = _probing.LinearOperator(product, params)
+    # What is known to reach far gives no warning: the rule is then another one.
+    found = method.gather(curvature, G, key, extra_args, known_far=True)
+    return found, method.invert(found, 0.0, 0.0)
+
+
+def _best(found: list[Structure], refresh, product, params):
+    """The rule with the fewest steps, and its trial."""
+    rng = np.random.default_rng(2)
+    noise = jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), params
+    )
+
+    def attempt(rule):
+        method = checked_two_level(params, rule)
+        refreshed = functools.partial(refresh, method)
+        return trial(method, refreshed, product, params, noise)
+
+    rule = _rules.rule_of(found, strong=False)
+    tried = attempt(rule)
+    if _rules.has_weak_axes(found) and tried.local:
+        other = _rules.rule_of(found, strong=True)
+        second = attempt(other)
+        if _order(second) < _order(tried):
+            rule, tried = other, second
+    if not tried.local or not _pays(tried):
+        rule = per_leaf
+    return rule, tried
+
+
+def _order(tried: Trial) -> float:
+    return np.inf if tried.steps is None else tried.steps
+
+
+def _pays(tried: Trial) -> bool:
+    if not tried.convex:
+        return True  # It is not known; the table says so.
+    if tried.coarse_ratio > _SMOOTH:
+        return False
+    if tried.steps is None:
+        return tried.left < tried.left_without
+    without = tried.tried if tried.steps_without is None else tried.steps_without
+    return without >= _PAYS * tried.steps

@@ -1,0 +1,225 @@
+"""The partition that is suggested for a loss, and what is printed of it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import bma_optax as bma
+
+N = 32
+
+
+def smooth(u, weights=None, axes=None):
+    axes = range(u.ndim) if axes is None else axes
+    weights = weights or [1.0] * u.ndim
+    return sum(weights[i] * jnp.sum(jnp.diff(u, axis=i) ** 2) for i in axes)
+
+
+def periodic(u):
+    differences = [(jnp.roll(u, 1, axis) - u) ** 2 for axis in range(u.ndim)]
+    return jnp.sum(sum(differences)) + 1e-3 * jnp.sum((u - 1) ** 2)
+
+
+def inpainting(u):
+    return smooth(u) + jnp.sum((u[:: N // 2, :: N // 3] - 1) ** 2)
+
+
+def flow(first, second):
+    """Horn and Schunck's optical flow between two smooth images."""
+    y, x = jnp.meshgrid(jnp.linspace(0, 3, N), jnp.linspace(0, 3, N), indexing="ij")
+    ix, iy, it = jnp.cos(x) * jnp.cos(y), -jnp.sin(x) * jnp.sin(y), 0.1 * jnp.cos(x)
+    data = jnp.sum((ix * first + iy * second + it) ** 2)
+    return data + 3 * smooth(first) + 3 * smooth(second)
+
+
+def blending(u):
+    """Inside a disc gradients follow an image, and nothing outside it is unknown."""
+    y, x = jnp.meshgrid(jnp.arange(1.0 * N), jnp.arange(1.0 * N), indexing="ij")
+    inside = ((y - N / 2) ** 2 + (x - N / 2) ** 2 < (N / 3) ** 2)[..., None]
+    u = jnp.where(inside, u, 0)
+    guide = jnp.sin(x / 3.0)[..., None] * jnp.arange(1.0, 4.0)[None, None]
+    return sum(
+        jnp.sum((jnp.diff(u, axis=i) - jnp.diff(guide, axis=i)) ** 2) for i in (0, 1)
+    )
+
+
+def rotated(u):
+    """Diffusion along pi/4, a hundred times weaker across."""
+    gx = (u[1:, 1:] - u[:-1, :-1]) / 2**0.5
+    gy = (u[1:, :-1] - u[:-1, 1:]) / 2**0.5
+    return jnp.sum(gx**2 + 0.01 * gy**2) + (u[3, 3] - 1) ** 2 + 1e-3 * jnp.sum(u**2)
+
+
+def plate(u):
+    bends = [jnp.diff(u, 2, axis=axis) for axis in (0, 1)]
+    twist = jnp.diff(jnp.diff(u, axis=0), axis=1)
+    data = jnp.sum((u[::5, ::5] - 1) ** 2)
+    return sum(jnp.sum(b**2) for b in bends) + 2 * jnp.sum(twist**2) + data
+
+
+def blur(u):
+    kernel = jnp.exp(-(jnp.arange(-3.0, 4.0) ** 2) / 4)
+    kernel = jnp.outer(kernel, kernel)[None, None] / jnp.sum(kernel) ** 2
+    blurred = jax.lax.conv(u[None, None], kernel, (1, 1), "SAME")[0, 0]
+    return jnp.sum((blurred - 1) ** 2) + 1e-3 * jnp.sum(u**2)
+
+
+def total_variation(u):
+    data = jnp.sin(jnp.arange(1.0 * N) / 2)[:, None] + jnp.zeros((N, N))
+    steps = jnp.diff(u, axis=0)[:, :-1] ** 2 + jnp.diff(u, axis=1)[:-1] ** 2
+    return jnp.sum(jnp.sqrt(steps + 1e-2)) + 1e-3 * jnp.sum((u - data) ** 2)
+
+
+TILE = bma.per_tile((4, 4), reach=1)
+CASES = {
+    "image": (inpainting, jnp.zeros((N, N)), TILE),
+    "periodic": (periodic, jnp.zeros((N, N)), TILE),
+    "line": (
+        lambda u: smooth(u) + (u[7] - 1) ** 2,
+        jnp.zeros(200),
+        bma.per_tile(4, reach=1),
+    ),
+    "volume": (
+        lambda u: smooth(u) + (u[3, 4, 5] - 1) ** 2,
+        jnp.zeros((12, 12, 12)),
+        bma.per_tile((4, 4, 4), reach=1),
+    ),
+    "flow (n, n, 2)": (
+        lambda u: flow(u[..., 0], u[..., 1]),
+        jnp.zeros((N, N, 2)),
+        TILE,
+    ),
+    "flow (2, n, n)": (
+        lambda u: flow(u[0], u[1]),
+        jnp.zeros((2, N, N)),
+        bma.stacked(TILE),
+    ),
+    "flow in a dict": (
+        lambda p: flow(p["x"], p["y"]),
+        {"x": jnp.zeros((N, N)), "y": jnp.zeros((N, N))},
+        TILE,
+    ),
+    "colors in a mask": (
+        blending,
+        jnp.zeros((N, N, 3)),
+        bma.per_tile((4, 4, 1), reach=(1, 1, 0)),
+    ),
+    "images that do not meet": (
+        lambda p: inpainting(p["a"]) + 2 * inpainting(p["b"]),
+        {"a": jnp.zeros((N, N)), "b": jnp.zeros((N, N))},
+        bma.within("array", TILE),
+    ),
+    "field and scalars": (
+        lambda p: (
+            smooth(p["u"]) + jnp.sum((p["u"] - p["mean"]) ** 2) / 99 + p["mean"] ** 2
+        ),
+        {"u": jnp.zeros((N, N)), "mean": jnp.ones(())},
+        TILE,
+    ),
+    "field and network": (
+        lambda p: inpainting(p["u"]) + jnp.sum(jnp.tanh(p["w"] @ jnp.ones(9)) ** 2),
+        {"u": jnp.zeros((N, N)), "w": jnp.ones((9, 9)) / 9},
+        bma.by_path({"^u$": TILE}),
+    ),
+    "stiff along the first axis": (
+        lambda u: smooth(u, [1.0, 0.01]) + (u[3, 3] - 1) ** 2,
+        jnp.zeros((N, N)),
+        bma.per_tile((4, 1), reach=1),
+    ),
+    "stiff along the last axis": (
+        lambda u: smooth(u, [0.001, 1.0]) + (u[3, 3] - 1) ** 2,
+        jnp.zeros((N, N)),
+        bma.per_tile((1, 4), reach=1),
+    ),
+    "stiff along a diagonal": (rotated, jnp.zeros((N, N)), TILE),
+    "plate": (plate, jnp.zeros((N, N)), bma.per_tile((4, 4), reach=2)),
+    "total variation": (total_variation, jnp.zeros((N, N)), TILE),
+    "prime": (lambda u: smooth(u) + (u[5, 5] - 1) ** 2, jnp.zeros((31, 37)), TILE),
+    "2 × 1000": (
+        lambda u: smooth(u) + (u[0, 5] - 1) ** 2,
+        jnp.zeros((2, 1000)),
+        bma.stacked(bma.per_tile(4, reach=1)),
+    ),
+    "blur": (blur, jnp.zeros((N, N)), bma.per_leaf),
+    "network": (
+        lambda p: jnp.mean(
+            (jnp.tanh(jnp.eye(9) @ p["a"]) @ p["b"] - jnp.arange(9.0)) ** 2
+        ),
+        {"a": jnp.full((9, 12), 0.1), "b": jnp.full(12, 0.2)},
+        bma.per_leaf,
+    ),
+    "one number": (lambda x: x**2, jnp.ones(()), bma.per_leaf),
+    "nothing": (lambda p: jnp.zeros(()), {"a": jnp.zeros((0, 3))}, bma.per_leaf),
+}
+
+
+# What the printed table also says of some.
+WORDS = {
+    "periodic": "axis 0, 1",
+    "flow in a dict": "grid of 2 fields",
+    "colors in a mask": "axis 2",
+    "plate": "fourth order",
+    "field and scalars": "taken for zero",
+    "blur": "Blocks do not pay",
+    "network": "No array has neighbours",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_right_rule_is_found_and_said(name, capsys):
+    loss, params, rule = CASES[name]
+    found = bma.suggest_partition(loss, params)
+    text = capsys.readouterr().out
+    assert found == rule, text
+    assert text.startswith(f"Suggested partition: {rule}\n")
+    assert WORDS.get(name, "") in text
+    if name == "image":
+        line = next(x for x in text.splitlines() if x.startswith("Conjugate"))
+        steps, without = (int(x) for x in re.findall(r"(\d+) (?:steps|without)", line))
+        assert 5 < steps < 40 and 2 * steps < without
+
+
+def test_a_saddle_is_said(capsys):
+    def loss(u):
+        return smooth(u) - jnp.sum(u**2)
+
+    assert bma.suggest_partition(loss, jnp.zeros((N, N))) == TILE
+    assert "not positive definite" in capsys.readouterr().out
+
+
+def test_the_rule_is_the_whole_program():
+    loss, params, _ = CASES["image"]
+    tx = bma.newton_bma(bma.suggest_partition(loss, params, verbose=False))
+    state = tx.init(params)
+    step = jax.jit(lambda g, s, u: tx.update(g, s, u, value_fn=loss))
+    for _ in range(20):
+        updates, state = step(jax.grad(loss)(params), state, params)
+        params = params + updates
+    assert loss(params) < 1e-6
+
+
+def test_arguments_reach_the_loss():
+    def loss(u, weight, *, data):
+        return weight * smooth(u) + jnp.sum((u - data) ** 2)
+
+    params = jnp.zeros((N, N))
+    rule = bma.suggest_partition(
+        lambda u, weight: loss(u, weight, data=params), params, 30.0, verbose=False
+    )
+    assert rule == TILE
+    rule = bma.suggest_partition(
+        lambda u, data: loss(u, 30.0, data=data), params, data=params, verbose=False
+    )
+    assert rule == TILE
+
+
+def test_a_nonfinite_curvature_is_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        bma.suggest_partition(lambda u: jnp.sum(jnp.sqrt(u)), -jnp.ones((9, 9)))
+
+
+def test_under_jit_it_is_refused():
+    with pytest.raises(ValueError, match="before jax.jit"):
+        jax.jit(lambda u: bma.suggest_partition(smooth, u))(jnp.ones((9, 9)))
