@@ -186,7 +186,7 @@ def _misfit(blocks, grads, state) -> str:
             f"rule of the transformation, and {_SEEN}."
         )
     if isinstance(state, ScaleByNewtonBMAState):
-        if not TwoLevel(blocks).fits(state.N, state.K):
+        if not TwoLevel(blocks).fits(state.N, state.K, state.Lambda):
             return (
                 f"`blocks` do not fit a {kind}. Pass bma.partition(params, rule) with "
                 "the rule of the transformation, its reach included."

@@ -499,7 +499,7 @@ def test_refreshes_every_interval_and_averages():
     z2 = (1 - weight) * 2 + weight * 4
     M = third / (4 * z2)
     Lambda = (4 - M) / 3
-    np.testing.assert_allclose(seen[2].Lambda, Lambda[0], rtol=1e-10)
+    np.testing.assert_allclose(seen[2].Lambda, Lambda, rtol=1e-10)
     np.testing.assert_allclose(
         seen[2].inverse_diagonal, np.full(4, 1 / (Lambda[0, 0] * z2)), rtol=1e-10
     )

@@ -2,6 +2,7 @@
 
 C inverts a block mean of G, Lu et al. 2018, eq. 3.
 
+_systems            block sums, with a part for each coarse system
 _two_level          products -> N = 1ᵀ G 1 and diag G -> C, and C times a vector
 _smoother           the diagonal part of C
 _coarse_system      the coarse correction in C, as far as both of its kinds share it

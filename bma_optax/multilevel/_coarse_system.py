@@ -6,9 +6,10 @@ correction
 
     K r = (N^-1 - (Λ n²)^-1) r
 
-of block sums r, shape (l,), costs little; n² are the block sums of z². Two kinds have
-the same methods: ``_dense`` for all groups with a dense matrix, and ``_nested`` for
-arrays on one grid whose curvature has a reach.
+of block sums r costs little; n² are the block sums of z². Two kinds have the same
+methods: ``_dense`` for all groups with a dense matrix, where numbers of blocks have the
+shape (l,), and ``_nested`` for arrays on one grid whose curvature has a reach, where
+they have the shape of the grid, (fields, *grid).
 """
 
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ class Inverted(NamedTuple):
     """The factor of one system of l blocks, and what it shows of the curvature."""
 
     K: Any  # in the system's layout.
-    Lambda: jax.Array  # shape (l,): undamped.
+    Lambda: jax.Array  # undamped, a number for each block.
     smallest: jax.Array  # shape (): the least eigenvalue of M that is not null.
     floored: jax.Array  # shape (), int32: how many eigenvalues were replaced.
 

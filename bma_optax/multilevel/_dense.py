@@ -22,7 +22,6 @@ from bma_optax.curvature import _probing
 from bma_optax.curvature._probing import LinearOperator, Probed
 from bma_optax.multilevel import _coarse_system
 from bma_optax.multilevel._coarse_system import BlockSums, Entries, Inverted
-from bma_optax.multilevel._smoother import positive
 from bma_optax.partitions._blocks import Partition, pieces
 
 _COMBINATIONS = 4  # Products that measure the rounding of M.
@@ -32,46 +31,59 @@ _COMBINATIONS = 4  # Products that measure the rounding of M.
 class Dense:
     """All groups of blocks that have a dense matrix; static."""
 
-    buckets: tuple[tuple[int, int], ...]  # (groups, blocks of each).
-    sizes: tuple[int, ...]  # of the blocks, the first ones of the partition.
-    is_whole: bool  # whether each element of the parameters is a block.
+    blocks: Partition  # without grids.
 
     @property
-    def num_blocks(self) -> int:
-        """L_dense, the number of blocks in dense groups."""
-        return len(self.sizes)
+    def sizes(self) -> np.ndarray:
+        """The number of elements of each block, shape (L_dense,)."""
+        return np.asarray(self.blocks.sizes)
 
-    def like(self, dtype) -> tuple[Any, Any]:
-        """The shapes of N and of K, for each bucket."""
+    def like(self, dtype) -> tuple[Any, Any, Any]:
+        """The shapes of N and of K, for each bucket, and that of Λ."""
         matrices = tuple(
-            jax.ShapeDtypeStruct((count, n, n), dtype) for count, n in self.buckets
+            jax.ShapeDtypeStruct((count, n, n), dtype)
+            for count, n in self.blocks.buckets
         )
-        return matrices, matrices
+        return matrices, matrices, jax.ShapeDtypeStruct(self.sizes.shape, dtype)
 
-    def block_sums(self, G: LinearOperator, blocks: Partition, key) -> BlockSums:
+    def sums(self, leaves) -> jax.Array:
+        """Sums over the elements of each block, shape (L_dense,)."""
+        return self.blocks.block_sums(leaves)
+
+    def fill(self, values, leaves) -> dict[int, jax.Array]:
+        """The arrays with blocks, by their positions: each block has its value."""
+        filled = zip(
+            self.blocks.arrays, self.blocks.expand(values, leaves), strict=True
+        )
+        return {i: x for i, (array, x) in enumerate(filled) if array.num_blocks}
+
+    def block_sums(self, G: LinearOperator, key) -> BlockSums:
         """Gathers N by one product with the indicator of each block."""
         del key
-        full, products = _probing.block_products(G, blocks, np.arange(self.num_blocks))
+        positions = np.arange(self.blocks.num_blocks)
+        full, products = _probing.block_products(G, self.blocks, positions)
         N, row = [], 0
-        for count, n in self.buckets:
+        for count, n in self.blocks.buckets:
             square = full[row : row + count * n, row : row + count * n]
             square = square.reshape(count, n, count, n)
             N.append(jnp.einsum("gigj->gij", square))
             row += count * n
         return BlockSums(tuple(N), None, full, products)
 
-    def diagonal(self, G: LinearOperator, blocks: Partition, sums, key) -> Entries:
+    def diagonal(self, G: LinearOperator, sums, key) -> Entries:
         """The diagonal of N if N is G, each element being a block; else nothing."""
         del key
         values = {}
-        if self.is_whole:
+        if all(
+            array.num_blocks == math.prod(array.shape) and array.owner == array.path
+            for array in self.blocks.arrays
+        ):
             parts = [jnp.diagonal(x, axis1=1, axis2=2).reshape(-1) for x in sums.N]
             zeros = _tree.zeros_like(G.params, _tree.statistic_dtype)
-            filled = blocks.expand(jnp.concatenate(parts), zeros)
-            values = dict(enumerate(jax.tree.leaves(filled)))
+            values = self.fill(jnp.concatenate(parts), jax.tree.leaves(zeros))
         return Entries(values, None, jnp.int32(0))
 
-    def rounding(self, G, blocks: Partition, sums, diagonal, key) -> Probed:
+    def rounding(self, G, sums, n2, key) -> Probed:
         """How far rounding moves eigenvalues of M, shape ().
 
         The product with a random combination of blocks differs from that combination of
@@ -79,17 +91,13 @@ class Dense:
         computes in. The result is the largest of a few differences: a single one can be
         small by chance.
         """
-        n = jnp.sqrt(blocks.block_sums(positive(blocks, diagonal)))
-        mine = np.arange(blocks.num_blocks) < self.num_blocks
-        least = jnp.min(n, initial=jnp.inf, where=mine)  # The vectors are of size 1.
+        n = jnp.sqrt(n2)
+        least = jnp.min(n, initial=jnp.inf)  # The vectors are of size 1.
 
         def difference(weights):
-            t = jnp.where(mine, weights * least / n, 0)
-            image = blocks.block_sums(G(blocks.expand(t, G.params)))
-            expected = _xla.product(sums.evidence, t[: self.num_blocks])
-            return (image[: self.num_blocks] - expected) / (
-                least * n[: self.num_blocks]
-            )
+            t = weights * least / n
+            image = self.blocks.block_sums(G(self.blocks.expand(t, G.params)))
+            return (image - _xla.product(sums.evidence, t)) / (least * n)
 
         weights = jax.random.uniform(
             key, (_COMBINATIONS, *n.shape), n.dtype, minval=0.5, maxval=1.5
@@ -108,10 +116,14 @@ class Dense:
           n2: n², shape (L_dense,).
           damping, floor, rounding: numbers of shape ().
         """
-        small, s = self.small_matrices(N, n2), self._split(np.asarray(self.sizes))
         parts = [
             _invert(M, n2, s, damping, floor, rounding)
-            for M, n2, s in zip(small, self._split(n2), s, strict=True)
+            for M, n2, s in zip(
+                self.small_matrices(N, n2),
+                self._split(n2),
+                self._split(self.sizes),
+                strict=True,
+            )
         ]
         return Inverted(
             tuple(part.K for part in parts),
@@ -137,7 +149,7 @@ class Dense:
 
     def _split(self, values):
         """Splits a vector over the blocks into (groups, blocks) for each bucket."""
-        return pieces(values, list(self.buckets))
+        return pieces(values, list(self.blocks.buckets))
 
 
 def _invert(M, n2, s, damping, floor, rounding) -> Inverted:
@@ -167,12 +179,7 @@ def _invert(M, n2, s, damping, floor, rounding) -> Inverted:
 
 def dense_system(blocks: Partition) -> tuple[Dense, ...]:
     """A tuple with the system of a partition's dense groups, or () if it has none."""
-    is_whole = not blocks.grids and all(
-        array.num_blocks == math.prod(array.shape) and array.owner == array.path
-        for array in blocks.arrays
-    )
-    sizes = blocks.sizes[: blocks.num_dense]
-    return (Dense(blocks.buckets, sizes, is_whole),) if sizes else ()
+    return (Dense(blocks.dense),) if blocks.buckets else ()
 
 
 def _outer(root):

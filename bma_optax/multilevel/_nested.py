@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bma_optax import _control_flow
+from bma_optax import _control_flow, _tree
 from bma_optax.curvature._probing import LinearOperator, Probed
 from bma_optax.multilevel import _coarse_system, _coloring
 from bma_optax.multilevel._coarse_system import BlockSums, Entries, Inverted
@@ -61,39 +62,50 @@ class Nested:
         return Hierarchy(stencils, _stencil(bottom))
 
     @property
-    def num_blocks(self) -> int:
-        """The number of blocks of all fields."""
-        return self.fields.tiles.num_cells
+    def sizes(self) -> np.ndarray:
+        """The number of elements of each block, shape (fields, *grid)."""
+        return self.fields.sizes
 
-    def like(self, dtype) -> tuple[Any, Any]:
-        """The shapes of N and of K."""
-        stencil = self.tiles.stencil
-        vector: Any = jax.ShapeDtypeStruct(self._shape, dtype)
+    def like(self, dtype) -> tuple[Any, Any, Any]:
+        """The shapes of N, of K and of Λ."""
+        vector: Any = jax.ShapeDtypeStruct(self.sizes.shape, dtype)
         return (
-            jax.ShapeDtypeStruct(stencil.shape, dtype),
+            jax.ShapeDtypeStruct(self.tiles.stencil.shape, dtype),
             Correction(vector, vector, self.hierarchy.like(dtype)),
+            vector,
         )
 
-    def block_sums(self, G: LinearOperator, blocks: Partition, key) -> BlockSums:
+    def sums(self, leaves) -> jax.Array:
+        """Sums over the elements of each block, shape (fields, *grid)."""
+        dtype = _tree.common_statistic_dtype(leaves)
+        return self.tiles.sums([leaves[i].astype(dtype) for i in self.tiles.arrays])
+
+    def fill(self, values, leaves) -> dict[int, jax.Array]:
+        """The arrays on the grid, by their positions: each block has its value."""
+        tiles = self.tiles.tiles
+        return {
+            i: tiles.fill(x.astype(leaves[i].dtype))
+            for i, x in zip(self.tiles.arrays, values, strict=True)
+        }
+
+    def block_sums(self, G: LinearOperator, key) -> BlockSums:
         """Gathers N by products with one color each, and checks the reach."""
-        del blocks
         S, check, rounding, products = _coloring.block_sums(G, self.tiles, key)
         return BlockSums(S, check, rounding, products)
 
-    def diagonal(self, G: LinearOperator, blocks: Partition, sums, key) -> Entries:
+    def diagonal(self, G: LinearOperator, sums, key) -> Entries:
         """The diagonal of the arrays, from products with one color each."""
-        del blocks
         tolerance = sums.check.tolerance
         found = _coloring.diagonal(G, self.elements, key, tolerance)
         values = dict(zip(self.elements.arrays, found.values, strict=True))
         return Entries(values, found.check, found.products)
 
-    def rounding(self, G, blocks: Partition, sums, diagonal, key) -> Probed:
+    def rounding(self, G, sums, n2, key) -> Probed:
         """How far rounding moves eigenvalues of M on the last level, shape ().
 
         An entry there is a sum of many entries of N, whose errors are independent.
         """
-        del G, blocks, diagonal, key
+        del G, n2, key
         eps = float(jnp.finfo(sums.N.dtype).eps)
         rounding = jnp.maximum(sums.evidence.astype(sums.N.dtype), eps)
         return Probed(rounding * self.hierarchy.share**0.5, jnp.int32(0))
@@ -104,11 +116,10 @@ class Nested:
 
         Args:
           N: a stencil.
-          n2: n², shape (L,) for the L blocks of the grid.
+          n2: n², shape (fields, *grid).
           damping, floor, rounding: numbers of shape ().
         """
-        stencil, n2 = self.tiles.stencil, n2.reshape(self._shape)
-        s = self.fields.sizes.astype(n2.dtype)
+        stencil, s = self.tiles.stencil, self.sizes.astype(n2.dtype)
         diagonal, shift = stencil.diagonal(N), damping * n2
         Lambda = _coarse_system.smoother_mean(s, diagonal / n2)
         # Leave a block without any curvature out of the metric of coarser levels.
@@ -118,13 +129,13 @@ class Nested:
         )
         return Inverted(
             Correction(jnp.maximum(Lambda + damping, floor) * n2, shift, levels),
-            Lambda.reshape(-1),
+            Lambda,
             *_coarse_system.spectrum(eigenvalues - damping, damping, floor, rounding),
         )
 
     @_control_flow.compiled
     def correct(self, N, K: Correction, r):
-        """K r for block sums r, shape (L,), or 0 where -C g might not descend.
+        """K r for block sums r, (fields, *grid), or 0 where -C g might not descend.
 
         It might not where rᵀ N^-1 r < 0, for an indefinite N. For the block sums r of
         g, gᵀ C g = rᵀ (N^-1 - (Λn²)^-1) r + gᵀ (Λ̄z²)^-1 g is at least rᵀ N^-1 r, by
@@ -134,23 +145,17 @@ class Nested:
         def product(x):
             return self.tiles.stencil.matvec(N, x) + K.damping * x
 
-        r = r.reshape(self._shape)
         x = self.hierarchy.solve(product, K.levels, r)
         # The smoother is 0 where the declared reach is wrong.
         used = (jnp.sum(r * x) >= 0) & (K.smoother > 0)
         # Write x - r / smoother so that it ends in a division: XLA would compute
         # anything cheaper, and with it the sums r, again for each element of a block.
-        x = jnp.where(used, K.smoother * x - r, 0) / jnp.where(used, K.smoother, 1)
-        return x.reshape(-1)
+        return jnp.where(used, K.smoother * x - r, 0) / jnp.where(used, K.smoother, 1)
 
     def small_matrices(self, N, n2) -> list[jax.Array]:
         """No matrix: the eigenvalues of N are not known."""
         del N, n2
         return []
-
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        return self.tiles.stencil.fields, *self.tiles.stencil.grid
 
 
 def nested_systems(blocks: Partition) -> tuple[Nested, ...]:

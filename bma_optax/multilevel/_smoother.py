@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from bma_optax import _sharding
 
 
-def positive(blocks, diagonal):
+def positive(method, diagonal):
     """Returns z²: |diag G|, with another number where an element has no curvature.
 
     That number is the mean of z² over the element's block, or the largest z² of its
@@ -19,13 +19,13 @@ def positive(blocks, diagonal):
     other elements, because a floor would couple the units of arrays.
 
     Args:
-      blocks: the partition.
+      method: the two-level method, for means over blocks.
       diagonal: |diag G|, a tree like the parameters.
     """
     tiny = {x.dtype: float(jnp.finfo(x.dtype).tiny) for x in jax.tree.leaves(diagonal)}
     z2 = jax.tree.map(lambda x: jnp.where(x <= tiny[x.dtype], 0, x), diagonal)
-    sums = blocks.block_sums(z2)
-    means = blocks.expand(sums / jnp.asarray(blocks.sizes, sums.dtype), z2)
+    sums = zip(method.block_sums(z2), method.sizes, strict=True)
+    means = method.expand([x / s.astype(x.dtype) for x, s in sums], z2)
 
     def fill(x, mean):
         largest = jnp.max(x, initial=0)

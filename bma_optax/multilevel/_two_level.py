@@ -12,8 +12,8 @@ correction of block sums.
 """
 
 import dataclasses
-import functools
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,12 +23,12 @@ from bma_optax import _control_flow, _tree, _warnings
 from bma_optax.curvature import _diagonal
 from bma_optax.curvature._probing import LinearOperator, Probed
 from bma_optax.multilevel import _coloring
-from bma_optax.multilevel._dense import Dense, dense_system
-from bma_optax.multilevel._nested import Nested, nested_systems
 from bma_optax.multilevel._smoother import positive
+from bma_optax.multilevel._systems import CoarseSystems
 from bma_optax.partitions import _build
-from bma_optax.partitions._blocks import Partition, pieces
 from bma_optax.partitions._rules import Rule
+
+_MOST_SAMPLES = 1000
 
 
 class Gathered(NamedTuple):
@@ -45,66 +45,31 @@ class Factor(NamedTuple):
     """C = diag(inverse_diagonal) + 1 K 1ᵀ, and what it shows of the curvature."""
 
     inverse_diagonal: Any  # like params: 1 / (Λ̄ z²), with the damped Λ.
-    Lambda: jax.Array  # shape (L,): Λ + damping.
-    K: Any  # a part for each system, see TwoLevel.like.
+    Lambda: Any  # Λ + damping: a part for each system, see TwoLevel.like.
+    K: Any  # a part for each system.
     coarse_ratio: jax.Array  # shape (): min eig(M) / median(Λ), both undamped.
     floored: jax.Array  # shape (), int32: eigenvalues of M negative or below the floor.
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoLevel:
+class TwoLevel(CoarseSystems):
     """The two-level method on one partition; static.
 
-    N and K are arrays beside it, in a state; :meth:`like` tells their shapes.
+    N, K and Λ are arrays beside it, in a state; :meth:`like` tells their shapes.
     """
-
-    blocks: Partition
-
-    @functools.cached_property
-    def systems(self) -> tuple[Dense | Nested, ...]:
-        """The coarse systems, in the order of their blocks."""
-        return *dense_system(self.blocks), *nested_systems(self.blocks)
-
-    def like(self, dtype) -> tuple[Any, Any]:
-        """The shapes of N and of K: a tuple of each, with a part for each system.
-
-        Without systems, each is one empty array. Optax's placeholder for the parameters
-        has no arrays, and its state must be a prefix of the states of other parameters.
-        """
-        if not self.systems:
-            return (jax.ShapeDtypeStruct((0,), dtype),) * 2
-        N, K = zip(*(system.like(dtype) for system in self.systems), strict=True)
-        return N, K
-
-    def check_state(self, N, K) -> None:
-        """Raises a ValueError if N and K belong to another partition."""
-        found, expected = self._shapes(N, K)
-        self.blocks.check_state(*found, expected=expected)
-
-    def fits(self, N, K) -> bool:
-        """Whether N and K have the shapes that this partition makes."""
-        found, expected = self._shapes(N, K)
-        return found == expected
-
-    def _shapes(self, N, K):
-        """The shapes of the arrays in N and K, and those of :meth:`like`."""
-        return (
-            tuple(x.shape for x in jax.tree.leaves(tree))
-            for tree in ((N, K), self.like(jnp.float32))
-        )
 
     def initial(self, params) -> tuple[Any, Factor]:
         """N = 0, and the factor of C = I without damping."""
         ones = jax.tree.map(
             lambda p: jnp.ones_like(p, dtype=_tree.statistic_dtype(p)), params
         )
-        zeros = 0 * self.blocks.block_sums(ones)
         # Add this zero to everything: it is on the mesh of the parameters.
-        zero = jnp.sum(zeros)
-        N, K = jax.tree.map(
+        zero = 0 * _tree.vdot(ones, ones)
+        N, K, Lambda = jax.tree.map(
             lambda x: zero + jnp.zeros(x.shape, x.dtype), self.like(zero.dtype)
         )
-        return N, Factor(ones, zeros + 1, K, zero + 1, zero.astype(jnp.int32))
+        Lambda = jax.tree.map(lambda x: x + 1, Lambda)
+        return N, Factor(ones, Lambda, K, zero + 1, zero.astype(jnp.int32))
 
     def gather(
         self, curvature, G: LinearOperator, key, extra_args, known_far=False
@@ -125,7 +90,7 @@ class TwoLevel:
         key_N, key_diagonal, key_rounding = jax.random.split(key, 3)
         dtype = _tree.common_statistic_dtype(G.params)
         sums = [
-            system.block_sums(G, self.blocks, jax.random.fold_in(key_N, number))
+            system.block_sums(G, jax.random.fold_in(key_N, number))
             for number, system in enumerate(self.systems)
         ]
         sums = [x._replace(N=_cast(x.N, dtype)) for x in sums]
@@ -157,9 +122,10 @@ class TwoLevel:
                     local, lambda: (diagonal, products), without_a_reach
                 )
         diagonal = jax.tree.map(jnp.abs, diagonal)
+        n2 = self.block_sums(positive(self, diagonal))
         rounding = [
-            system.rounding(G, self.blocks, part, diagonal, key_rounding)
-            for system, part in zip(self.systems, sums, strict=True)
+            system.rounding(G, part, m2, key_rounding)
+            for system, part, m2 in zip(self.systems, sums, n2, strict=True)
         ]
         return Gathered(
             N,
@@ -179,7 +145,7 @@ class TwoLevel:
         rest, checks, products = [True] * len(leaves), [], jnp.int32(0)
         for number, (system, part) in enumerate(zip(self.systems, sums, strict=True)):
             key_system = jax.random.fold_in(key, number)
-            found = system.diagonal(G, self.blocks, part, key_system)
+            found = system.diagonal(G, part, key_system)
             for position, values in found.values.items():
                 zero, rest[position] = leaves[position], False
                 leaves[position] = zero + values.astype(zero.dtype)
@@ -199,59 +165,61 @@ class TwoLevel:
         larger than rounding, C has its diagonal part alone. If G reaches further than
         declared, C is its diagonal part everywhere.
         """
-        z2 = positive(self.blocks, found.diagonal)
-        n2 = self.blocks.block_sums(z2)
-        damping = jnp.asarray(damping).astype(n2.dtype)
-        floor = jnp.maximum(jnp.asarray(min_eigenvalue).astype(n2.dtype), damping)
+        z2 = positive(self, found.diagonal)
+        dtype = _tree.common_statistic_dtype(z2)
+        damping = jnp.asarray(damping).astype(dtype)
+        floor = jnp.maximum(jnp.asarray(min_eigenvalue).astype(dtype), damping)
+        of_systems = zip(
+            self.systems, found.N, self.block_sums(z2), found.rounding, strict=True
+        )
         parts = [
-            system.invert(N, part, damping, floor, rounding)
-            for system, N, part, rounding in zip(
-                self.systems, found.N, self._split(n2), found.rounding, strict=True
-            )
+            system.invert(N, n2, damping, floor, rounding)
+            for system, N, n2, rounding in of_systems
         ]
         _, (_, Lambda, K, ratio, floored) = self.initial(found.diagonal)
         if parts:
-            undamped = jnp.concatenate([part.Lambda for part in parts])
-            Lambda = jnp.maximum(undamped + damping, floor)
-            Lambda = jnp.where(found.local, Lambda, 1 + damping)
+            Lambda = tuple(
+                jnp.where(
+                    found.local, jnp.maximum(part.Lambda + damping, floor), 1 + damping
+                )
+                for part in parts
+            )
             K = tuple(part.K for part in parts)
             K = jax.tree.map(lambda x: jnp.where(found.local, x, 0), K)
             smallest = jnp.min(jnp.stack([part.smallest for part in parts]))
-            # Take every k-th: a sort of all would cost as much as everything else.
-            median = jnp.median(undamped[:: 1 + len(undamped) // 1000])
+            samples = [_sample(part.Lambda) for part in parts]
             # If every direction is null, there is nothing to correct.
-            ratio = jnp.where(jnp.isinf(smallest), 1, smallest / median)
+            ratio = smallest / jnp.median(jnp.concatenate(samples))
+            ratio = jnp.where(jnp.isinf(smallest), 1, ratio)
             floored = sum(part.floored for part in parts)
-        scale = self.blocks.expand(1 / Lambda, z2, default=1 / (1 + damping))
-        return Factor(jax.tree.map(jnp.divide, scale, z2), Lambda, K, ratio, floored)
+        inverse_diagonal = jax.tree.map(
+            jnp.divide, self._smoother(Lambda, z2, damping), z2
+        )
+        return Factor(inverse_diagonal, Lambda, K, ratio, floored)
 
     def apply(self, inverse_diagonal, N, K, g):
         """C g for a tree g like the parameters, in the dtypes of statistics."""
         g = _tree.astype(g, inverse_diagonal)
-        sums = self.blocks.block_sums(g)
-        parts = zip(self.systems, N, K, self._split(sums), strict=True)
-        corrections = [system.correct(*part) for system, *part in parts]
-        means = jnp.concatenate(corrections) if corrections else sums
-        shift = self.blocks.expand(means, g)
+        # Without systems N and K are empty arrays.
+        parts = zip(self.systems, N, K, self.block_sums(g), strict=False)
+        shift = self.expand([system.correct(*part) for system, *part in parts], g)
         return jax.tree.map(lambda d, g, c: d * g + c, inverse_diagonal, g, shift)
 
     def diagonal(self, inverse_diagonal, Lambda, damping):
         """z², recovered from the factor that was computed from it."""
-        scale = self.blocks.expand(
-            1 / Lambda, inverse_diagonal, default=1 / (1 + damping)
-        )
+        scale = self._smoother(Lambda, inverse_diagonal, damping)
         return jax.tree.map(jnp.divide, scale, inverse_diagonal)
+
+    def _smoother(self, Lambda, like, damping):
+        """Λ̄^-1, a tree like ``like``."""
+        parts = [1 / x for _, x in zip(self.systems, Lambda, strict=False)]
+        return self.expand(parts, like, default=1 / (1 + damping))
 
     def small_matrices(self, N, z2) -> list[jax.Array]:
         """M of each bucket of dense groups, shape (groups, blocks, blocks)."""
-        n2 = self._split(self.blocks.block_sums(z2))
-        parts = zip(self.systems, N, n2, strict=True)
+        parts = zip(self.systems, N, self.block_sums(z2), strict=False)
         matrices = [system.small_matrices(*part) for system, *part in parts]
         return list(itertools.chain(*matrices))
-
-    def _split(self, values):
-        """Splits a vector over all blocks into one for each system."""
-        return pieces(values, [(system.num_blocks,) for system in self.systems])
 
 
 def two_level(params, rule: Rule) -> TwoLevel:
@@ -265,6 +233,18 @@ def checked_two_level(params, rule: Rule) -> TwoLevel:
     Raises an error for matrices that are too large, and warns of guesses.
     """
     return TwoLevel(_build.partition(params, rule))
+
+
+def _sample(values):
+    """At most about a thousand of the values, evenly spaced along each axis.
+
+    A sort of all of them would cost as much as everything else.
+    """
+    step = 1
+    while math.prod(-(-n // step) for n in values.shape) > _MOST_SAMPLES:
+        step += 1
+    axes = [slice(None, None, step)] * values.ndim
+    return values[tuple(axes)].reshape(-1)
 
 
 def _cast(tree, dtype):

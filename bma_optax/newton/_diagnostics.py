@@ -18,8 +18,8 @@ def of_newton(state, blocks, grads, estimator):
     """Numbers of M of the dense groups, and of C g if the gradients g are given.
 
     Args:
-      state: a :class:`ScaleByNewtonBMAState` whose trees, N and K among them, are lists
-        of their arrays.
+      state: a :class:`ScaleByNewtonBMAState` whose trees, N, K and Λ among them, are
+        lists of their arrays.
       blocks: the partition.
       grads: a list of arrays like the parameters, or None.
       estimator: not used.
@@ -27,10 +27,10 @@ def of_newton(state, blocks, grads, estimator):
     del estimator  # Newton-BMA has no estimator.
     method, D = TwoLevel(blocks), state.inverse_diagonal
     structure: Any = jax.tree.structure(method.like(jnp.float32))
-    N, K = structure.unflatten((*state.N, *state.K))
+    N, K, Lambda = structure.unflatten((*state.N, *state.K, *state.Lambda))
     numbers = {}
     if blocks.buckets:
-        z2 = method.diagonal(D, state.Lambda, state.damping)
+        z2 = method.diagonal(D, Lambda, state.damping)
         numbers = _diagnostics.of_matrices(blocks, method.small_matrices(N, z2))
         if not blocks.grids:  # Those of a grid's last level are counted as well.
             numbers["floored_share"] = state.floored / blocks.num_blocks

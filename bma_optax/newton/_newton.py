@@ -26,16 +26,18 @@ from bma_optax.partitions import _rules
 class ScaleByNewtonBMAState(NamedTuple):
     """State of :func:`scale_by_newton_bma`, for L blocks.
 
-    N and K are tuples with one part for each coarse system. Without blocks each is one
-    empty array.
+    N, K and Λ are tuples with one part for each coarse system. Without blocks each is
+    one empty array.
 
-    - The first part belongs to the dense groups, if there are any. It has one array of
-      shape (c, n, n) for each number n of blocks that c groups have.
+    - The first part belongs to the dense groups, if there are any. N and K have one
+      array of shape (c, n, n) for each number n of blocks that c groups have; Λ has
+      shape (L,) for the L blocks of these groups.
     - One part follows for each grid. For f fields on a grid of cells, with o offsets
       between cells that meet, N is a stencil of shape ``(f, f, *o, *cells)``. K is a
-      named tuple of arrays of shape ``(f, *cells)`` and of the levels below.
+      named tuple of arrays of shape ``(f, *cells)`` and of the levels below. Λ has
+      shape ``(f, *cells)``.
 
-    ``optax.tree.map_params`` gives each of N and K as a whole to
+    ``optax.tree.map_params`` gives each of the three as a whole to
     ``transform_non_params``, which must then map over a tree.
 
     Example:
@@ -49,7 +51,7 @@ class ScaleByNewtonBMAState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # shape (), int32: steps taken.
     key: jax.Array  # shape (2,), uint32: the data of a random key; constant.
     inverse_diagonal: optax.Updates  # like params: 1 / (Λ̄ z²).
-    Lambda: jax.Array  # shape (L,): the damped Λ.
+    Lambda: Any  # the damped Λ, a number for each block.
     K: Any  # (M^-1 - Λ^-1) / (n nᵀ) of the last finite factor.
     N: Any  # 1ᵀ G 1, the block sums of G, averaged over refreshes.
     refreshes: jax.Array  # shape (), int32: finite factors so far.
@@ -179,7 +181,7 @@ def scale_by_newton_bma(
             key=_probing.key_data(key),
             N=N,
             refreshes=zero(),
-            damping=jnp.zeros_like(factor.coarse_ratio) + _as(factor.Lambda, damping),
+            damping=jnp.full_like(factor.coarse_ratio, damping),
             products=zero(),
             failures=zero(),
             local=zero() == 0,
@@ -189,7 +191,7 @@ def scale_by_newton_bma(
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         updates, state, params = _checked(updates, state, params)
         method = _two_level.two_level(updates, partition)
-        method.check_state(state.N, state.K)
+        method.check_state(state.N, state.K, state.Lambda)
 
         def refresh():
             random_key = _probing.typed_key(state.key)
@@ -241,7 +243,7 @@ def _averaged(method, found, state, b2):
     if isinstance(b2, (int, float)) and b2 == 0:
         return found
     last = method.diagonal(state.inverse_diagonal, state.Lambda, state.damping)
-    b = _as(state.Lambda, b2)
+    b = _as(state.coarse_ratio, b2)
     # The weight of the new numbers is 1 at the first refresh.
     weight = (1 - b) / (1 - b ** (state.refreshes + 1).astype(b.dtype))
     N, diagonal = jax.tree.map(

@@ -76,6 +76,16 @@ class Partition:
         """The number of blocks in dense groups, which come first."""
         return sum(count * blocks for count, blocks in self.buckets)
 
+    @functools.cached_property
+    def dense(self) -> "Partition":
+        """The partition without its grids: their arrays have no blocks in it."""
+        on_grid = {i for grid in self.grids for i in grid.positions}
+        arrays = tuple(
+            dataclasses.replace(a, tile=None, reach=None) if i in on_grid else a
+            for i, a in enumerate(self.arrays)
+        )
+        return dataclasses.replace(self, arrays=arrays, grids=())
+
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """The positions of the blocks of each group; the grids' come last."""
