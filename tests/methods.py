@@ -1,21 +1,26 @@
 """A row for every transformation of the library: the harness tests each of them."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import bma_optax as bma
 
 
-class Method(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
     """An optimiser and what it takes to build it."""
 
     factory: Callable[..., Any]
     kwargs: dict[str, Any]  # all of them pass through inject_hyperparams
     trees: int  # trees like the parameters in its state
 
+    @functools.cache  # noqa: B019
     def build(self):
+        """The same transformation at each call, so that tests share its programs."""
         return self.factory(**self.kwargs)
 
 

@@ -69,7 +69,7 @@ def test_the_root_of_every_third_step_equals_the_dense_reference(name):
     trees = [random_tree(rng) for _ in range(8)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *trees)
     _, updates = jax.jit(lambda *args: jax.lax.scan(step, *args))(
-        tx.init(trees[0]), stacked
+        jax.jit(tx.init)(trees[0]), stacked
     )
     for i, g in enumerate(trees):
         update = jax.tree.map(lambda x, i=i: x[i], updates)
@@ -113,7 +113,7 @@ def test_one_block_is_adamw(rule, kwargs):
     both = kwargs | {"weight_decay": 0.1}
     mine = bma.adam_bma(0.1, **both, partition=rule, weight_decay_mask={"w": True})
     theirs = optax.adamw(0.1, **both)
-    states = [mine.init(params), theirs.init(params)]
+    states = [jax.jit(mine.init)(params), jax.jit(theirs.init)(params)]
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes the dtypes of moments.
         updates = [jax.jit(tx.update) for tx in (mine, theirs)]
         for _ in range(5):
@@ -136,7 +136,7 @@ def test_one_element_blocks_whiten_by_the_whole_matrix():
         0.0, b2, 0.0, partition=bma.per_element, min_eigenvalue=0.0
     )
     update = jax.jit(tx.update)
-    state, H = tx.init(jnp.zeros(d)), np.zeros((d, d))
+    state, H = jax.jit(tx.init)(jnp.zeros(d)), np.zeros((d, d))
     steps = 20
     for _ in range(steps):
         g = rng.standard_normal(d)
@@ -156,7 +156,7 @@ def test_block_means_can_only_shrink_at_floor_one():
     tx = bma.scale_by_adam_bma(**kwargs, min_eigenvalue=1.0)
     adam = bma.scale_by_adam_bma(partition=bma.by_path({"": None}))
     blocks = bma.partition(params, bma.per_column)
-    state, adam_state = tx.init(params), adam.init(params)
+    state, adam_state = jax.jit(tx.init)(params), jax.jit(adam.init)(params)
     root_sizes = np.sqrt(blocks.sizes)
     update, adam_update = jax.jit(tx.update), jax.jit(adam.update)
     block_sums = jax.jit(blocks.block_sums)
@@ -178,7 +178,7 @@ def test_a_gradient_that_is_not_finite_hurts_only_itself(bad):
     params = {k: jnp.ones(3) for k in "abc"}
     tx = bma.scale_by_adam_bma()
     update = jax.jit(tx.update)
-    _, state = update(params, tx.init(params))
+    _, state = update(params, jax.jit(tx.init)(params))
     updates, after = update(params | {"b": jnp.array([1.0, bad, 1.0])}, state)
     np.testing.assert_array_equal(jnp.isfinite(updates["b"]), [True, False, True])
     assert jnp.all(jnp.isfinite(updates["a"])) and after.U[1, 1] < after.U[0, 0]

@@ -76,7 +76,7 @@ def test_numbers_and_no_matrices(rule, weights):
     """Three numbers a block beside diag H, and no decomposition in the program."""
     params = {"a": {"kernel": jnp.ones((6, 4))}, "b": {"kernel": jnp.ones((4, 2))}}
     tx = bma.scale_by_bma(ALONE[rule], weights=weights)
-    state = tx.init(params)
+    state = jax.eval_shape(tx.init, params)
     blocks = bma.partition(params, ALONE[rule])
     for field in (state.U, state.v, state.inverse_root):
         assert field.shape == (blocks.num_blocks,)
@@ -106,7 +106,7 @@ def test_blocks_that_may_see_others_have_the_reports(rule, params):
     found = []
     for estimator in (None, "report", "projection"):
         tx = bma.scale_by_bma(rule, estimator=estimator)
-        state, update = tx.init(params), jax.jit(tx.update)
+        state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
         for g in grads:
             updates, state = update(g, state)
         found.append(flat(updates))
@@ -144,7 +144,7 @@ def test_each_group_has_its_own_estimator(factory):
 def test_a_block_whose_sums_are_zero_stays_at_the_diagonal():
     tx = bma.scale_by_bma(ALONE["units"], min_eigenvalue=0.0)
     g = {"kernel": jnp.array([[1.0, 1.0], [-1.0, 2.0]])}
-    updates, state = jax.jit(tx.update)(g, tx.init(g))
+    updates, state = jax.jit(tx.update)(g, jax.jit(tx.init)(g))
     np.testing.assert_allclose(updates["kernel"][:, 0], [1, -1], rtol=1e-6)
     assert jnp.all(jnp.isfinite(state.inverse_root))
 
@@ -156,7 +156,7 @@ def test_an_array_of_one_block_that_has_no_bounds_is_alone_too():
     units = bma.within("block", bma.per_unit)
     mixed = bma.by_path({"bias": bma.per_leaf}, default=units)
     found = [
-        jax.jit(tx.update)(grads, tx.init(params))[0]
+        jax.jit(tx.update)(grads, jax.jit(tx.init)(params))[0]
         for tx in map(bma.scale_by_bma, (units, mixed))
     ]
     np.testing.assert_array_equal(found[0]["kernel"], found[1]["kernel"])

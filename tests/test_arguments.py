@@ -98,7 +98,7 @@ def test_numbers_of_numpy_do_not_decide_dtypes():
     }
     for factory, given in make.items():
         tx = factory(**given)
-        state = tx.init(params)
+        state = jax.eval_shape(tx.init, params)
         updates, new = jax.eval_shape(
             lambda g, s, p, tx=tx: tx.update(g, s, p, value_fn=loss),
             params,
@@ -253,8 +253,10 @@ def test_products_of_another_dtype_leave_that_of_the_state(theirs):
     params = jax.tree.map(lambda x: x.astype("float32"), TREE)
     tx = bma.newton_bma(curvature=bma.Operator(product))
     update = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=loss))
-    updates, state = update(params, tx.init(params), params)
-    kinds = [[x.dtype for x in jax.tree.leaves(s)] for s in (state, tx.init(params))]
+    updates, state = update(params, jax.jit(tx.init)(params), params)
+    kinds = [
+        [x.dtype for x in jax.tree.leaves(s)] for s in (state, jax.jit(tx.init)(params))
+    ]
     assert kinds[0] == kinds[1]
     np.testing.assert_allclose(state[0].inverse_diagonal["b"], 0.5)
 
@@ -276,7 +278,7 @@ def test_products_in_another_order_of_the_tree():
 
 
 def test_several_right_hand_sides_and_numpy():
-    C = bma.preconditioner(lambda v: 4 * v + jnp.sum(v), X)
+    C = jax.jit(lambda: bma.preconditioner(lambda v: 4 * v + jnp.sum(v), X))()
     batch = np.arange(6.0).reshape(2, 3)
     np.testing.assert_allclose(
         jax.vmap(C)(jnp.asarray(batch)), [C(x) for x in batch], rtol=1e-6
@@ -293,7 +295,7 @@ def test_weight_decay(factory):
 
     def update(weight_decay, *given):
         tx = factory(0.1, weight_decay=weight_decay)
-        return tx.update(grads, tx.init(params), *given)
+        return jax.jit(lambda: tx.update(grads, tx.init(params), *given))()
 
     plain, state = update(0.0)
     for wd in (0.5, np.float64(0.5), jnp.asarray(0.5), optax.constant_schedule(0.5)):
@@ -313,7 +315,7 @@ def test_injected_float32_is_the_cure_in_16_bits():
     inject = optax.inject_hyperparams(bma.adam_bma, hyperparam_dtype=jnp.float32)
     found = []
     for tx in (bma.adam_bma(0.1, weight_decay=0.1), inject(0.1, weight_decay=0.1)):
-        p, state = params, tx.init(params)
+        p, state = params, jax.jit(tx.init)(params)
 
         @jax.jit
         def step(p, state, tx=tx):
@@ -341,7 +343,7 @@ def test_injected_float32_is_the_cure_in_16_bits():
 def test_gradients_are_cast_to_the_statistics(make):
     rng = np.random.default_rng(0)
     tx = make(partition=bma.per_unit)
-    state = again = tx.init({"w": jnp.zeros((4, 3), "float64")})
+    state = again = jax.jit(tx.init)({"w": jnp.zeros((4, 3), "float64")})
     update = jax.jit(tx.update)
     for g in rng.standard_normal((5, 4, 3)).astype("float32"):
         updates, state = update({"w": g}, state)

@@ -194,7 +194,8 @@ def test_what_the_error_advises_works():
     with jax.enable_x64(False):  # Callbacks run in a thread with that setting.
         params, steps = jnp.asarray(PARAMS, "float32"), []
         with pytest.raises(TypeError, match=r"Pass bma\.GaussNewton"):
-            step(bma.Hessian(), params)
+            jax.eval_shape(functools.partial(step, bma.Hessian()), params)
+        loss = jax.jit(loss)
         for curvature in (found["GaussNewton"], bma.Operator(operator)):
             steps.append(jax.jit(functools.partial(step, curvature))(params))
             assert loss(params + steps[-1]) < loss(params)

@@ -169,6 +169,10 @@ def gradient_of(key, like):
     )
 
 
+BY_LEAF = methods(bma.per_leaf)
+UPDATES = {name: jax.jit(tx.update) for name, tx in BY_LEAF.items()}
+
+
 @pytest.mark.parametrize("name", ["left", "symmetric", "projection", "adam"])
 @settings(max_examples=4)
 @given(seed=st.integers(0, 2**20))
@@ -176,12 +180,11 @@ def test_permutations(name, seed):
     """Of elements inside blocks, and of leaves: the update moves along."""
     rng = np.random.default_rng(seed)
     inside, leaves = rng.permutation(5), rng.permutation(3)
-    tx = methods(bma.per_leaf)[name]
 
     def run(gradients):
-        state = tx.init(gradients[0])
+        state = jax.jit(BY_LEAF[name].init)(gradients[0])
         for g in gradients:
-            updates, state = tx.update(g, state)
+            updates, state = UPDATES[name](g, state)
         return updates
 
     def tree(arrays):

@@ -98,8 +98,10 @@ def types(tree):
     return jax.tree.map(lambda x: str(jax.typeof(x)), tree)
 
 
-def jitted(update, f=bowl):
-    return jax.jit(functools.partial(update, **with_loss(f)))
+@functools.cache
+def jitted(update):
+    """The jitted ``update`` of a transformation: one for all tests of this module."""
+    return jax.jit(functools.partial(update, **with_loss(bowl)))
 
 
 def optax_promotes():
@@ -259,7 +261,7 @@ def test_inject_hyperparams(method):
 def test_dtype_is_preserved_and_multi_steps_accumulates(method):
     tx = method.build()
     params = jnp.array([1.0, 2.0], jnp.bfloat16)
-    updates, _ = jitted(tx.update)(params, tx.init(params), params)
+    updates, _ = traced(tx, params, jax.eval_shape(tx.init, params), params)
     assert updates.dtype == params.dtype
     multi = optax.MultiSteps(tx, every_k_schedule=4)
     state, update = multi.init(params), jitted(multi.update)
@@ -272,21 +274,19 @@ def test_dtype_is_preserved_and_multi_steps_accumulates(method):
 @every_method
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_state_is_stable_under_cond(method, dtype):
+    """Types are told by tracing: MultiSteps above runs each method under ``cond``."""
     with jax.enable_x64(dtype == "float64"):
         tx = method.build()
         start, _, f = parabola(dtype)
         step = make_step(tx, f)
 
-        @jax.jit
         def maybe(params, state, flag):
             return jax.lax.cond(flag, step, lambda p, s: (p, s), params, state)
 
-        params, state = start, tx.init(start)
-        for flag in (True, False):
-            params, new = maybe(params, state, flag)
-            assert params.dtype == dtype
-            assert abstract(new) == abstract(state)
-            state = new
+        state = jax.eval_shape(tx.init, start)
+        params, new = jax.eval_shape(maybe, start, state, True)
+        assert params.dtype == dtype
+        assert typed(new) == typed(state)
 
 
 def to_be_sharded():
@@ -489,6 +489,7 @@ def test_parameters_are_not_needed_where_nothing_uses_them(method):
 FROZEN = {"a": {"w": False, "b": True}, "c": {"w": False}}
 
 
+@functools.cache
 def wrappers(tx):
     labels = {"a": {"w": "mine", "b": "mine"}, "c": {"w": "theirs"}}
     mask = {"a": {"w": True, "b": False}, "c": {"w": True}}
@@ -524,7 +525,7 @@ def test_wrapped(method, name):
 
 @every_kind
 def test_apply_if_finite_rejects_a_bad_step(method):
-    tx = optax.apply_if_finite(method.build(), 3)
+    tx = wrappers(method.build())["apply_if_finite"]
     state = tx.init(PARAMS)
     bad = random_like(PARAMS, 0)
     bad["a"]["b"] = bad["a"]["b"].at[0].set(jnp.nan)

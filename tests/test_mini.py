@@ -96,7 +96,7 @@ def test_what_is_no_matrix_has_adam():
     mine = bma.mini_bma(0.1, partition=rule, weight_decay=0.1)
     theirs = optax.adamw(0.1, b2=0.99, weight_decay=0.1)
     updates = [jax.jit(tx.update) for tx in (mine, theirs)]
-    states = [mine.init(ADAM), theirs.init(ADAM)]
+    states = [jax.jit(mine.init)(ADAM), jax.jit(theirs.init)(ADAM)]
     for _ in range(4):
         g = jax.tree.map(
             lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), ADAM
@@ -175,9 +175,9 @@ def test_statistics_are_sharded_as_their_array(rule, shape, spec, nu):
         assert jax.typeof(updates) == jax.typeof(params)
         for old, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
             assert jax.typeof(leaf) == jax.typeof(old) or not leaf.ndim
-        expected, _ = update(local, tx.init(local))
+        expected, _ = update(local, jax.jit(tx.init)(local))
         np.testing.assert_allclose(updates, expected, rtol=1e-5, atol=1e-6)
-    state = bma.scale_by_mini_bma(partition=rule).init(params)
+    state = jax.jit(bma.scale_by_mini_bma(partition=rule).init)(params)
     assert tuple(jax.typeof(state.nu).sharding.spec) == nu
 
 
@@ -186,8 +186,7 @@ def test_dtypes(dtype):
     with jax.enable_x64(dtype == "float64"):
         params = {"w": jnp.ones((4, 3), dtype), "b": jnp.ones(2, dtype)}
         tx = bma.scale_by_mini_bma(mu_dtype=None if dtype != "float16" else "float32")
-        update, state = jax.jit(tx.update), tx.init(params)
-        updates, new = update(params, state)
+        updates, new = jax.eval_shape(lambda p: tx.update(p, tx.init(p)), params)
         assert updates["w"].dtype == updates["b"].dtype == dtype
         assert new.mu["w"].dtype == ("float32" if dtype == "float16" else dtype)
         statistic = "float64" if dtype == "float64" else "float32"
@@ -205,7 +204,7 @@ def test_trees_with_little_in_them(params):
         bma.scale_by_bma(bma.units, weights="learned"),
         bma.scale_by_adam_bma(partition=bma.units, weights="learned"),
     ):
-        state = tx.init(params)
+        state = jax.jit(tx.init)(params)
         updates, new = jax.jit(tx.update)(params, state)
         assert jax.tree.structure(updates) == jax.tree.structure(params)
         assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
@@ -218,7 +217,7 @@ def test_a_gradient_that_is_not_finite_hurts_only_its_unit(bad):
     params["b"] = jnp.ones(2)
     tx = bma.scale_by_mini_bma()
     update = jax.jit(tx.update)
-    _, state = update(params, tx.init(params))
+    _, state = update(params, jax.jit(tx.init)(params))
     broken = {"w": params["w"].at[1, 0].set(bad), "b": jnp.array([bad, 1.0])}
     updates, after = update(broken, state)
     expected, expected_state = update(params, state)

@@ -472,7 +472,7 @@ def test_averages_draw_new_probes_and_nothing_else_does(b2, new):
         update_interval=1,
         b2=b2,
     )
-    state, found = tx.init(params), []
+    state, found = jax.jit(tx.init)(params), []
     update = jax.jit(lambda s: tx.update(jax.grad(f)(params), s, params, value_fn=f))
     for _ in range(2):
         _, state = update(state)
@@ -483,7 +483,7 @@ def test_averages_draw_new_probes_and_nothing_else_does(b2, new):
 def test_refreshes_every_interval_and_averages():
     params = jnp.arange(4.0)
     tx = bma.scale_by_newton_bma(update_interval=2, b2=0.9)
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     update = jax.jit(functools.partial(tx.update, value_fn=moving))
     seen = []
     for scale in (1.0, 10.0, 3.0):
@@ -520,12 +520,12 @@ def test_last_good_factor_is_kept():
     params = jnp.arange(4.0)
     tx = bma.scale_by_newton_bma(update_interval=1)
     update = jax.jit(functools.partial(tx.update, value_fn=moving))
-    first, state = update(params, tx.init(params), params, scale=1.0)
+    first, state = update(params, jax.jit(tx.init)(params), params, scale=1.0)
     second, after = update(params, state, params, scale=jnp.nan)
     np.testing.assert_array_equal(first, second)
     assert after.failures == 1 and after.refreshes == 1
     # Before there is a good one it is the identity.
-    third, after = update(params, tx.init(params), params, scale=jnp.nan)
+    third, after = update(params, jax.jit(tx.init)(params), params, scale=jnp.nan)
     np.testing.assert_array_equal(third, params)
     np.testing.assert_array_equal(after.Lambda, 1)
 
@@ -548,7 +548,7 @@ def test_quadratic_model_is_preconditioned_conjugate_gradients(rule):
     f = quadratic(G, b)
     tx = bma.newton_bma(partition=rule, update_interval=100)
     params = tree_of(np.zeros(D))
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
 
     @jax.jit
     def step(params, state):
@@ -628,7 +628,7 @@ def test_a_shortened_step_and_what_is_said_of_it():
 
     def step(curvature, previous, **kwargs):
         tx = bma.scale_by_quadratic_model(curvature, **kwargs)
-        state = tx.init(params)._replace(previous_step=previous)
+        state = jax.jit(tx.init)(params)._replace(previous_step=previous)
         return jax.jit(functools.partial(tx.update, value_fn=f))(
             direction, state, params
         )
@@ -689,7 +689,7 @@ def test_composes_with_optax(rule):
     f = quadratic(G, b)
     tx = optax.chain(bma.scale_by_newton_bma(bma.per_element), rule)
     params = tree_of(np.zeros(D))
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
 
     @jax.jit
     def step(params, state):
@@ -789,11 +789,18 @@ def test_lineax_operator():
     np.testing.assert_allclose(G @ x, b, atol=1e-7)
     assert steps < solve({})[1]
     x, y = b, jnp.flip(b)
-    np.testing.assert_allclose(operator.transpose().mv(x), operator.mv(x))
-    np.testing.assert_allclose(y @ operator.mv(x), x @ operator.T.mv(y), rtol=1e-10)
-    transposed = jax.linear_transpose(C, x)(y)[0]
-    np.testing.assert_allclose(transposed, C(y), rtol=1e-10)
-    np.testing.assert_allclose(operator.as_matrix() @ x, C(x), rtol=1e-9, atol=1e-9)
+
+    @jax.jit
+    def products(x, y):
+        by_matrix, transposed = operator.as_matrix() @ x, jax.linear_transpose(C, x)(y)
+        mine = operator.mv(x), operator.transpose().mv(x), operator.T.mv(y)
+        return mine, (by_matrix, *transposed), (C(x), C(y))
+
+    (mv, transpose, other), (by_matrix, transposed), (Cx, Cy) = products(x, y)
+    np.testing.assert_allclose(transpose, mv)
+    np.testing.assert_allclose(y @ mv, x @ other, rtol=1e-10)
+    np.testing.assert_allclose(transposed, Cy, rtol=1e-10)
+    np.testing.assert_allclose(by_matrix, Cx, rtol=1e-9, atol=1e-9)
 
 
 # Diagnostics --------------------------------------------------------------------------

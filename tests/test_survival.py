@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from jax.sharding import NamedSharding, PartitionSpec
-from methods import METHODS, every_method
+from methods import BY_NAME, every_method
 
 import bma_optax as bma
 
@@ -63,9 +63,8 @@ def raw(tree):
     return jax.tree.map(np.asarray, tree)
 
 
-@functools.cache
 def by_name():
-    return {parameter.id: parameter.values[0].build() for parameter in METHODS}
+    return {name: method.build() for name, method in BY_NAME.items()}
 
 
 def some():
@@ -117,7 +116,7 @@ def test_another_process_goes_on_bit_for_bit(tmp_path):
 
     expected = {}
     for name, tx in some().items():
-        pair = steps(tx, PARAMS, tx.init(PARAMS), 3)
+        pair = steps(tx, PARAMS, jax.jit(tx.init)(PARAMS), 3)
         save(tmp_path / name.replace(" ", "_"), pair)
         expected[name] = raw(jax.tree.leaves(steps(tx, *pair, 2)))
     done = elsewhere(RESUME, tmp_path)
@@ -160,7 +159,7 @@ def test_saved_in_other_ways(method, tmp_path):
 @pytest.mark.parametrize("name", ["adagrad_bma", "mini_bma", "newton_bma"])
 def test_another_sharding_restores_bit_for_bit(tmp_path, name):
     tx = by_name()[name]
-    pair = steps(tx, PARAMS, tx.init(PARAMS), 3)
+    pair = steps(tx, PARAMS, jax.jit(tx.init)(PARAMS), 3)
     save(tmp_path / "state", pair)
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -204,7 +203,7 @@ def test_killed_during_a_save_the_last_whole_one_restores(tmp_path):
     done = elsewhere(KILLED, tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     tx = by_name()["adagrad_bma"]
-    start = PARAMS, tx.init(PARAMS)
+    start = PARAMS, jax.jit(tx.init)(PARAMS)
     with ocp.CheckpointManager(tmp_path) as manager:
         assert manager.latest_step() == 1
         pair = manager.restore(1, args=ocp.args.StandardRestore(start))
@@ -257,7 +256,7 @@ def test_schedule_free_and_lookahead(name):  # These average the iterates.
     with jax.numpy_dtype_promotion("standard"):
         gentle = optax.chain(tx, optax.scale(0.2))
         free = optax.contrib.schedule_free(gentle, learning_rate=0.1)
-        params, state = steps(free, PARAMS, free.init(PARAMS), 150)
+        params, state = steps(free, PARAMS, jax.jit(free.init)(PARAMS), 150)
         mean = optax.contrib.schedule_free_eval_params(state, params)
         assert loss(mean) < loss(PARAMS)
         ahead = optax.lookahead(gentle, sync_period=3, slow_step_size=0.5)
@@ -278,7 +277,7 @@ def test_schedule_free_and_lookahead(name):  # These average the iterates.
 def test_donated_buffers(method):
     tx = method.build()
     step = jax.jit(make_step(tx), donate_argnums=(0, 1), keep_unused=True)
-    params, state = jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS)
+    params, state = jax.tree.map(jnp.copy, PARAMS), jax.jit(tx.init)(PARAMS)
     kept = steps(tx, params, state, 3)[0]
     for _ in range(3):
         given = jax.tree.leaves((params, state))
@@ -308,7 +307,7 @@ def test_an_exported_step_runs_in_another_process(tmp_path):
 
     expected = {}
     for name, tx in some().items():
-        pair = PARAMS, tx.init(PARAMS)
+        pair = PARAMS, jax.jit(tx.init)(PARAMS)
         leaves, treedef = jax.tree.flatten(pair)
 
         def flat(*given, treedef=treedef, tx=tx):

@@ -139,7 +139,7 @@ def test_steps_equal_the_dense_reference(factory, case, weights, kwargs):
         **mine,
     )
     grads = random_gradients(np.random.default_rng(0), layers, 7)
-    state, update = tx.init(grads[0]), jax.jit(tx.update)
+    state, update = jax.jit(tx.init)(grads[0]), jax.jit(tx.update)
     for g in grads:
         updates, state = update(g, state)
         expected = np.split(
@@ -161,7 +161,7 @@ def test_single_precision_stays_near_the_reference():
     dense = reference(DenseAdaGradBMA, FEW, True, False)
     tx = bma.scale_by_bma(bma.units, weights="learned")
     grads = random_gradients(np.random.default_rng(1), FEW, 7, np.float32)
-    state, update = tx.init(grads[0]), jax.jit(tx.update)
+    state, update = jax.jit(tx.init)(grads[0]), jax.jit(tx.update)
     for g in grads:
         updates, state = update(g, state)
         np.testing.assert_allclose(flat(updates), dense.update(flat(g)), atol=1e-5)
@@ -231,7 +231,7 @@ def test_the_first_step_of_a_unit_that_pulls_together_has_norm_one():
     """AdaGrad's is √s, for s inputs."""
     g = jnp.array([[3.0], [-0.1]]) * jnp.ones((2, 9))
     tx = bma.scale_by_bma(bma.within("block", bma.per_row), weights="learned")
-    updates, _ = jax.jit(tx.update)(g, tx.init(g))
+    updates, _ = jax.jit(tx.update)(g, jax.jit(tx.init)(g))
     np.testing.assert_allclose(jnp.linalg.norm(updates, axis=1), 1, rtol=1e-5)
 
 
@@ -244,9 +244,9 @@ def test_gradients_of_zero_and_not_finite(make):
     )
     tx = make()
     update = jax.jit(tx.update)
-    _, state = update(good, tx.init(good))
+    _, state = update(good, jax.jit(tx.init)(good))
     zeros = jax.tree.map(jnp.zeros_like, good)
-    still, after = update(zeros, tx.init(good))
+    still, after = update(zeros, jax.jit(tx.init)(good))
     np.testing.assert_array_equal(flat(still), 0)
     expected, expected_state = update(last, state)
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
@@ -348,7 +348,7 @@ def test_where_nothing_can_be_learned_weights_are_constant():
     }
     for make in (LEARNED, ADAM_LEARNED):
         (learned, state), (constant, _) = (
-            jax.jit(tx.update)(params, tx.init(params))
+            jax.jit(tx.update)(params, jax.jit(tx.init)(params))
             for tx in (make(), make(weights="constant"))
         )
         jax.tree.map(np.testing.assert_array_equal, learned, constant)

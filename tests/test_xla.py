@@ -27,7 +27,7 @@ def temporaries(function, *args, **kwargs):
 
 def of_update(tx):
     """Of a step to which gradients and state are given away."""
-    return temporaries(tx.update, LIKE, tx.init(LIKE), donate_argnums=(0, 1))
+    return temporaries(tx.update, LIKE, jax.jit(tx.init)(LIKE), donate_argnums=(0, 1))
 
 
 def first(x, *_):
@@ -81,7 +81,7 @@ def test_a_step_rule_stores_fewer_arrays(monkeypatch):
     def stored():
         u, tx = jnp.ones(LARGE), bma.scale_by_quadratic_model()
         update = functools.partial(tx.update, value_fn=loss)
-        return temporaries(update, u, tx.init(u), u)
+        return temporaries(update, u, jax.jit(tx.init)(u), u)
 
     few = stored()
     monkeypatch.setattr(_xla, "materialize_for_sums", first)
@@ -99,7 +99,7 @@ def program(function, *args, platform="cuda"):
 def test_a_second_pass_starts_after_the_first_where_fusions_cannot_write_in_place():
     """Else XLA on a GPU copies arrays that a fusion both sums and writes."""
     for tx in (bma.scale_by_bma(), bma.scale_by_adam_bma()):
-        state = tx.init(LIKE)
+        state = jax.jit(tx.init)(LIKE)
         barriers = [
             program(tx.update, LIKE, state, platform=platform).count(
                 "stablehlo.optimization_barrier"
