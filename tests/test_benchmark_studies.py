@@ -175,7 +175,7 @@ def test_curvature(tmp_path):
 
 @pytest.mark.benchmark
 def test_networks(tmp_path):
-    options = "--small --tasks mlp_raw --repeats 1 --methods units_learned"
+    options = "--small --tasks mlp_raw --methods units_learned"
     content, printed = run(tmp_path, "networks", options)
     task = content["tasks"]["mlp_raw"]
     assert list(task["methods"]) == ["adam", "units_learned"]
@@ -185,17 +185,10 @@ def test_networks(tmp_path):
         grid = grids[json.dumps(tuned["settings"])]
         assert min(x for x in grid.values() if x) == grid[str(tuned["rate"])]
         assert len(row["train_loss"]) == len(row["test_loss"]) == 6
-    d, timed = task["parameters"], task["timings"]
-    assert d == 64 * 6 + 6 + 6 * 10 + 10
-    # Two moments and a count; one sum, and a few numbers a unit and an input.
-    assert timed["adam"]["state_over_params"] == pytest.approx(2 + 1 / d, rel=1e-4)
-    assert 1 < timed["units_learned"]["state_over_params"] < 1 + 5 * (64 + 16 + 6) / d
-    cosines = task["methods"]["units_learned"]["cosines"]
-    assert list(cosines) == ["dense0", "dense1"]
-    assert all(0 <= x <= 1 + 1e-5 for found in cosines.values() for x in found)
-    # In the tables of the task, of all tasks, and as a column of cosines.
+    assert task["parameters"] == 64 * 6 + 6 + 6 * 10 + 10
+    # In the tables of the task and of all tasks.
     label = "| AdaGrad-BMA, each unit alone, learned weights |"
-    assert printed.count(label) == 3
+    assert printed.count(label) == 2
     assert (tmp_path / "out.png").stat().st_size > 0
 
 

@@ -177,7 +177,7 @@ def test_statistics_are_sharded_as_their_array(rule, shape, spec, nu):
             assert jax.typeof(leaf) == jax.typeof(old) or not leaf.ndim
         expected, _ = update(local, jax.jit(tx.init)(local))
         np.testing.assert_allclose(updates, expected, rtol=1e-5, atol=1e-6)
-    state = jax.jit(bma.scale_by_mini_bma(partition=rule).init)(params)
+    state = bma.scale_by_mini_bma(partition=rule).init(params)
     assert tuple(jax.typeof(state.nu).sharding.spec) == nu
 
 

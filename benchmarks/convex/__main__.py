@@ -34,12 +34,12 @@ REPORTED = (1, 2, 3, 4)  # Orders of the examples.
 REGIMES = {"mini-batches": (600, 48), "online": (1500, 1)}
 
 
-def forward(params: Any, examples: Any):
+def loss(params: Any, examples: Any) -> jax.Array:
     features, targets = examples
     output = features @ params["kernel"] + params["bias"][None]
     if jnp.issubdtype(targets.dtype, jnp.integer):
-        return cross_entropy(output, targets), {}
-    return jnp.mean((output[:, 0] - targets) ** 2) / 2, {}
+        return cross_entropy(output, targets)
+    return jnp.mean((output[:, 0] - targets) ** 2) / 2
 
 
 def task_of(name: str, standardised: bool, steps: int, batch_size: int) -> Task:
@@ -51,7 +51,7 @@ def task_of(name: str, standardised: bool, steps: int, batch_size: int) -> Task:
         shape = train.features.shape[1], outputs
         return {"kernel": jnp.zeros(shape), "bias": jnp.zeros(outputs)}
 
-    return Task(init, forward, tuple(train), tuple(test), steps, batch_size)
+    return Task(init, loss, tuple(train), tuple(test), steps, batch_size)
 
 
 def least_loss(task: Task) -> float:

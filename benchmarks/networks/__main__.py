@@ -3,7 +3,6 @@
     python -m benchmarks.networks
     python -m benchmarks.networks --tasks conv --methods units_learned soap --out c.json
     python -m benchmarks.networks --add --methods mini_bma
-    python -m benchmarks.networks --tasks mlp_raw_norm --out normalised.json
     python -m benchmarks.networks --data-dir DIR --out images.json
     python -m benchmarks.networks --tasks mlp_global --times 10 --out longer.json
 
@@ -28,9 +27,9 @@ import bma_optax as bma
 from benchmarks.harness import datasets
 from benchmarks.harness.results import Parser, Results, positive
 from benchmarks.networks.methods import METHODS
-from benchmarks.networks.report import cosine_table, draw, summary, table
-from benchmarks.networks.study import study, timings
-from benchmarks.networks.tasks import FILES, OTHERS, TASKS, Task, make
+from benchmarks.networks.report import draw, summary, table
+from benchmarks.networks.study import study
+from benchmarks.networks.tasks import FILES, TASKS, Task, make
 
 
 def run(name: str, task: Task, options: Any, results: Results, bar: tqdm) -> dict:
@@ -49,26 +48,12 @@ def run(name: str, task: Task, options: Any, results: Results, bar: tqdm) -> dic
         adam = result["methods"].get("adam")
         return study(task, METHODS[method], list(range(1, 1 + options.seeds)), adam)
 
-    def all_timings():
-        timed = {}
-        for method, row in result["methods"].items():
-            tuned = row["tuning"]
-            timed[method] = METHODS[method].make(**tuned["settings"]), tuned["rate"]
-        return timings(task, timed, options.repeats)
-
     result = results.cell(facts, "tasks", name)
     for method in options.methods:
         bar.set_postfix_str(f"{name}: {method}")
         keys = "tasks", name, "methods", method
         results.cell(lambda method=method: method_on_task(method), *keys)
         bar.update()
-    bar.set_postfix_str(f"{name}: timings")
-    if not options.repeats:
-        return result
-    if set(options.methods) - set(result.get("timings", {})):
-        result.pop("timings", None)  # In turns, so all of them again.
-    results.cell(all_timings, "tasks", name, "timings")
-    bar.update()
     return result
 
 
@@ -76,11 +61,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("benchmarks.networks", __doc__)
     add = parser.add_argument
     add("--data-dir", type=Path, help="the folder of MNIST's and CIFAR-10's files")
-    add("--tasks", nargs="+", choices=(*TASKS, *FILES, *OTHERS))
+    add("--tasks", nargs="+", choices=(*TASKS, *FILES))
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     add("--seeds", type=positive, default=6, help="how many; default: 6")
     add("--times", type=positive, default=1, help="so many times the steps")
-    add("--repeats", type=int, default=5, help="timings of each; default: 5; 0: none")
     add("--small", action="store_true", help="tiny nets and few steps, to try it out")
     options = parser.parse(arguments)
     options.tasks = options.tasks or (FILES if options.data_dir else TASKS)
@@ -95,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = "seeds", "times", "small"
     shared = {name: getattr(options, name) for name in names}
     results = Results(options, shared, jax, optax, np, bma)
-    total = len(options.tasks) * (len(options.methods) + 1)
+    total = len(options.tasks) * len(options.methods)
     with tqdm(total=total, unit="cell", disable=None) as bar:
         for name in options.tasks:
             try:
@@ -105,7 +89,6 @@ def main(arguments: list[str] | None = None) -> None:
             bar.write(table(name, run(name, task, options, results, bar)))
     tasks = results.content["tasks"]
     print(summary(tasks))
-    print(cosine_table(tasks))
     results.finish()
     draw(tasks, options.out.with_suffix(".png"))
 

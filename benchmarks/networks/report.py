@@ -18,8 +18,6 @@ COLUMNS = [
     "minus Adam's, same seed",
     "test loss",
     "steps to Adam's loss",
-    "ms a step",
-    "state / d",
 ]
 SHOWN = ("adam", "adagrad", "units_learned", "adam_bma_units", "soap", "muon_rms")
 
@@ -41,7 +39,7 @@ def differences(row: dict[str, Any], adam: dict[str, Any]) -> list[float]:
 
 def cells(name: str, task: dict[str, Any]) -> list[str]:
     row, adam = task["methods"][name], task["methods"]["adam"]
-    timed, tuned = task.get("timings", {}).get(name), row["tuning"]
+    tuned = row["tuning"]
     settings = [f"{tuned['rate']:.2g}"]
     settings += [f"{key} {x:g}" for key, x in tuned["settings"].items()]
     if not tuned["interior"]:
@@ -56,22 +54,16 @@ def cells(name: str, task: dict[str, Any]) -> list[str]:
         "" if name == "adam" else difference,
         number(mean(row["test_loss"])),
         f"{middle:.0f}" if np.isfinite(middle) else f"{reached} of {len(steps)} do",
-        f"{1e3 * timed['seconds_per_step']:.3g}" if timed else "",
-        f"{timed['state_over_params']:.3g}" if timed else "",
     ]
 
 
 def table(name: str, task: dict[str, Any]) -> str:
     """Every method on one task, losing rows too."""
     rows = [cells(method, task) for method in METHODS if method in task["methods"]]
-    lines = (
+    return (
         f"\n### {name}: {task['parameters']} parameters, {task['steps']} steps of "
         f"{task['batch_size']} examples\n\n{tables.table(COLUMNS, rows)}\n"
     )
-    if "timings" in task:
-        seconds = task["timings"]["gradient"]["seconds_per_step"]
-        lines += f"\nThe gradient and a step of SGD: {1e3 * seconds:.3g} ms."
-    return lines
 
 
 def summary(tasks: dict[str, Any]) -> str:
@@ -108,27 +100,6 @@ def gap_closed(methods: dict[str, Any]) -> str:
         return ""
     gap = losses["adam"] - min(peers)
     return f"{(losses['adam'] - losses['units_learned']) / gap:.0%}" if gap > 0 else "-"
-
-
-def cosine_table(tasks: dict[str, Any]) -> str:
-    """Learned directions and mean inputs, layer by layer; the mean over seeds."""
-    found = {
-        name: {
-            m: row["cosines"] for m, row in task["methods"].items() if row["cosines"]
-        }
-        for name, task in tasks.items()
-    }
-    methods = [m for m in METHODS if any(m in rows for rows in found.values())]
-    rows = [
-        [name, layer, *(number(mean(of[m][layer]), ".2f") for m in methods)]
-        for name, of in found.items()
-        for layer in next(iter(of.values()), {})
-    ]
-    head = (
-        "\n### |cos| of the learned direction and the mean input, at the last step\n\n"
-    )
-    labels = [METHODS[m].label for m in methods]
-    return head + tables.table(["task", "layer", *labels], rows) if rows else ""
 
 
 def draw(tasks: dict[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How this study measures: tuning on other seeds, fresh seeds, timings in turns."""
+"""How this study measures: tuning on other seeds, then fresh ones."""
 
 import math
 import time
@@ -8,9 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from benchmarks.harness.timing import clock, compiled, in_turns, summary
 from benchmarks.harness.tuning import grow
 from benchmarks.networks.methods import Method
 from benchmarks.networks.tasks import Task
@@ -19,7 +17,6 @@ from benchmarks.networks.tasks import Task
 TUNING_SEEDS = (0, 100, 200)
 RATES = 6  # Neighbouring powers of 2 that one call tries.
 POINTS = 40  # Of a curve.
-EXAMPLES = 500  # For cosines.
 
 
 class Trainer:
@@ -41,33 +38,27 @@ class Trainer:
         seed, rate, settings, batches = arguments
         tx = self.method.make(**settings)
         params = self.task.init(jax.random.key(seed))
-        start = params, tx.init(params)
 
         def step(carry, rows):
-            return one_step(self.task, tx, rate, carry, train, rows)
+            params, state = carry
+            examples = jax.tree.map(lambda array: array[rows], train)
+            loss, grads = jax.value_and_grad(self.task.loss)(params, examples)
+            updates, state = tx.update(grads, state, params)
+            params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+            return (params, state), loss
 
-        (params, state), losses = jax.lax.scan(step, start, batches)
+        (params, _), losses = jax.lax.scan(step, (params, tx.init(params)), batches)
         test_losses = jax.lax.map(lambda part: self.task.loss(params, part), test)
-        learned = optax.tree.get(state, "direction")
-        return losses, jnp.mean(test_losses), params, learned
+        return losses, jnp.mean(test_losses)
 
     def __call__(self, seeds: list[int], rate: float | list[float], settings: dict):
-        """Losses of every step (runs, steps), of the test set, params, directions."""
+        """Losses of every step (runs, steps), and of the test set (runs,)."""
         batches = np.stack([self.task.batches(seed) for seed in seeds])
         rates = np.broadcast_to(np.float32(rate), len(seeds))
         settings = {k: np.full(len(seeds), x, np.float32) for k, x in settings.items()}
         arguments = np.array(seeds), rates, settings, batches
-        losses, test, *end = self.runs(arguments, self.data)
-        return np.asarray(losses, np.float64), np.asarray(test, np.float64), *end
-
-
-def one_step(task: Task, tx, rate, carry, data, rows):
-    params, state = carry
-    examples = jax.tree.map(lambda array: array[rows], data)
-    loss, grads = jax.value_and_grad(task.loss)(params, examples)
-    updates, state = tx.update(grads, state, params)
-    params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-    return (params, state), loss
+        losses, test = self.runs(arguments, self.data)
+        return np.asarray(losses, np.float64), np.asarray(test, np.float64)
 
 
 def in_chunks(arrays: Any, most: int = 500) -> Any:
@@ -115,7 +106,7 @@ def study(task: Task, method: Method, seeds: list[int], adam: dict | None) -> di
     start = time.perf_counter()
     trainer = Trainer(task, method)
     tuned = tune(trainer)
-    losses, test, *end = trainer(seeds, tuned["rate"], tuned["settings"])
+    losses, test = trainer(seeds, tuned["rate"], tuned["settings"])
     targets = final(losses) if adam is None else np.array(adam["train_loss"], float)
     points = np.array_split(np.arange(task.steps), min(POINTS, task.steps))
     return {
@@ -127,29 +118,8 @@ def study(task: Task, method: Method, seeds: list[int], adam: dict | None) -> di
             "step": [int(part[-1]) + 1 for part in points],
             "loss": [float(losses[:, part].mean()) for part in points],
         },
-        "cosines": cosines(task, *end),
         "study_seconds": time.perf_counter() - start,
     }
-
-
-def cosines(task: Task, params: Any, directions: Any) -> dict[str, list[float]]:
-    """For each layer and run, |cos| of the learned direction and the mean input."""
-    if directions is None:
-        return {}
-    examples = jax.tree.map(lambda array: array[:EXAMPLES], task.train)
-
-    @jax.jit
-    @jax.vmap
-    def of(params, directions):
-        def cosine(name, inputs):
-            mean = inputs.reshape(-1, inputs.shape[-1]).mean(axis=0)
-            y = directions[name]["kernel"].ravel()
-            return jnp.abs(y @ mean) / jnp.linalg.norm(y) / jnp.linalg.norm(mean)
-
-        seen = task.forward(params, examples)[1]
-        return {name: cosine(name, inputs) for name, inputs in seen.items()}
-
-    return jax.device_get(of(params, directions))
 
 
 def steps_to(losses: np.ndarray, targets: np.ndarray) -> list[int | None]:
@@ -160,40 +130,3 @@ def steps_to(losses: np.ndarray, targets: np.ndarray) -> list[int | None]:
     # Sums lose digits: Adam reaches its own loss at the last step at the latest.
     there = means <= targets[:, None] * (1 + 1e-9)
     return [int(row.argmax()) + width if row.any() else None for row in there]
-
-
-def timings(task: Task, methods: dict[str, tuple[Any, float]], repeats: int):
-    """Seconds a step of each (transformation, rate), all in turns, and bytes of state.
-
-    One run's steps, compiled alone, with the state given away as in training. Beside
-    them, as "gradient", a step of SGD: what no method can do without.
-    """
-    methods = {"gradient": (optax.identity(), 1e-3)} | methods
-    train = jax.tree.map(jnp.asarray, task.train)
-    batches = jnp.asarray(task.batches(1)[: min(50, task.steps)])
-    params = task.init(jax.random.key(1))
-    carries, programs, rows = {}, {}, {}
-    for name, (tx, rate) in methods.items():
-
-        def run(carry, data, batches, tx=tx, rate=rate):
-            def step(carry, rows):
-                return one_step(task, tx, rate, carry, data, rows)
-
-            return jax.lax.scan(step, carry, batches)[0]
-
-        # Constants that are shared cannot be given away twice.
-        carry = carries[name] = jax.tree.map(jnp.array, (params, tx.init(params)))
-        programs[name], _ = compiled(run, carry, train, batches, donate_argnums=0)
-        sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in carry]
-        rows[name] = {"state_over_params": sizes[1] / sizes[0]}
-
-    def measure(name: str) -> float:
-        carries[name], seconds = clock(programs[name], carries[name], train, batches)
-        return seconds / len(batches)
-
-    measures = {name: lambda _, name=name: measure(name) for name in methods}
-    for name, seconds in in_turns(measures, 1 + repeats).items():
-        found = summary(seconds[1:])  # The first warms up.
-        rows[name]["seconds_per_step"] = found["seconds"]
-        rows[name]["range"] = found["range"]
-    return rows

@@ -25,17 +25,12 @@ Arrays = tuple[np.ndarray, ...]
 
 
 class Task(NamedTuple):
-    """`forward`: params, examples -> the loss, and the input of each array by name."""
-
     init: Callable[[jax.Array], Any]
-    forward: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+    loss: Callable[[Any, Any], jax.Array]  # Of params and examples.
     train: Arrays  # Examples are rows of every array.
     test: Arrays
     steps: int
     batch_size: int
-
-    def loss(self, params: Any, examples: Any) -> jax.Array:
-        return self.forward(params, examples)[0]
 
     def batches(self, seed: int) -> np.ndarray:
         """The rows of every step's examples, one permutation after the other."""
@@ -50,15 +45,12 @@ def kernel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.nn.initializers.lecun_normal()(key, shape)
 
 
-def dense_init(key: jax.Array, widths: tuple[int, ...], norm=False) -> dict[str, Any]:
+def dense_init(key: jax.Array, widths: tuple[int, ...]) -> dict[str, Any]:
     pairs = zip(widths[:-1], widths[1:], strict=True)
     params = {}
     for i, shape in enumerate(pairs):
         weights = kernel(jax.random.fold_in(key, i), shape)
         params[f"dense{i}"] = {"kernel": weights, "bias": jnp.zeros(shape[-1])}
-    if norm:  # But for the output.
-        norms = enumerate(widths[1:-1])
-        params |= {f"norm{i}": norm_init(width) for i, width in norms}
     return params
 
 
@@ -66,29 +58,26 @@ def norm_init(width: int) -> dict[str, jax.Array]:
     return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
 
 
-def dense(params: Any, name: str, x: jax.Array, seen: dict) -> jax.Array:
-    seen[name] = x
-    layer = params[name]
+def dense(layer: Any, x: jax.Array) -> jax.Array:
     return x @ layer["kernel"] + layer.get("bias", 0)
 
 
-def mlp(params: Any, x: jax.Array, activation: Callable, seen: dict) -> jax.Array:
-    names = [name for name in sorted(params) if name.startswith("dense")]
-    for i, name in enumerate(names[:-1]):
-        x = activation(normalised(params, f"norm{i}", dense(params, name, x, seen)))
-    return dense(params, names[-1], x, seen)
+def mlp(params: Any, x: jax.Array, activation: Callable) -> jax.Array:
+    *hidden, last = (name for name in sorted(params) if name.startswith("dense"))
+    for name in hidden:
+        x = activation(dense(params[name], x))
+    return dense(params[last], x)
 
 
-def mlp_forward(activation: Callable, params: Any, examples: Any):
+def mlp_loss(activation: Callable, params: Any, examples: Any) -> jax.Array:
     images, labels = examples
-    logits = mlp(params, images, activation, seen := {})
-    return cross_entropy(logits, labels), seen
+    return cross_entropy(mlp(params, images, activation), labels)
 
 
-def autoencoder_forward(params: Any, examples: Any):
+def autoencoder_loss(params: Any, examples: Any) -> jax.Array:
     (images,) = examples
-    output = jax.nn.sigmoid(mlp(params, images, jax.nn.sigmoid, seen := {}))
-    return jnp.mean(jnp.sum((output - images) ** 2, axis=-1)), seen
+    output = jax.nn.sigmoid(mlp(params, images, jax.nn.sigmoid))
+    return jnp.mean(jnp.sum((output - images) ** 2, axis=-1))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -111,7 +100,7 @@ def conv_init(shape: tuple[int, ...], channels: tuple[int, ...], norm: bool, key
     return params | dense_init(jax.random.fold_in(key, len(channels)), widths)
 
 
-def convolution(params: Any, name: str, x: jax.Array, stride: int, seen: dict):
+def convolution(layer: Any, x: jax.Array, stride: int) -> jax.Array:
     """3 x 3, zeros around: XLA's own is slow in a loop on a CPU, a product is not."""
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -120,10 +109,8 @@ def convolution(params: Any, name: str, x: jax.Array, stride: int, seen: dict):
         for i in range(3)
         for j in range(3)
     ]
-    seen[name] = jnp.concatenate(shifted, axis=-1)
-    layer = params[name]
     weights = layer["kernel"].reshape(-1, layer["kernel"].shape[-1])
-    return seen[name] @ weights + layer["bias"]
+    return jnp.concatenate(shifted, axis=-1) @ weights + layer["bias"]
 
 
 def group_norm(layer: Any, x: jax.Array, groups: int = 4) -> jax.Array:
@@ -134,36 +121,31 @@ def group_norm(layer: Any, x: jax.Array, groups: int = 4) -> jax.Array:
     return scaled.reshape(x.shape) * layer["scale"] + layer["bias"]
 
 
-def conv_forward(params: Any, examples: Any):
-    (x, labels), seen, i = examples, {}, 0
+def conv_loss(params: Any, examples: Any) -> jax.Array:
+    (x, labels), i = examples, 0
     while f"conv{i}" in params:
-        x = convolution(params, f"conv{i}", x, stride=2 if i else 1, seen=seen)
+        x = convolution(params[f"conv{i}"], x, stride=2 if i else 1)
         if f"norm{i}" in params:
             x = group_norm(params[f"norm{i}"], x)
         x, i = jax.nn.relu(x), i + 1
-    logits = mlp(params, x.reshape(len(x), -1), jax.nn.relu, seen)
-    return cross_entropy(logits, labels), seen
+    return cross_entropy(mlp(params, x.reshape(len(x), -1), jax.nn.relu), labels)
 
 
-def transformer_init(length: int, width: int, layers: int, plain: bool, key):
+def transformer_init(length: int, width: int, layers: int, key):
     params: dict[str, Any] = {}
 
     def matrix(name, *shape):
         layer = jax.random.fold_in(key, len(params))
         params[name] = {"kernel": kernel(layer, shape)}
 
-    def norm(name):
-        if not plain:
-            params[name] = norm_init(width)
-
     for i in range(layers):
-        norm(f"block{i}_norm")
+        params[f"block{i}_norm"] = norm_init(width)
         for name in ("query", "key", "value", "out"):
             matrix(f"block{i}_{name}", width, width)
-        norm(f"block{i}_mlp_norm")
+        params[f"block{i}_mlp_norm"] = norm_init(width)
         matrix(f"block{i}_up", width, 4 * width)
         matrix(f"block{i}_down", 4 * width, width)
-    norm("norm")
+    params["norm"] = norm_init(width)
     matrix("head", width, len(LETTERS) + 1)
     keys = jax.random.split(jax.random.fold_in(key, len(params)))
     for name, key, rows in zip(
@@ -173,36 +155,30 @@ def transformer_init(length: int, width: int, layers: int, plain: bool, key):
     return params
 
 
-def normalised(params: Any, name: str, x: jax.Array) -> jax.Array:
-    """By the layer of that name, in nets that have one."""
-    return layer_norm(params[name], x) if name in params else x
-
-
 def layer_norm(layer: Any, x: jax.Array) -> jax.Array:
     x = x - x.mean(-1, keepdims=True)
     scaled = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5)
     return scaled * layer["scale"] + layer["bias"]
 
 
-def transformer_forward(heads: int, params: Any, examples: Any):
-    (rows,), seen, i = examples, {}, 0
+def transformer_loss(heads: int, params: Any, examples: Any) -> jax.Array:
+    (rows,), i = examples, 0
     symbols, targets = rows[:, :-1].astype(jnp.int32), rows[:, 1:].astype(jnp.int32)
     shape = (*symbols.shape, heads, -1)
     x = params["token"][EMBEDDING][symbols] + params["position"][EMBEDDING]
     while f"block{i}_query" in params:
         name = f"block{i}"
-        y = normalised(params, f"{name}_norm", x)
+        y = layer_norm(params[f"{name}_norm"], x)
         q, k, v = (
-            dense(params, f"{name}_{part}", y, seen).reshape(shape)
+            dense(params[f"{name}_{part}"], y).reshape(shape)
             for part in ("query", "key", "value")
         )
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
-        x = x + dense(params, f"{name}_out", y, seen)
-        y = normalised(params, f"{name}_mlp_norm", x)
-        y = jax.nn.gelu(dense(params, f"{name}_up", y, seen))
-        x, i = x + dense(params, f"{name}_down", y, seen), i + 1
-    logits = dense(params, "head", normalised(params, "norm", x), seen)
-    return cross_entropy(logits, targets), seen
+        x = x + dense(params[f"{name}_out"], y)
+        y = layer_norm(params[f"{name}_mlp_norm"], x)
+        y = jax.nn.gelu(dense(params[f"{name}_up"], y))
+        x, i = x + dense(params[f"{name}_down"], y), i + 1
+    return cross_entropy(dense(params["head"], layer_norm(params["norm"], x)), targets)
 
 
 def text(characters: int, length: int) -> Arrays:
@@ -259,39 +235,38 @@ MLPS = {
 }
 TASKS = (*MLPS, "conv", "conv_norm", "autoencoder", "transformer")
 FILES = ("mnist", "cifar10")  # Conv nets, on data that needs a folder.
-# The same nets with normalisation layers, and the transformer without.
-OTHERS = (*(f"{name}_norm" for name in MLPS), "autoencoder_norm", "transformer_plain")
 
 
 def make(name: str, data_dir: Path | None, small: bool, times: int = 1) -> Task:
-    """A task of TASKS, FILES or OTHERS, with so many times its steps."""
-    kind, norm = name.removesuffix("_norm"), name.endswith("_norm")
-    family = "files" if name in FILES else kind.split("_")[0]
+    """A task of TASKS or FILES, with so many times its steps."""
+    family = "files" if name in FILES else name.split("_")[0]
     size = SIZES[family]
     if small:
         size = Size(SMALL.get(family, (4, 4)), 12, 8)
     budget = size.steps * times, size.batch_size
     if family == "transformer":
-        length, plain = 6 if small else 32, kind == "transformer_plain"
+        length = 6 if small else 32
         train, test = text(4000 if small else 400_000, length)
-        init = functools.partial(transformer_init, length, *size.widths, 2, plain)
-        forward = functools.partial(transformer_forward, 4)
-        return Task(init, forward, (train,), (test,), *budget)
-    scaling, activation = MLPS.get(kind, ("global", None))
+        init = functools.partial(transformer_init, length, *size.widths, 2)
+        loss = functools.partial(transformer_loss, 4)
+        return Task(init, loss, (train,), (test,), *budget)
+    scaling, activation = MLPS.get(name, ("global", None))
     x, labels, test_x, test_labels = images(
         name if name in FILES else "digits",
-        "raw" if kind == "autoencoder" else scaling,
+        "raw" if name == "autoencoder" else scaling,
         data_dir,
     )
     if family in ("conv", "files"):
+        norm = name.endswith("_norm")
         init = functools.partial(conv_init, x.shape[1:], size.widths, norm)
-        return Task(init, conv_forward, (x, labels), (test_x, test_labels), *budget)
+        return Task(init, conv_loss, (x, labels), (test_x, test_labels), *budget)
     x, test_x = x.reshape(len(x), -1), test_x.reshape(len(test_x), -1)
     if family == "autoencoder":
         widths = (x.shape[1], *size.widths, *size.widths[-2::-1], x.shape[1])
-        init = functools.partial(dense_init, widths=widths, norm=norm)
-        return Task(init, autoencoder_forward, (x,), (test_x,), *budget)
-    widths = (x.shape[1], *size.widths, datasets.CLASSES)
-    init = functools.partial(dense_init, widths=widths, norm=norm)
-    forward = functools.partial(mlp_forward, activation)
-    return Task(init, forward, (x, labels), (test_x, test_labels), *budget)
+        init = functools.partial(dense_init, widths=widths)
+        return Task(init, autoencoder_loss, (x,), (test_x,), *budget)
+    init = functools.partial(
+        dense_init, widths=(x.shape[1], *size.widths, datasets.CLASSES)
+    )
+    loss = functools.partial(mlp_loss, activation)
+    return Task(init, loss, (x, labels), (test_x, test_labels), *budget)
