@@ -315,14 +315,15 @@ def test_several_states():
         {"a": "x", "b": "y"},
     )
     seen = {"a": params["a"], "b": optax.MaskedNode()}
+    state = jax.jit(tx.init)(params)
     numbers = jax.eval_shape(
-        lambda: bma.diagnostics(tx.init(params), bma.partition(seen), seen)
+        lambda state: bma.diagnostics(state, bma.partition(seen), seen), state
     )
     assert sum(name.endswith("damping") for name in numbers) == 2
     (rates,) = [name for name in numbers if name.endswith("effective_rates")]
     assert "/x/" in rates
     with pytest.raises(ValueError, match=r"MaskedNode in the place of others\.$"):
-        jax.eval_shape(lambda: bma.diagnostics(tx.init(params), bma.partition(params)))
+        bma.diagnostics(state, bma.partition(params))
     adagrad = bma.adagrad_bma(0.1).init(params)
     assert bma.diagnostics(adagrad)["failures"] == 0
 
