@@ -18,18 +18,6 @@ class Data(NamedTuple):
     targets: np.ndarray
 
 
-def digits() -> Data:
-    return Data(*datasets.load_digits(return_X_y=True))
-
-
-def cancer() -> Data:
-    return Data(*datasets.load_breast_cancer(return_X_y=True))
-
-
-def wine() -> Data:
-    return Data(*datasets.load_wine(return_X_y=True))
-
-
 def diabetes() -> Data:
     features, targets = datasets.load_diabetes(return_X_y=True, scaled=False)
     return Data(features, (targets - targets.mean()) / targets.std())
@@ -69,9 +57,11 @@ def clicks(rows: int = 4000, sizes: tuple[int, ...] = (2, 5, 10, 30, 100, 300)) 
     return Data(np.concatenate(groups, axis=1), clicked.astype(int))
 
 
-SOURCES: dict[str, Callable[[], Data]] = {
-    f.__name__: f for f in (digits, cancer, wine, diabetes, text, clicks)
-}
+SOURCES: dict[str, Callable[[], tuple]] = {
+    "digits": lambda: datasets.load_digits(return_X_y=True),
+    "cancer": lambda: datasets.load_breast_cancer(return_X_y=True),
+    "wine": lambda: datasets.load_wine(return_X_y=True),
+} | {f.__name__: f for f in (diabetes, text, clicks)}
 
 
 def split(name: str, standardised: bool) -> tuple[Data, Data]:

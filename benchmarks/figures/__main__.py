@@ -6,5 +6,5 @@ python -m benchmarks.figures
 from benchmarks.figures import figure1, figure2
 
 if __name__ == "__main__":
-    figure1.main([])
+    figure1.main()
     figure2.main()

@@ -6,7 +6,6 @@ A small net learns scikit-learn's digits by AdaGrad; F = Z^-1 H Z^-1 with
 H = sum of g gᵀ is built in full, projected by eq. (2), one block per unit, and drawn.
 """
 
-import argparse
 from pathlib import Path
 
 import jax
@@ -54,11 +53,7 @@ def gradients(images: jax.Array, labels: jax.Array) -> np.ndarray:
     return np.asarray(jax.lax.scan(step, (params, tx.init(params)), steps)[1])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = Path(__file__).parent / "results" / "figure1.png"
-    parser.add_argument("--out", type=Path, default=default)
-    options = parser.parse_args(arguments)
+def main() -> None:
     data = datasets.load("digits")
     images = jnp.asarray(data.train_images).reshape(len(data.train_images), -1)
     g = gradients(images, jnp.asarray(data.train_labels))
@@ -87,12 +82,12 @@ def main(arguments: list[str] | None = None) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
     figure.colorbar(image, ax=figure.axes, shrink=0.8)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out, dpi=70)
+    path = Path(__file__).parent / "results" / "figure1.png"
+    figure.savefig(path, dpi=70)
     lost = np.linalg.norm(F - approximation) / np.linalg.norm(F)
     diagonal = np.linalg.norm(F - np.eye(d)) / np.linalg.norm(F)
     print(f"relative error: block mean {lost:.3f}, diagonal {diagonal:.3f}")
-    print(options.out)
+    print(path)
 
 
 if __name__ == "__main__":
