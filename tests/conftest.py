@@ -1,4 +1,4 @@
-"""Strict settings for every test: they must be there before JAX starts."""
+"""Strict settings for every test. JAX reads some of them only when it starts."""
 
 import gc
 import os

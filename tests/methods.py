@@ -1,4 +1,4 @@
-"""A row for every transformation of the library: the harness tests each of them."""
+"""A row for every transformation of the library. ``test_harness.py`` tests each row."""
 
 import dataclasses
 import functools

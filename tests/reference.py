@@ -33,8 +33,8 @@ RULES = {
 class DenseAdaGradBMA:
     """F from the d x L matrix E, U and v, its inverse root from a d x d decomposition.
 
-    With ``matrices``, arrays of the positions of elements, units x inputs, the units of
-    each share weights that are learned. All other weights are 1.
+    Each of ``matrices`` holds the positions of elements, units x inputs, whose units
+    share learned weights. All other weights are 1.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class DenseAdaGradBMA:
         return weights
 
     def turn(self, r):
-        """A step of power iteration on each matrix, of what F^-½ is applied to."""
+        """Moves each shared direction by a step of power iteration on the rows of r."""
         for k, (matrix, y) in enumerate(
             zip(self.matrices, self.directions, strict=True)
         ):
@@ -128,7 +128,7 @@ class DenseAdaGradBMA:
 
 
 class DenseAdamBMA(DenseAdaGradBMA):
-    """The same with decayed averages."""
+    """As ``DenseAdaGradBMA``, with decayed averages in the place of sums."""
 
     def __init__(self, labels, groups, *, b1=0.9, b2=0.999, eps_root=0.0, **kwargs):
         super().__init__(labels, groups, **kwargs)
@@ -150,7 +150,7 @@ class DenseAdamBMA(DenseAdaGradBMA):
 
 
 class DenseMiniBMA:
-    """Of one matrix of gradients, units x inputs: an s x s matrix for each unit."""
+    """mini-BMA of one matrix, units x inputs. Each unit has its own s x s matrix."""
 
     def __init__(self, shape, *, b1=0.9, b2=0.99, b3=0.95):
         self.b1, self.b2, self.b3, self.count = b1, b2, b3, 0
@@ -182,10 +182,11 @@ class DenseMiniBMA:
 
 
 def newton_inverse(G, labels, groups=None, damping=0.0):
-    """C of a curvature G, d x d: absolute diagonal, floored Λ, |M|.
+    """The inverse C that Newton-BMA applies, for a curvature G of d x d.
 
-    Labels say which block an element is in, -1 where there is none; groups, which
-    group a label is in.
+    It takes the absolute diagonal of G, floors Λ, and takes absolute eigenvalues of M.
+    ``labels`` names the block of each element, -1 where it has none. ``groups`` names
+    the group of each label; blocks of two groups do not see each other.
     """
     labels, d = np.asarray(labels), len(G)
     E = 1.0 * (labels[:, None] == np.unique(labels[labels >= 0]))

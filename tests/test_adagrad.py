@@ -55,7 +55,7 @@ def labels_and_groups(name_of, couple):
     ids=str,
 )
 def test_steps_equal_the_dense_reference(rule, form, mode):
-    """Fifty; without jit, where each step is hundreds of programs, five."""
+    """Fifty steps; five without jit, where a step compiles hundreds of programs."""
     rng = np.random.default_rng(0)
     tx = bma.scale_by_bma(rule, form=form, eps=0.3, min_eigenvalue=1e-3)
     update = jax.jit(tx.update) if mode == "jit" else tx.update
@@ -137,7 +137,7 @@ def test_one_element_blocks_are_full_matrix_adagrad(form, eps):
     [("left", 1e-2, 0.0), ("left", 1.0, 1e-7), ("symmetric", 1e-2, 1e-7)],
 )
 def test_derivative_at_repeated_and_floored_eigenvalues(form, floor, eps):
-    """The first gradient gives M = ± ones and the identity where nothing moved."""
+    """The first gradient makes every entry of M ± 1, so that eigenvalues repeat."""
     tx = bma.scale_by_bma(bma.per_element, form=form, eps=eps, min_eigenvalue=floor)
     rng = np.random.default_rng(5)
     given, along = rng.standard_normal((2, 3, 6)) * [1, 1, 1, 1, 1, 0]
@@ -160,7 +160,7 @@ def test_derivative_at_repeated_and_floored_eigenvalues(form, floor, eps):
 @pytest.mark.parametrize("initial", [0.0, 0.5])
 @pytest.mark.parametrize("form", ["left", "symmetric"])
 def test_an_element_without_gradients_does_not_move(form, initial):
-    """Rows of an embedding that no example has used."""
+    """Rows of an embedding that no example has used stay where they are."""
     rng = np.random.default_rng(4)
     params = {"embed": jnp.zeros((6, 4)), "w": jnp.zeros((3, 2))}
     tx = bma.scale_by_bma(bma.per_column, form=form, initial_accumulator_value=initial)
@@ -240,7 +240,7 @@ def test_last_good_root_is_used_when_a_factorisation_fails():
 
 
 def test_singular_matrix_of_a_softmax_layer():
-    """Its gradients sum to zero over units: M has the eigenvalue 0 for good."""
+    """Its gradients sum to zero over units, so that M always has the eigenvalue 0."""
     rng = np.random.default_rng(8)
     tx = bma.scale_by_bma(bma.per_element, min_eigenvalue=0.0)
     state, update = jax.jit(tx.init)(jnp.zeros(5)), jax.jit(tx.update)

@@ -129,7 +129,7 @@ def test_one_block_is_adamw(rule, kwargs):
 
 @pytest.mark.usefixtures("x64")
 def test_one_element_blocks_whiten_by_the_whole_matrix():
-    """With no momentum and no decay but the correction it is AdaGrad-Full over √t."""
+    """F^-½ with one block an element is the inverse root of the whole matrix."""
     rng = np.random.default_rng(3)
     b2, d = 0.9, 4
     tx = bma.scale_by_adam_bma(

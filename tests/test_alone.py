@@ -1,4 +1,4 @@
-"""Groups of one block: the report's M is 1, the projection's is a number."""
+"""Groups of one block: M is 1 by the estimator "report", a number by "projection"."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ every_rule = pytest.mark.parametrize("rule", ALONE)
 @every_method
 @every_rule
 def test_by_the_reports_estimator_it_is_the_diagonal_method(method, rule):
-    """To the last bit: it must not be timed or tuned as a method."""
+    """The updates are the same to the last bit, so it is not a method of its own."""
     factory, optax_method, *_ = method
     rng = np.random.default_rng(0)
     alone = factory(partition=ALONE[rule], estimator="report")
@@ -73,7 +73,7 @@ def test_unless_told_it_is_the_projection(method, rule, floor):
 @every_rule
 @pytest.mark.parametrize("weights", ["constant", "learned"])
 def test_numbers_and_no_matrices(rule, weights):
-    """Three numbers a block beside diag H, and no decomposition in the program."""
+    """The state holds three numbers a block, and the program decomposes no matrix."""
     params = {"a": {"kernel": jnp.ones((6, 4))}, "b": {"kernel": jnp.ones((4, 2))}}
     tx = bma.scale_by_bma(ALONE[rule], weights=weights)
     state = jax.eval_shape(tx.init, params)
@@ -116,7 +116,7 @@ def test_blocks_that_may_see_others_have_the_reports(rule, params):
 
 @pytest.mark.parametrize("factory", [bma.scale_by_bma, bma.scale_by_adam_bma])
 def test_each_group_has_its_own_estimator(factory):
-    """Units beside blocks that see each other stay what they are without those."""
+    """Units keep the projection where other blocks, which see each other, join them."""
     rng = np.random.default_rng(3)
     shapes = {"a/kernel": (5, 3), "b/kernel": (3, 2), "x/bias": (3,), "y/bias": (2,)}
     grads = [
@@ -150,7 +150,7 @@ def test_a_block_whose_sums_are_zero_stays_at_the_diagonal():
 
 
 def test_an_array_of_one_block_that_has_no_bounds_is_alone_too():
-    """Another rule for it changes nothing: no block sees another."""
+    """Biases with ``per_leaf`` beside units do not change what the units do."""
     params = {"bias": jnp.zeros(2), "kernel": jnp.zeros((3, 2))}
     grads = {"bias": jnp.array([1.0, -2.0]), "kernel": jnp.arange(1.0, 7).reshape(3, 2)}
     units = bma.within("block", bma.per_unit)
@@ -164,7 +164,7 @@ def test_an_array_of_one_block_that_has_no_bounds_is_alone_too():
 
 
 def test_a_floor_that_is_not_a_number_is_a_failure_of_each_block():
-    """Traced, it cannot be refused: the last root stays, and it is counted."""
+    """A traced floor cannot be refused: the last root stays, failures are counted."""
     params = {"kernel": jnp.ones((3, 2))}
 
     @jax.jit

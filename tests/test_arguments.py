@@ -78,7 +78,7 @@ def test_numbers(name):
 
 @pytest.mark.usefixtures("x64")
 def test_numbers_of_numpy_do_not_decide_dtypes():
-    """Where x64 is on they are float64, and int64."""
+    """NumPy's float64 and int64 do not widen a float32 state where x64 is on."""
     params = jnp.linspace(-1, 1, 16, dtype=jnp.float32)
     kwargs = {
         "partition": bma.per_tile(np.int64(4), reach=np.int64(1)),
@@ -262,7 +262,7 @@ def test_products_of_another_dtype_leave_that_of_the_state(theirs):
 
 
 def test_products_in_another_order_of_the_tree():
-    """What has the names of the parameters is put into their order."""
+    """A product with the names of the parameters is put into their order."""
     from collections import OrderedDict
 
     def product(v):

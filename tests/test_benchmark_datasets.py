@@ -1,4 +1,4 @@
-"""The benchmarks' loaders on small made-up files."""
+"""The loaders of the benchmarks read small files that the tests write."""
 
 import gzip
 import io

@@ -152,7 +152,7 @@ def test_muon_takes_convolutions_but_not_embeddings():
 
 
 def test_units_of_the_library_are_those_of_the_nets():
-    """Both tell the axis of units by names, and neither has to guess."""
+    """``bma.units`` and the peers find the same axis of units by names."""
     for name in ("conv_norm", "transformer"):
         params = nets.make(name, None, small=True).init(jax.random.key(0))
         arrays = bma.partition(params, bma.units).arrays

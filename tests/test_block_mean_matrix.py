@@ -1,4 +1,4 @@
-"""Every operation against float64 NumPy that does build the d x d matrix."""
+"""Every operation against float64 NumPy, which builds the d x d matrix."""
 
 import functools
 
@@ -237,7 +237,7 @@ def test_third_derivative_and_hessian_where_eigenvalues_repeat():
 
 @functools.partial(jax.jit, static_argnums=0)
 def projections(sizes, G, x, weights):
-    """Of G; and of G + 1, where what should be x is: also with weights."""
+    """Projections of G; and of G + I, with products that should give x again."""
     matrix = BlockMeanMatrix.project(G, sizes)
     of_G = matrix.Lambda, matrix.B, matrix.to_dense(), matrix.eigenvalues()
     definite = G + jnp.eye(len(G))
@@ -300,7 +300,7 @@ def test_inverse_is_an_inverse(drawn):
 
 @given(partitions_and_matrices())
 def test_weighted_block_means(drawn):
-    """E's columns are the weights, of unit length in each block, whatever theirs."""
+    """E's columns are the weights of each block, scaled to unit length."""
     sizes, _, (G, x, weights), (_, _, (found, inverse, product)) = drawn
     definite = G + np.eye(len(G))
     E = expansion(sizes) * weights[:, None]
@@ -359,7 +359,7 @@ def test_no_method_builds_a_dense_matrix():
 
 
 def test_float32_floor_is_what_eigh_resolves():
-    """Singular matrices: the smallest computed eigenvalues are below the floor."""
+    """Eigenvalues of singular matrices are floored at what float32 resolves."""
     rng = np.random.default_rng(0)
     for L in (2, 5, 40, 200):
         A = rng.standard_normal((L, max(L // 2, 1))).astype(np.float32)

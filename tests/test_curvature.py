@@ -23,7 +23,7 @@ def slope(x):
 
 
 def on_host(fn, *args):
-    """What no derivative sees into: a kernel of another language, say."""
+    """Calls NumPy, which JAX cannot differentiate; as a kernel of another language."""
     like = jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)
     return jax.pure_callback(
         lambda *args: np.asarray(fn(*args)), like, *args, vmap_method="sequential"
@@ -179,7 +179,7 @@ def test_a_custom_vjp_in_the_model(name):
 
 
 def test_what_the_error_advises_works():
-    """Gauss-Newton where only the gradient is opaque, and an operator of one's own."""
+    """``GaussNewton`` or one's own ``Operator`` works where ``Hessian`` is refused."""
     loss, found = curvatures(foreign, lambda z: cross_entropy(z, LABELS))
     G = dense()["GaussNewton"]
 
@@ -213,7 +213,7 @@ def square(x):
 
 
 def double(v):
-    """What JAX cannot batch."""
+    """A callback without a rule for ``vmap``."""
     return jax.pure_callback(lambda v: 2 * np.asarray(v), v, v)
 
 

@@ -1,4 +1,4 @@
-"""Numbers for a logger against dense matrices, and for every transformation."""
+"""``bma.diagnostics`` against dense matrices, and for every transformation."""
 
 import collections
 import functools
@@ -145,7 +145,7 @@ def test_curvature(reach):
 
 
 def test_dense_groups_beside_a_grid():
-    """Their numbers are those that they have alone."""
+    """Dense groups have the numbers that they have without a grid beside them."""
     params = {"u": jnp.ones(12), "w": jnp.array([[1.0, 2.0], [3.0, 5.0]])}
 
     def f(p):
@@ -191,7 +191,7 @@ def is_mine(x):
 
 
 def wrappers(method, params):
-    """States of the method in whatever may be around it, for whole parameters."""
+    """States of the method inside each wrapper of Optax and of Flax."""
     tx, whole = method.build(), params | {"c": jnp.ones(3)}
     keep = {"kernel": True, "bias": True, "c": False}
     labels = {"kernel": "mine", "bias": "mine", "c": "other"}
@@ -255,7 +255,7 @@ EACH_STATE = (
 
 @every_method
 def test_every_transformation(method):
-    """Also in all wrappers, for one method of each kind of state."""
+    """One method of each kind of state is also tried inside all wrappers."""
     arrays = {"kernel": jnp.ones((6, 4)), "bias": jnp.full(4, 2.0, jnp.bfloat16)}
     params = arrays | {"c": optax.MaskedNode()}
 
@@ -308,7 +308,7 @@ def test_every_transformation(method):
 
 
 def test_several_states():
-    """Names have the path before them, and blocks go to the state that they fit."""
+    """Each name starts with the path of its state; blocks go to the state they fit."""
     params = {"a": jnp.ones(3), "b": jnp.ones(3)}
     tx = optax.partition(
         {"x": bma.scale_by_newton_bma(), "y": bma.scale_by_newton_bma()},

@@ -1,4 +1,4 @@
-"""The site has a page for every public name, and each name an example that runs."""
+"""Every public name has a page on the site and an example that runs."""
 
 import ast
 import doctest

@@ -1,4 +1,4 @@
-"""What is refused, and what is said: one table.
+"""One table of what is refused, with the error and words that a user reads.
 
 Three kinds of errors stand elsewhere: what all numbers, keys and functions of users
 have in common (``test_arguments.py``), what each transformation says of dtypes

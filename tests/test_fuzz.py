@@ -1,4 +1,4 @@
-"""Random trees, partitions and gradients: finite, stable, equivariant.
+"""Random trees, partitions and gradients give finite, stable, equivariant updates.
 
 ``BMA_FUZZ_STEPS`` and ``BMA_FUZZ_EXAMPLES`` make a longer run by hand.
 """
@@ -62,7 +62,7 @@ def of_one_shape(rule):
 
 
 def methods(rule):
-    """Those that take gradients alone."""
+    """The transformations that need neither parameters nor a loss."""
     learned = {"weights": "learned", "estimator": "projection"}
     return {
         "left": bma.scale_by_bma(rule),
@@ -76,7 +76,7 @@ def methods(rule):
 
 
 def gradient(key, like, last):
-    """Of a random kind and size, 1e-30 to 1e30, within what the dtype can hold."""
+    """A gradient of a random kind and size, 1e-30 to 1e30 where the dtype holds it."""
     kind_key, size_key, key = jax.random.split(key, 3)
     kind = jax.random.randint(kind_key, (), 0, KINDS)
     exponent = jax.random.uniform(size_key, minval=-30.0, maxval=30.0)
@@ -177,7 +177,7 @@ UPDATES = {name: jax.jit(tx.update) for name, tx in BY_LEAF.items()}
 @settings(max_examples=4)
 @given(seed=st.integers(0, 2**20))
 def test_permutations(name, seed):
-    """Of elements inside blocks, and of leaves: the update moves along."""
+    """Permuted elements of a block, or permuted leaves, permute the update."""
     rng = np.random.default_rng(seed)
     inside, leaves = rng.permutation(5), rng.permutation(3)
 

@@ -1,4 +1,4 @@
-"""What Optax and the libraries around it ask of a transformation, for each of ours.
+"""Each transformation does what Optax and the libraries around it ask of one.
 
 The checks of Optax's harness for contributed optimisers (its `_common_test.py`, and the
 sharding and abstract `init` tests of its development branch), then wrappers and
@@ -55,12 +55,12 @@ def mixed_parabola(dtype=jnp.float32):
 
 
 def with_loss(f):
-    """The keywords of ``update`` that transformations with curvature want."""
+    """The loss, under the two names by which rows of ``methods.py`` ask for it."""
     return {"value_fn": f, "loss_of": f}
 
 
 def bowl(params):
-    """A loss for parameters of any structure, with a little of everything coupled."""
+    """A loss for parameters of any structure, in which all elements are coupled."""
     leaves = jax.tree.leaves(params)
     squares = sum(jnp.sum((x.astype("float32") - 0.3) ** 2) for x in leaves)
     return squares + 0.01 * sum(jnp.sum(x.astype("float32")) for x in leaves) ** 2
@@ -138,7 +138,7 @@ jax.monitoring.register_event_duration_secs_listener(
 # With a reach: see test_sharding.py.
 @pytest.mark.parametrize("name", [name for name in BY_NAME if "reach" not in name])
 def test_without_jit_nothing_is_compiled_twice(name):
-    """Neither at a refresh, the third and fifth step, nor for losses that are new."""
+    """Refreshes, at steps 3 and 5, and new loss functions compile nothing again."""
     method = BY_NAME[name]
     known = inspect.signature(method.factory).parameters
     kwargs = {"update_interval": 2} if "update_interval" in known else {}
@@ -217,7 +217,7 @@ def test_map_params_reaches_only_what_is_like_params(method):
 
 @every_method
 def test_leaves_in_another_order_are_told_by_name(method):
-    """As of an OrderedDict, whose leaves are not sorted."""
+    """An OrderedDict, whose leaves are not sorted, gets the updates of a dict."""
     tx = method.build()
     params = {"w": jnp.ones((2, 2)), "a": 2 * jnp.ones((2, 2))}
     grads = {"w": jnp.array([[1.0, -2], [3, 1]]), "a": jnp.array([[0.5, 1], [-1, 2]])}
@@ -231,7 +231,7 @@ def test_leaves_in_another_order_are_told_by_name(method):
 
 @every_method
 def test_an_average_of_states_is_one(method):
-    """Also of its counters and keys, which become floats."""
+    """Counters and keys become floats in an average, and ``update`` takes them."""
     tx = method.build()
     state = jax.eval_shape(tx.init, PARAMS)
 
@@ -274,7 +274,7 @@ def test_dtype_is_preserved_and_multi_steps_accumulates(method):
 @every_method
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_state_is_stable_under_cond(method, dtype):
-    """Types are told by tracing: MultiSteps above runs each method under ``cond``."""
+    """Tracing tells all types. MultiSteps, above, runs each method under ``cond``."""
     with jax.enable_x64(dtype == "float64"):
         tx = method.build()
         start, _, f = parabola(dtype)
@@ -391,7 +391,7 @@ def test_learning_rate_takes_a_schedule(method):
 
 
 def traced(tx, grads, state, params):
-    """What ``update`` gives, in shapes and dtypes: without compiling."""
+    """The shapes and dtypes that ``update`` returns, without compiling it."""
     return jax.eval_shape(jitted(tx.update), grads, state, params)
 
 
@@ -407,7 +407,7 @@ def cast(tree, dtype):
 @every_method
 @pytest.mark.usefixtures("x64")
 def test_dtypes_are_those_that_init_saw(method):
-    """Gradients of another dtype give updates of theirs, and leave the state's."""
+    """Updates have the dtype of the gradients; the state keeps its own."""
     tx = method.build()
     pairs = itertools.permutations(("float64", "float32", "bfloat16"), 2)
     for mine, theirs in [*pairs, ("bfloat16", "float16"), ("float16", "float32")]:
@@ -537,7 +537,7 @@ def test_apply_if_finite_rejects_a_bad_step(method):
 
 @every_method
 def test_scan_vmap_and_shard_map_equal_a_loop(method):
-    """The state's types are stable within each, or the scan would not have it."""
+    """Under each of them the types of the state are stable, as ``scan`` checks."""
     tx = method.build()
     grads = [random_like(PARAMS, seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
@@ -577,7 +577,7 @@ def test_scan_vmap_and_shard_map_equal_a_loop(method):
 @every_method
 @pytest.mark.usefixtures("x64")
 def test_gradient_through_steps_equals_finite_differences(method):
-    """Meta-learning: also from the first step, where M has repeated eigenvalues."""
+    """Also from the first step, where M has repeated eigenvalues."""
     tx = method.build()
     start, _, f = mixed_parabola(jnp.float64)
 

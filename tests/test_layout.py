@@ -1,4 +1,4 @@
-"""The folder is the table of contents, and arrows run one way."""
+"""Each folder lists its modules, and imports go from upper floors to lower ones."""
 
 import ast
 import graphlib

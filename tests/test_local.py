@@ -1,4 +1,4 @@
-"""Curvature with a reach: colors and nested levels against dense float64."""
+"""Curvature with a declared reach: colours and nested levels against dense float64."""
 
 import functools
 import warnings
@@ -149,7 +149,7 @@ def columns(function, like):
 
 
 def dense(f, like):
-    """G."""
+    """The curvature G as a matrix."""
     return np.asarray(jax.jit(lambda: columns(product(f, like), like))()).T
 
 
@@ -209,7 +209,7 @@ def test_nested_operator_is_symmetric_and_positive_definite(name):
 
 
 def laplacian(n):
-    """Jacobi sees κ of 3000 to 30 000; with 40 data on n x n."""
+    """A Laplacian with 40 data on n x n: with Jacobi κ is 3,000 to 30,000."""
     seen = np.zeros(n * n)
     seen[np.random.default_rng(0).choice(n * n, 40, replace=False)] = 1
     seen = jnp.asarray(seen.reshape(n, n))
@@ -409,7 +409,7 @@ def test_a_wrong_declaration_is_caught_in_a_preconditioner():
 
 
 def test_the_check_holds_at_every_scale():
-    """In float32, where the squares of such numbers vanish or overflow."""
+    """Also in float32, where squares of very small or large numbers are 0 or inf."""
     with jax.enable_x64(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         u = jnp.linspace(0, 1, 64, dtype=jnp.float32)
@@ -580,7 +580,7 @@ def test_an_array_without_blocks_beside_a_field():
 
 
 def test_fields_with_two_reaches_beside_a_layer():
-    """Each has the inverse that it has alone."""
+    """Each part of one tree has the inverse that it has alone."""
     params = {"net": {"b": jnp.ones(3), "w": jnp.ones((2, 3))}, "u": jnp.ones((12, 12))}
     params["v"] = jnp.ones(40)
     rules = {
@@ -611,7 +611,7 @@ def test_fields_with_two_reaches_beside_a_layer():
 
 
 def test_one_element_tiles_are_newtons_method_however_many():
-    """More than a dense matrix takes on, were there a coarser level."""
+    """100 blocks of one element: with coarser levels it would not be exact."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal(100))
     params = {"u": x, "c": jnp.ones(1)}
     tx = bma.scale_by_newton_bma(bma.per_tile((1,), reach=1))

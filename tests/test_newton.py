@@ -34,7 +34,7 @@ def flat(tree):
 
 
 def positive_definite(seed, d=D):
-    """Correlated, with diagonal entries of very different size."""
+    """A correlated matrix whose diagonal entries have very different sizes."""
     rng = np.random.default_rng(seed)
     A = rng.standard_normal((d, d)) + 1
     scale = 10 ** rng.uniform(-1, 1, d)
@@ -197,7 +197,7 @@ def test_absolute_power_and_its_derivatives():
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_operator_equals_the_dense_reference(rule):
-    """Also of indefinite curvature, and where layers do not see each other."""
+    """Also for indefinite curvature, and where layers do not see each other."""
     definite, not_definite = positive_definite(0), indefinite(1)
     for G, couple, damping in [
         (definite, "all", 0.0),
@@ -288,7 +288,7 @@ def test_frozen_arrays_stay_and_the_others_minimise(solver):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_masks_after_the_optimiser(dtype):
-    """Found at the second step; what is no mask any more, or never was, is let go."""
+    """A mask is found at the second step, and forgotten where it ends."""
 
     def f(p):
         a, b = p["a"].astype("float64"), p["b"].astype("float64")
@@ -327,7 +327,7 @@ def test_masks_after_the_optimiser(dtype):
 
 
 def test_dead_parameters_and_no_curvature_at_all():
-    """A zero row of G, and G = 0: finite steps, none for a zero gradient."""
+    """A zero row of G, or G = 0, gives finite steps, and none for a zero gradient."""
     params = jnp.ones(4)
     for f in (lambda x: x[0] ** 2, lambda x: x[0] + 0 * x[1]):
         tx = bma.newton_bma(bma.per_tile((2,)))
@@ -570,7 +570,7 @@ def test_quadratic_model_is_preconditioned_conjugate_gradients(rule):
 
 
 def test_nonlinear_losses_converge_untuned():
-    """Where a fixed rate of 1 diverges: exp's curvature, log's domain, a saddle."""
+    """Losses on which a fixed rate of 1 diverges: cosh, log, and a saddle."""
     rng = np.random.default_rng(0)
     A, y = rng.standard_normal((30, 8)), rng.integers(0, 2, 30) * 2.0 - 1
 
@@ -619,7 +619,7 @@ def test_step_norm_limit():
 
 
 def test_a_shortened_step_and_what_is_said_of_it():
-    """By a limit both parts are; by a model too flat, to the minimum in between."""
+    """A limit shortens both parts; too flat a model is met by backtracking."""
     G = jnp.diag(jnp.arange(1.0, 5.0))
     params, direction, previous = jax.random.normal(jax.random.key(0), (3, 4))
 
@@ -662,7 +662,7 @@ def test_twelve_trials_where_the_loss_has_an_edge(taken):
 
 
 def test_refuses_a_step_that_never_descends():
-    """A loss that is nowhere finite but here."""
+    """The loss is finite only where it starts: the step is zero."""
 
     def f(x):
         return jnp.where(jnp.sum(x) == 3, jnp.sum(x), jnp.nan)
@@ -707,7 +707,7 @@ def test_composes_with_optax(rule):
 
 
 def test_gradient_through_steps_equals_differences():
-    """Meta-learning through refreshes, probes, abs eigenvalues and the step rule."""
+    """Derivatives pass refreshes, probes, absolute eigenvalues and the step rule."""
     G, b = positive_definite(10), np.ones(D)
 
     def after(log_scale):

@@ -1,4 +1,4 @@
-"""Partitions: what is a block, and the sums over blocks and back."""
+"""Partitions: which elements form a block, sums over blocks, and their expansion."""
 
 import itertools
 import pickle
@@ -424,7 +424,7 @@ def test_the_name_is_not_said_again_at_update(make, by_name, column):
 
 
 def test_many_patterns_on_many_arrays():
-    """Seconds where each path is matched once; many minutes where it is not."""
+    """It takes seconds if each path is matched once, and many minutes if not."""
     shape = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     params = {f"a{i:04}": {"w": shape} for i in range(5000)}
     rule = bma.by_path({f"a{i:04}/": bma.per_unit for i in range(0, 5000, 25)})
@@ -436,7 +436,7 @@ def test_many_patterns_on_many_arrays():
 
 
 def test_sums_over_long_tiles():
-    """Beyond some length they are another program than those over short ones."""
+    """Long tiles are summed by another program than short ones."""
     x = jnp.arange(100.0)
     sums = bma.partition(x, bma.per_tile((40,))).block_sums(x)
     np.testing.assert_array_equal(sums, [x[:40].sum(), x[40:80].sum(), x[80:].sum()])

@@ -1,4 +1,4 @@
-"""C for conjugate gradients: unlike units, null directions, holes."""
+"""``bma.preconditioner`` for conjugate gradients: units, null directions, holes."""
 
 import functools
 import warnings
@@ -161,7 +161,7 @@ def test_units_of_elements_cost_no_more_than_jacobi_does():
 
 
 def test_units_of_arrays_do_not_matter_to_probes_either():
-    """Of two coupled arrays without a reach, whose diagonal is probed."""
+    """Two coupled arrays without a reach, whose diagonal is estimated by probes."""
     rng = np.random.default_rng(0)
     X, n = jnp.asarray(rng.standard_normal((90, 80))), 40
     like = {"u": jnp.zeros(n), "v": jnp.zeros(n)}
@@ -247,7 +247,7 @@ def test_a_singular_system_is_solved_to_rounding(name, dtype):
 
 
 def test_newton_takes_factors_of_a_softmax_layer():
-    """Its weights may be shifted for all classes at once."""
+    """Weights shifted for all classes at once give the same loss: G is singular."""
     rng = np.random.default_rng(0)
     X = jnp.asarray(rng.standard_normal((50, 12)) + 1)
     y = jnp.asarray(rng.integers(0, 4, 50))
@@ -282,7 +282,7 @@ def test_newton_takes_factors_of_a_softmax_layer():
 
 @pytest.mark.parametrize("rule", [TILES, LOCAL], ids=str)
 def test_elements_without_curvature_disturb_nothing(rule):
-    """A mask with holes, a block of them and a field of another unit beside it."""
+    """A field with holes, one as large as a block, beside a field of another unit."""
     mask = np.ones((N, N))
     mask[3:6, 3:14] = 0
     mask[8:16, 8:16] = 0

@@ -1,4 +1,4 @@
-"""The README's example runs, and its two commands are what they should be."""
+"""The README's examples run, and each of two headings opens with one command."""
 
 import re
 from pathlib import Path

@@ -59,7 +59,7 @@ def steps(tx, params, state, count):
 
 
 def raw(tree):
-    """All of it in NumPy."""
+    """The tree with arrays of NumPy."""
     return jax.tree.map(np.asarray, tree)
 
 
@@ -68,7 +68,7 @@ def by_name():
 
 
 def some():
-    """One of each kind: compiling is what takes time."""
+    """One transformation of each kind, since compiling takes time."""
     names = "adagrad_bma", "adam_bma learned", "mini_bma", "newton_bma"
     return {name: by_name()[name] for name in names}
 
@@ -130,7 +130,7 @@ def test_another_process_goes_on_bit_for_bit(tmp_path):
 
 @every_method
 def test_saved_in_other_ways(method, tmp_path):
-    """As bytes, and in files of arrays: there is nothing but arrays."""
+    """A state is saved as bytes and in files of arrays: it holds arrays alone."""
     tx = method.build()
     pair = PARAMS, jax.jit(tx.init)(PARAMS)
     state = jax.tree.map(lambda x: x + np.ones((), x.dtype), raw(pair[1]))

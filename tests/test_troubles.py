@@ -1,4 +1,4 @@
-"""Bad input: what the site's table promises is what is said."""
+"""Bad input gives the errors and warnings that the site's table of troubles lists."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def square(x):
 
 
 def double(x):
-    """What JAX cannot differentiate."""
+    """Doubles x by a callback, which JAX cannot differentiate."""
     return jax.pure_callback(lambda x: 2 * np.asarray(x), x, x)
 
 
@@ -157,7 +157,7 @@ def test_says_so(case):
 
 
 def test_recipes_for_freezing_arrays():
-    """Both reach the least loss over the others."""
+    """Both recipes reach the least loss over the arrays that are not frozen."""
 
     def loss(p):
         return jnp.mean((p["w"] + p["b"] - jnp.arange(12.0).reshape(4, 3)) ** 2)

@@ -218,7 +218,7 @@ def test_units_and_inputs_in_another_order():
 
 
 def test_the_units_of_an_array_do_not_matter():
-    """Metres or feet: with eps 0 the scale of an array's gradients changes nothing."""
+    """With eps = 0 the scale of an array's gradients does not change the updates."""
     rng = np.random.default_rng(4)
     layers = {"a/kernel": Layer((5, 3)), "b/kernel": Layer((3, 2)), "bias": Layer((2,))}
     grads = random_gradients(rng, layers, 5, np.float32)
@@ -228,7 +228,7 @@ def test_the_units_of_an_array_do_not_matter():
 
 
 def test_the_first_step_of_a_unit_that_pulls_together_has_norm_one():
-    """AdaGrad's is √s, for s inputs."""
+    """The first step of AdaGrad has the norm √s, for s inputs."""
     g = jnp.array([[3.0], [-0.1]]) * jnp.ones((2, 9))
     tx = bma.scale_by_bma(bma.within("block", bma.per_row), weights="learned")
     updates, _ = jax.jit(tx.update)(g, jax.jit(tx.init)(g))
@@ -237,7 +237,7 @@ def test_the_first_step_of_a_unit_that_pulls_together_has_norm_one():
 
 @every_learner
 def test_gradients_of_zero_and_not_finite(make):
-    """They hurt their own unit at most, and no direction."""
+    """Such gradients hurt at most their own unit, and no learned direction."""
     rng = np.random.default_rng(5)
     good, last = random_gradients(
         rng, {"bias": Layer((3,)), "kernel": Layer((4, 3))}, 2, np.float32
@@ -274,7 +274,7 @@ def test_gradients_of_zero_and_not_finite(make):
     ids=["adagrad", "adam"],
 )
 def test_the_direction_is_found(make):
-    """One that block sums are blind to."""
+    """Also a direction whose entries sum to zero, which block sums do not see."""
     rng = np.random.default_rng(6)
     hidden = np.array([1.0, -1.0, 1.0, -1.0, 1.0, -1.0]) / np.sqrt(6)
     grads = [

@@ -1,4 +1,4 @@
-"""What the tricks for XLA are for, on compiled programs: each fails without its trick.
+"""Each trick of ``_xla`` on compiled programs: the test fails without the trick.
 
 If one fails with the trick, or a program is as good without, XLA has learned to do it:
 take the trick out.
@@ -20,13 +20,13 @@ BYTES = 4 * 256 * 256
 
 
 def temporaries(function, *args, **kwargs):
-    """Their bytes over those of one array."""
+    """The bytes of temporaries, in multiples of one array."""
     program = jax.jit(function, **kwargs).lower(*args).compile()
     return program.memory_analysis().temp_size_in_bytes / BYTES
 
 
 def of_update(tx):
-    """Of a step to which gradients and state are given away."""
+    """Temporaries of a step to which gradients and state are donated."""
     return temporaries(tx.update, LIKE, jax.jit(tx.init)(LIKE), donate_argnums=(0, 1))
 
 
@@ -89,7 +89,7 @@ def test_a_step_rule_stores_fewer_arrays(monkeypatch):
 
 
 def program(function, *args, platform="cuda"):
-    """The program before XLA sees it, for a platform that need not be there."""
+    """The program before XLA compiles it, for a platform that need not be there."""
     if platform == "cpu":
         return jax.jit(function).lower(*args).as_text()
     export = jax.export.export(jax.jit(function), platforms=[platform])
@@ -97,7 +97,7 @@ def program(function, *args, platform="cuda"):
 
 
 def test_a_second_pass_starts_after_the_first_where_fusions_cannot_write_in_place():
-    """Else XLA on a GPU copies arrays that a fusion both sums and writes."""
+    """Otherwise XLA on a GPU copies arrays that one fusion both sums and writes."""
     for tx in (bma.scale_by_bma(), bma.scale_by_adam_bma()):
         state = jax.jit(tx.init)(LIKE)
         barriers = [
@@ -126,7 +126,7 @@ def decreasing(u):
     ids=["all coupled", "learned", "mini", "newton", "nested"],
 )
 def test_products_that_decide_a_root_are_not_rounded(tx, platforms):
-    """A GPU's ten bits would cost three digits of an inverse, and its symmetry."""
+    """TF32 has ten bits: three digits of an inverse and its symmetry would be lost."""
     params = {"a.kernel": jnp.ones((16, 16))}
     update = functools.partial(tx.update, value_fn=decreasing)
     for platform in platforms:
