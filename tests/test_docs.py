@@ -52,4 +52,4 @@ def test_aliases_take_what_their_transformations_take_and_document_it():
         for name, theirs in inspect.signature(transformation).parameters.items():
             assert mine[name].default == theirs.default, (alias, name)
         for name in mine:
-            assert f"      {name}: " in alias.__doc__, (alias, name)
+            assert f"\n  {name}: " in inspect.getdoc(alias), (alias, name)
