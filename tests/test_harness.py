@@ -558,20 +558,21 @@ def test_scan_vmap_and_shard_map_equal_a_loop(method):
     batched = jax.jit(jax.vmap(train))(stacked)
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     placed = jax.device_put(stacked, jax.NamedSharding(mesh, jax.P("x")))
+    shard = jax.jit(jax.shard_map(on_one_device, out_specs=jax.P("x")))
     with jax.set_mesh(mesh):
-        shards = jax.jit(jax.shard_map(on_one_device, out_specs=jax.P("x")))(placed)
-    shards = jax.device_get(shards)
+        # What it asks for are types. One method of each kind is run as well.
+        assert typed(jax.eval_shape(shard, placed)) == typed(batched)
+        run = method in [BY_NAME[name] for name in KINDS]
+        shards = jax.device_get(shard(placed)) if run else None
     update = jitted(tx.update)
     for i, g in enumerate(grads):
         state = tx.init(PARAMS)
         for step in range(3):
             updates, state = update(g, state, PARAMS)
-            one, same = (
-                jax.tree.map(lambda x, i=i, step=step: x[i, step], found)
-                for found in (batched, shards)
-            )
-            chex.assert_trees_all_close(one, updates, rtol=1e-3, atol=1e-5)
-            chex.assert_trees_all_close(same, updates, rtol=1e-4, atol=1e-5)
+            for found, rtol in ((batched, 1e-3), (shards, 1e-4)):
+                if found is not None:
+                    one = jax.tree.map(lambda x, i=i, step=step: x[i, step], found)
+                    chex.assert_trees_all_close(one, updates, rtol=rtol, atol=1e-5)
 
 
 @every_method
