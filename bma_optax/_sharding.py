@@ -7,6 +7,7 @@ both. Arrays may have any shape.
 """
 
 import jax
+from jax.experimental.shard_alike import shard_alike
 
 
 def typed_like(x, leaf):
@@ -19,6 +20,31 @@ def typed_like(x, leaf):
     if not sharding.mesh.empty and jax.typeof(x).sharding.spec != sharding.spec:
         x = jax.sharding.reshard(x, sharding)
     return varying_like(x, leaf)
+
+
+def alike(x, leaf):
+    """Returns ``x``, sharded as ``leaf`` is, over automatic axes as well.
+
+    Over these no type tells how ``leaf`` is sharded: under ``jax.jit`` XLA is told that
+    the two are sharded alike. ``x`` has the shape of ``leaf``.
+    """
+    x = typed_like(x, leaf)
+    traced = isinstance(x, jax.core.Tracer) or isinstance(leaf, jax.core.Tracer)
+    kinds = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Manual
+    meshes = jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh
+    if not traced or any(kind in kinds for m in meshes for kind in m.axis_types):
+        return x
+    return _alike(x, jax.lax.stop_gradient(leaf))
+
+
+@jax.custom_jvp
+def _alike(x, leaf):
+    return shard_alike(x, leaf)[0]
+
+
+@_alike.defjvp
+def _alike_jvp(primals, tangents):
+    return _alike(*primals), tangents[0]
 
 
 def varying_like(x, leaf):

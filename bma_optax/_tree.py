@@ -47,7 +47,7 @@ def zeros_like(tree, dtype=dtype_of):
     sharding of an array that a traced function closes over.
     """
     return jax.tree.map(
-        lambda x: _sharding.typed_like(jnp.zeros_like(x, dtype=dtype(x)), x), tree
+        lambda x: _sharding.alike(jnp.zeros_like(x, dtype=dtype(x)), x), tree
     )
 
 

@@ -7,6 +7,7 @@ with and without it, and fails when a new XLA no longer needs one.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,60 @@ def after(x, source):
     pairs = enumerate(zip(x.shape, source.shape, strict=True))
     axes = tuple(i for i, (n, m) in pairs if n < m)
     return x + 0 * jnp.sum(source, axis=axes, keepdims=True).astype(x.dtype)
+
+
+def neighbours(x, offsets):
+    """x[:, cell + offset] for every cell, an array for each combination of offsets.
+
+    Cells wrap around. On CPU the results are windows of one array that is longer at
+    both ends; along the first axis of cells, which is the one that is most often
+    sharded, it is rolled: a longer array would lie across the shards. Elsewhere each
+    result is rolled, which becomes a part of what it is used for.
+
+    Args:
+      x: shape (fields, *grid).
+      offsets: a list for each axis of the grid.
+
+    Returns:
+      A list in the order of ``itertools.product(*offsets)``.
+    """
+    return jax.lax.platform_dependent(
+        x,
+        cpu=functools.partial(_windows, offsets=offsets),
+        default=functools.partial(_rolled, offsets=offsets),
+    )
+
+
+def _rolled(x, offsets):
+    near = [x]
+    for axis, shifts in enumerate(offsets, start=1):
+        near = [jnp.roll(y, -o, axis) if o else y for y in near for o in shifts]
+    return near
+
+
+def _windows(x, offsets):
+    first, *rest = offsets
+    longer, starts = x, []
+    for axis, shifts in enumerate(rest, start=2):
+        before, after = max(0, -min(shifts)), max(0, max(shifts))
+        starts.append([before + o for o in shifts])
+        n = x.shape[axis]
+        parts = [
+            jax.lax.slice_in_dim(longer, n - before, n, axis=axis),
+            longer,
+            jax.lax.slice_in_dim(longer, 0, after, axis=axis),
+        ]
+        # One concatenation: ``jnp.pad`` makes one for each end, which are not fused.
+        longer = jnp.concatenate(parts, axis) if before + after else longer
+    return [
+        jax.lax.slice(
+            y,
+            (0, 0, *index),
+            (*x.shape[:2], *(i + n for i, n in zip(index, x.shape[2:], strict=True))),
+        )
+        for y in _rolled(longer, [first])
+        for index in itertools.product(*starts)
+    ]
 
 
 def product(a, b):

@@ -46,6 +46,14 @@ class Dense:
         )
         return matrices, matrices, jax.ShapeDtypeStruct(self.sizes.shape, dtype)
 
+    def initial(self, zeros) -> tuple[Any, Any, Any]:
+        """N = 0, K = 0 and Λ = 1, from zeros like numbers of blocks."""
+        N, K, Lambda = jax.tree.map(
+            lambda x: jnp.sum(zeros) + jnp.zeros(x.shape, x.dtype),
+            self.like(zeros.dtype),
+        )
+        return N, K, Lambda + 1
+
     def sums(self, leaves) -> jax.Array:
         """Sums over the elements of each block, shape (L_dense,)."""
         return self.blocks.block_sums(leaves)

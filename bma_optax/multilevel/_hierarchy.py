@@ -66,6 +66,17 @@ class Hierarchy:
             array(n, n),
         )
 
+    def initial(self, zeros) -> Levels:
+        """``Levels`` of zeros, from zeros of shape (fields, *grid)."""
+        smoothers, operators = [], []
+        for stencil, tile in self.levels:
+            smoothers.append(zeros)
+            operators.append(stencil.spread(zeros))
+            zeros = _restrict(zeros, tile)
+        n = self.bottom.num_cells
+        inverse = jnp.sum(zeros) + jnp.zeros((n, n), zeros.dtype)
+        return Levels(tuple(smoothers), tuple(operators[1:]), inverse)
+
     def setup(self, S, n2, floor, null) -> tuple[Levels, jax.Array]:
         """Computes the arrays of a solve, and the eigenvalues of M on the last level.
 

@@ -75,6 +75,11 @@ class Nested:
             vector,
         )
 
+    def initial(self, zeros) -> tuple[Any, Any, Any]:
+        """N = 0, K = 0 and Λ = 1, from zeros like numbers of blocks."""
+        N = self.tiles.stencil.spread(zeros)
+        return N, Correction(zeros, zeros, self.hierarchy.initial(zeros)), zeros + 1
+
     def sums(self, leaves) -> jax.Array:
         """Sums over the elements of each block, shape (fields, *grid)."""
         dtype = _tree.common_statistic_dtype(leaves)

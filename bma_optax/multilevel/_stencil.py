@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow
+from bma_optax import _control_flow, _xla
 from bma_optax.partitions import _tiles
 from bma_optax.partitions._grids import Grid
 from bma_optax.partitions._rules import Shape
+
+_FEW_FIELDS = 8  # So few that a term for each makes no large program.
 
 
 class Colors(NamedTuple):
@@ -112,27 +114,29 @@ class Stencil(Grid):
     @_control_flow.compiled
     def matvec(self, S, x):
         """S x for x of shape (fields, *grid)."""
-        pads, starts = [(0, 0)], []
-        for axis, m in enumerate(self.width):
-            offsets = [self.offset(axis, i) for i in range(m)]
-            pads.append((max(0, -min(offsets)), max(0, max(offsets))))
-            starts.append([pads[-1][0] + o for o in offsets])
-        padded = x
-        for axis, (before, after) in enumerate(pads):
-            padded = _wrap(padded, axis, before, after)
+        offsets = [
+            [self.offset(axis, i) for i in range(m)]
+            for axis, m in enumerate(self.width)
+        ]
         total = jnp.zeros_like(x)
-        for index in itertools.product(*map(range, self.width)):
-            window = tuple(
-                slice(starts[axis][i], starts[axis][i] + g)
-                for axis, (i, g) in enumerate(zip(index, self.grid, strict=True))
-            )
-            near = padded[(slice(None), *window)]
+        every = itertools.product(*map(range, self.width))
+        for index, near in zip(every, _xla.neighbours(x, offsets), strict=True):
             part = S[(slice(None), slice(None), *index)]
-            if self.fields == 1:
-                total = total + part[0] * near
-            else:
+            if self.fields > _FEW_FIELDS:
                 total = total + jnp.sum(part * near[None], axis=1)
+                continue
+            # XLA on CPU takes fifty times longer for a sum over a short axis.
+            for a in range(self.fields):
+                total = total + part[:, a] * jnp.broadcast_to(near[a], x.shape)
         return total
+
+    def spread(self, x):
+        """A matrix with x, shape (fields, *grid), in the place of each of its entries.
+
+        It is sharded as x is.
+        """
+        axes = range(1, 2 + len(self.grid))
+        return jnp.broadcast_to(jnp.expand_dims(x, axes), self.shape)
 
     def diagonal(self, S):
         """The diagonal of the matrix, shape (fields, *grid)."""
@@ -178,7 +182,7 @@ class Stencil(Grid):
             n = coarse.grid[axis]
             step = np.where(step > coarse.reach[axis], step - n, step)
             step = np.where(step < -coarse.reach[axis], step + n, step)
-            values = jnp.take(S, i, axis=offset_axis)
+            values = jax.lax.index_in_dim(S, i, offset_axis, keepdims=False)
             for target in np.unique(step % m):
                 mask = (step % m == target).astype(S.dtype)
                 shape = [1] * values.ndim
@@ -206,15 +210,3 @@ class Stencil(Grid):
                 columns[(b, a, *index)] = a * cell.size + neighbour
         flat = jnp.zeros((n, n), S.dtype)
         return flat.at[rows.ravel(), columns.ravel()].add(S.reshape(-1))
-
-
-def _wrap(x, axis, before, after):
-    """x with its last elements before it along an axis, and its first ones after it.
-
-    This is one concatenation: ``jnp.pad`` makes one for each end, which XLA does not
-    fuse.
-    """
-    n = x.shape[axis]
-    first = jax.lax.slice_in_dim(x, n - before, n, axis=axis)
-    last = jax.lax.slice_in_dim(x, 0, after, axis=axis)
-    return jnp.concatenate([first, x, last], axis=axis) if before + after else x

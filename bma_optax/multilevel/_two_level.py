@@ -60,15 +60,24 @@ class TwoLevel(CoarseSystems):
 
     def initial(self, params) -> tuple[Any, Factor]:
         """N = 0, and the factor of C = I without damping."""
-        ones = jax.tree.map(
-            lambda p: jnp.ones_like(p, dtype=_tree.statistic_dtype(p)), params
-        )
-        # Add this zero to everything: it is on the mesh of the parameters.
-        zero = 0 * _tree.vdot(ones, ones)
-        N, K, Lambda = jax.tree.map(
-            lambda x: zero + jnp.zeros(x.shape, x.dtype), self.like(zero.dtype)
-        )
-        Lambda = jax.tree.map(lambda x: x + 1, Lambda)
+        return self._initial(_tree.zeros_like(params, _tree.statistic_dtype))
+
+    @_control_flow.compiled
+    def _initial(self, zeros) -> tuple[Any, Factor]:
+        """The same, for zeros like the parameters.
+
+        Everything is made of them as a refresh makes it of the parameters, so that it
+        lies where a refresh leaves it.
+        """
+        # XLA makes what comes from constants anew at each use, and shards it in its own
+        # way. A barrier hides that these are constants.
+        zeros = jax.lax.optimization_barrier(zeros)
+        zero = _tree.vdot(zeros, zeros)
+        ones = jax.tree.map(lambda x: x + 1, zeros)
+        sums = zip(self.systems, self.block_sums(zeros), strict=True)
+        parts = [system.initial(x) for system, x in sums]
+        empty = zero + jnp.zeros(0, zero.dtype)
+        N, K, Lambda = zip(*parts, strict=True) if parts else (empty, empty, empty)
         return N, Factor(ones, Lambda, K, zero + 1, zero.astype(jnp.int32))
 
     def gather(

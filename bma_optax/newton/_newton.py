@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _refresh, _tree
+from bma_optax import _checks, _refresh, _sharding, _tree
 from bma_optax.curvature import _kinds, _probing
 from bma_optax.curvature._kinds import Curvature
 from bma_optax.curvature._probing import LinearOperator
@@ -214,7 +214,8 @@ def scale_by_newton_bma(
             factor = method.invert(averaged, damping, min_eigenvalue)
             return _last_good(state, averaged, factor, damping)
 
-        state = _refresh.every(update_interval, state.count, refresh, state)
+        new = _refresh.every(update_interval, state.count, refresh, state)
+        state = jax.tree.map(_sharding.alike, new, state)
         result = method.apply(state.inverse_diagonal, state.N, state.K, updates)
         # An array whose gradient is 0 gets no update: with P the projection to the
         # other arrays, P C P is positive definite there and P C P g descends.
