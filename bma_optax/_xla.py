@@ -39,6 +39,15 @@ def _materialize(x, y):
     return jax.lax.platform_dependent(x, y, cpu=divide, default=_sharding.varying_like)
 
 
+def stored_product(x, inverse):
+    """x divided by ``inverse``, where the inverse of 0 is infinite, stored.
+
+    XLA on CPU would compute a product again for each use of it in the user's function.
+    It stores the result of a division.
+    """
+    return x / inverse
+
+
 def materialize_for_sums(tree, finite):
     """``tree``, computed once and stored for several sums over it.
 

@@ -9,6 +9,6 @@ _coarse_system      the coarse correction in C, as far as both of its kinds shar
 _dense, _nested     dense groups of blocks; arrays on grids, by nested levels
 _hierarchy          the levels: restriction, prolongation, smoothing cycles
 _stencil            G or N on a grid where only near neighbours meet
-_coloring           all entries of a stencil from few products, and a check of them
-_color_probing      the probing vectors, one color at a time
+_local_entries      N and the diagonal on a grid from few products, and a check of them
+_color_probing      these products, one color at a time, and sums of them
 """

@@ -19,27 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from bma_optax.algebra import _symmetric_power
-from bma_optax.multilevel._coloring import Check
+from bma_optax.multilevel._local_entries import Check
 
 # F has a unit diagonal, so Λ, a mean of its eigenvalues, is far above this floor. Only
 # noise brings it below.
 _MIN_LAMBDA = 1e-3
 
 
-class BlockSums(NamedTuple):
-    """The part of N = 1ᵀ G 1 that one system holds."""
+class Measured(NamedTuple):
+    """What one system measures of G."""
 
-    N: Any  # in the system's layout.
+    N: Any  # the part of 1ᵀ G 1 that the system holds, in its layout.
+    diagonal: dict[int, jax.Array]  # of G, by the position of the array, where found.
     check: Check | None  # of a declared reach; None without one.
-    evidence: jax.Array  # the argument of the system's ``rounding``.
-    products: jax.Array  # shape (), int32.
-
-
-class Entries(NamedTuple):
-    """The diagonal of G on the arrays where a system finds it."""
-
-    values: dict[int, jax.Array]  # by the position of the array.
-    check: Check | None  # of a declared reach; None without one.
+    evidence: jax.Array  # an argument of the system's ``rounding``.
     products: jax.Array  # shape (), int32.
 
 

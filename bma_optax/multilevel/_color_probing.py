@@ -1,245 +1,241 @@
-"""Probing vectors on the cells of one color of a grid, and the products G x with them.
+"""Products with probing vectors of one color each, and sums of their responses.
 
-A probe x has random signs on the cells of one color of one field, and is 0 elsewhere.
-Its signs are products of signs along the axes: if the declared reach is wrong, the
-other cells of the color then add noise without bias. A cell is a tile of arrays that
-share a grid; it may be a single element. A vector over cells has shape (fields, *grid).
-The arrays have shape (n_1, ..., n_dim), with n_i elements along an axis of g_i cells.
+A probe is the outer product of one vector an axis. It lies on the cells of one color
+of one field, and is 0 elsewhere. Along each axis a response has rows of weights, and
+its sum over a block with the weights of one row an axis is what one cell, or one offset
+between blocks, contributes. Sums go axis by axis, and nothing but sums is kept of a
+response. Arrays have shape (n_1, ..., n_dim), sums of responses (fields, *grid).
 """
 
-import itertools
-import math
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _sharding, _tree
+from bma_optax import _control_flow, _sharding, _tree, _xla
 from bma_optax.curvature._probing import LinearOperator
-from bma_optax.multilevel._stencil import Stencil
 from bma_optax.partitions import _tiles
-from bma_optax.partitions._tiles import Tiles
+from bma_optax.partitions._coloring import Axis
 
-# As many products run side by side as have no more elements than this in all.
-BATCH_ELEMENTS = 2**16
-
-
-class Cells(NamedTuple):
-    """Arrays of one shape, the fields, on one grid whose cells are tiles; static."""
-
-    arrays: tuple[int, ...]  # their positions among the leaves of the parameters.
-    tiles: Tiles  # of each of them.
-    stencil: Stencil  # the layout of matrices on the cells of all fields.
-
-    def sums(self, arrays):
-        """Sums the elements of each cell, shape (fields, *grid)."""
-        return jnp.stack([self.tiles.sums(x) for x in arrays])
-
-    def fill(self, axis: int, x, along: int | None = None):
-        """Repeats the numbers of cells along one axis of the grid for their elements.
-
-        The numbers are on the axis ``along`` of x, which is ``axis`` if None.
-        """
-        t, n = (self.tiles.tile or ())[axis], self.tiles.shape[axis]
-        return _tiles.axis_fill(x, axis if along is None else along, t, n)
+_MAX_SLICES = 16
 
 
-class Probe(NamedTuple):
-    """A probe as the outer product of vectors along the axes of the grid.
+class Numbers(NamedTuple):
+    """Random numbers along one axis."""
 
-    The probes of all colors are made at once: in a loop over colors, XLA would select
-    the cells of a color again at every use of a probe.
-    """
-
-    field: jax.Array  # shape (), int32.
-    signs: list[jax.Array]  # one an axis, shape (n_i,): ±1 on the color, else 0.
-    tests: list[jax.Array]  # one an axis, shape (n_i,): uniform numbers on the color.
+    signs: jax.Array  # one for each cell: 1 or -1.
+    tests: jax.Array  # one for each cell: uniform between -1 and 1.
+    weights: jax.Array  # one for each element: 1 or -1.
 
 
-def outer(axes):
-    """The outer product of one vector an axis, shape (n_1, ..., n_dim)."""
-    dim, shape = len(axes), tuple(len(v) for v in axes)
-    shaped = [
-        jnp.broadcast_to(v.reshape([-1 if i == axis else 1 for i in range(dim)]), shape)
-        for axis, v in enumerate(axes)
+class Row(NamedTuple):
+    """A row of weights along one axis."""
+
+    weights: jax.Array  # shape (probes, n).
+    positions: tuple[int, ...]  # in a tile, where weights differ from 0; static.
+
+
+class Vectors(NamedTuple):
+    """The vectors of all probes along one axis, and the weights of responses."""
+
+    probes: jax.Array  # shape (probes, n).
+    rows: tuple[tuple[Row, ...], ...]  # of each kind of sum.
+
+
+class Responses(NamedTuple):
+    """What the products with all probes give."""
+
+    # For each kind, a sum for each choice of one row an axis, which are the first axes:
+    # shape (*rows, fields of the probes, fields, *grid).
+    sums: list[jax.Array]
+    diagonal: list[jax.Array]  # one like each array, or none.
+
+
+def numbers(key, axes, dtype) -> list[Numbers]:
+    """Draws random numbers along all axes."""
+    sizes = [n for axis in axes for n in (axis.num_cells, axis.num_cells, axis.n)]
+    # Draw all numbers in one call: each call takes 0.1 s to compile.
+    uniform = jax.random.uniform(key, (sum(sizes),), dtype, minval=-1.0, maxval=1.0)
+    parts = jnp.split(uniform, np.cumsum(sizes)[:-1])
+    return [
+        Numbers(_signs(signs), tests, _signs(weights))
+        for signs, tests, weights in zip(
+            parts[::3], parts[1::3], parts[2::3], strict=True
+        )
     ]
-    return math.prod(shaped[1:], start=shaped[0])
 
 
-class ColorProbes:
-    """The probes of all colors and fields, a test vector, and products with them.
+def _signs(x):
+    return jnp.where(x < 0, -1, 1).astype(x.dtype)
+
+
+def color_vectors(axis: Axis, drawn: Numbers) -> Vectors:
+    """Probes of signs on each color; weights for blocks that meet, and for the check.
+
+    With ``axis.share`` there are the latter alone. The weights of the check foretell
+    the response to the test vector.
+    """
+    near = axis.colors.near
+    signs = jnp.where(near < 0, 0, drawn.signs[near])
+    foretold = signs * drawn.tests[near] * _like(drawn.weights, near)
+    check = _check_rows(axis, foretold)
+    kinds = (check,) if axis.share else (_rows_by_offset(axis, signs), check)
+    return Vectors(_on_colors(axis, drawn.signs), kinds)
+
+
+def test_vectors(axis: Axis, drawn: Numbers) -> Vectors:
+    """A vector of uniform numbers, or one on each color, and weights for the check."""
+    if axis.num_tests == 1:
+        row = _row(axis, drawn.weights[None], True)
+        return Vectors(drawn.tests[axis.own][None], ((row,),))
+    near = axis.colors.near
+    weights = jnp.where(near < 0, 0, _like(drawn.weights, near))
+    return Vectors(_on_colors(axis, drawn.tests), (_check_rows(axis, weights),))
+
+
+def _check_rows(axis, weights):
+    """One row, or one for each field of the probe."""
+    if axis.fields and not axis.share:
+        return _rows_by_offset(axis, weights)
+    return (_row(axis, weights, True),)
+
+
+def _rows_by_offset(axis, weights):
+    """A row for each offset between blocks that meet."""
+    at = [axis.offsets == offset for offset in range(axis.width)]
+    return tuple(_row(axis, jnp.where(where, weights, 0), where) for where in at)
+
+
+def _row(axis, weights, where):
+    """A row of weights, which are 0 elsewhere than ``where``."""
+    places = (np.arange(axis.n) % axis.tile)[np.any(where, axis=0)]
+    return Row(weights, tuple(np.unique(places).tolist()))
+
+
+def _on_colors(axis, values):
+    """Values of cells on the elements of each color, shape (colors, n)."""
+    on = axis.colors.of_element == np.arange(axis.num_colors)[:, None]
+    return jnp.where(on, _like(values[axis.own], on), 0)
+
+
+def _like(x, like):
+    return jnp.broadcast_to(x, like.shape)
+
+
+def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Responses:
+    """Multiplies G by all probes, and sums the responses.
 
     Args:
       G: the curvature.
-      cells: the cells.
-      key: a random key.
-      colors: the colors along each axis; None if only the test vector is used.
+      arrays: the positions of the fields among the leaves of the parameters.
+      axes: the axes of the fields.
+      vectors: those of each axis.
+      diagonal: whether to return the diagonal of G, from probes of signs on elements.
     """
+    params, treedef = jax.tree.flatten(G.params)
+    leaves = [params[i] for i in arrays]
+    dtype, dim = _tree.common_statistic_dtype(leaves), len(axes)
+    kinds = range(len(vectors[0].rows))
 
-    def __init__(self, G: LinearOperator, cells: Cells, key, colors):
-        self.G, self.cells, self.colors = G, cells, colors
-        self.stencil = stencil = cells.stencil
-        leaves = jax.tree.leaves(G.params)
-        self.leaves = [leaves[i] for i in cells.arrays]
-        self.dtype = _tree.common_statistic_dtype(self.leaves)
-        # Draw all numbers in one call: each call takes 0.1 s to compile.
-        counts = [g for g in stencil.grid for _ in range(1 + stencil.fields)]
-        uniform = jax.random.uniform(
-            key, (sum(counts),), self.dtype, minval=-1.0, maxval=1.0
-        )
-        parts = iter(jnp.split(uniform, np.cumsum(counts)[:-1]))
-        self.axis_signs, self.axis_tests = [], []
-        for _ in stencil.grid:
-            self.axis_signs.append(jnp.where(next(parts) < 0, -1, 1).astype(self.dtype))
-            self.axis_tests.append(
-                jnp.stack([next(parts) for _ in range(stencil.fields)])
-            )
+    def own(field, a, x):
+        return x if len(leaves) == 1 else jnp.where(field == a, x, 0)
 
-    def all_probes(self) -> Probe:
-        """All probes, along a leading axis of each array of :class:`Probe`."""
-        counts = [range(axis.number) for axis in self.colors]
-        every = itertools.product(range(self.stencil.fields), *counts)
-        field, *colors = np.array(list(every), np.int32).T
+    def product(field, x):
+        """G times the vector that is x in one field; its response in all fields."""
+        v = [_tree.zeros_like(leaf) for leaf in params]
+        for a, i in enumerate(arrays):
+            v[i] = own(field, a, x).astype(params[i].dtype)
+        y = jax.tree.leaves(G(jax.tree.unflatten(treedef, v)))
+        return [y[i].astype(dtype) for i in arrays]
 
-        def rows(axis, v, color):
-            """v, one row a probe, on the cells of the probe's color along an axis."""
-            on = self.colors[axis].rows()[color]
-            return self.cells.fill(axis, jnp.where(on, v, 0), along=1)
-
-        size = (len(field), 1)
-        return Probe(
-            jnp.asarray(field),
-            [
-                rows(axis, jnp.tile(v, size), color)
-                for axis, (v, color) in enumerate(
-                    zip(self.axis_signs, colors, strict=True)
-                )
-            ],
-            [
-                rows(axis, v[field], color)
-                for axis, (v, color) in enumerate(
-                    zip(self.axis_tests, colors, strict=True)
-                )
-            ],
-        )
-
-    @property
-    def count(self) -> int:
-        """The number of probes."""
-        return self.stencil.fields * math.prod(axis.number for axis in self.colors)
-
-    @property
-    def side_by_side(self) -> int:
-        """The number of probes that run side by side; it divides their number."""
-        most = max(1, BATCH_ELEMENTS // max(_tree.size(self.G.params), 1))
-        fits = [b for b in range(1, self.count + 1) if self.count % b == 0]
-        return max(b for b in fits if b <= most)
-
-    def zeros(self):
-        """Zeros for each of the arrays, in their common dtype of statistics."""
-        return _tree.zeros_like(self.leaves, lambda _: self.dtype)
-
-    def total(self, respond, zeros):
-        """The sum of ``respond(probe)`` over all probes, a tree like ``zeros``."""
-
-        def add(total, chunk):
-            parts = jax.vmap(respond)(chunk)
-            return jax.tree.map(lambda t, p: t + jnp.sum(p, axis=0), total, parts), None
-
-        size = self.side_by_side
-        chunks = jax.tree.map(
-            lambda x: x.reshape(-1, size, *x.shape[1:]), self.all_probes()
-        )
-        return _control_flow.scan(add, zeros, chunks, operands=self.G.params)[0]
-
-    def own(self, probe, a, x):
-        """x if the field a is the probe's, else 0."""
-        return x if self.stencil.fields == 1 else jnp.where(probe.field == a, x, 0)
-
-    def respond(self, probe, x):
-        """G x on the arrays, for x in the field of a probe and 0 in the others."""
-        return self._product(
-            [self.own(probe, a, x) for a in range(self.stencil.fields)]
-        )
-
-    def near_signs(self):
-        """The sign of the cell of each color that is near each cell.
-
-        The shape is (1, *colors, 1, *grid). The first axis stands for the field of a
-        probe, the axis after the colors for the field of the response.
-        """
-        dim = len(self.stencil.grid)
-        counts = [axis.number for axis in self.colors]
-        whole = (1, *counts, 1, *self.stencil.grid)  # field, *color, field, *cell
-        product = jnp.ones(whole, self.dtype)
-        for axis, (g, colors) in enumerate(
-            zip(self.stencil.grid, self.colors, strict=True)
-        ):
-            shape = [1] * len(whole)
-            shape[1 + axis], shape[2 + dim + axis] = colors.number, g
-            signs = self.axis_signs[axis][self.stencil.near(axis, colors)]
-            product = product * jnp.broadcast_to(signs.reshape(shape), whole)
-        return product
-
-    def coarse_test(self):
-        """The test vector on cells, shape (fields, *grid)."""
-        return jnp.stack(
-            [
-                outer([test[a] for test in self.axis_tests])
-                for a in range(self.stencil.fields)
-            ]
-        )
-
-    def respond_to_test(self, scale):
-        """G times the scaled test vector, shape (fields, n_1, ..., n_dim).
+    def along(axis, field, rest, diagonal):
+        """Sums over the blocks along the first axes, of the probes of all their colors.
 
         Args:
-          scale: shape (fields, *grid), one number for all cells of a field.
+          axis: the last of these axes.
+          field: the field of the probes.
+          rest: the product of the probe's vectors along the other axes.
+          diagonal: a list to add to.
         """
-        x = [
-            self._fill(scale[a])
-            * outer(
-                [self._fill_axis(axis, v[a]) for axis, v in enumerate(self.axis_tests)]
-            )
-            for a in range(self.stencil.fields)
-        ]
-        return stacked(self._product(x))
+        rest = jnp.where(rest == 0, jnp.inf, 1 / rest) if axis == 0 else rest
 
-    def signed_test(self):
-        """The signs times the test vector on elements, one array a field."""
-        return [
-            outer(
-                [
-                    self._fill_axis(axis, signs * tests[a])
-                    for axis, (signs, tests) in enumerate(
-                        zip(self.axis_signs, self.axis_tests, strict=True)
+        def step(carry, one):
+            sums, diagonal = carry
+            probe, rows = _xla.materialize(one, one)
+            probe = jnp.expand_dims(probe, [i for i in range(dim) if i != axis])
+            if axis == 0:
+                x = _xla.stored_product(probe, rest)
+                y = product(field, x)
+                diagonal = [d + own(field, a, x * y[a]) for a, d in enumerate(diagonal)]
+                inner = [{(): stacked(y)} for _ in kinds]
+            else:
+                inner, diagonal = along(axis - 1, field, probe * rest, diagonal)
+            parts = [
+                {
+                    (*key, number): _block_sums(
+                        x, weights, 1 + axis, axes[axis].tile, row.positions
                     )
-                ]
-            )
-            for a in range(self.stencil.fields)
+                    for key, x in inner[kind].items()
+                    for number, (weights, row) in enumerate(
+                        zip(rows[kind], vectors[axis].rows[kind], strict=True)
+                    )
+                }
+                for kind in kinds
+            ]
+            return (jax.tree.map(jnp.add, sums, parts), diagonal), None
+
+        xs = (
+            vectors[axis].probes,
+            [[row.weights for row in rows] for rows in vectors[axis].rows],
+        )
+        shape = [len(arrays), *(x.num_blocks for x in axes[: axis + 1])]
+        shape += [x.n for x in axes[axis + 1 :]]
+        counts = [[len(x.rows[kind]) for x in vectors[: axis + 1]] for kind in kinds]
+        zeros = [
+            {key: jnp.zeros(shape, dtype) for key in np.ndindex(*count)}
+            for count in counts
         ]
+        carry, _ = _control_flow.scan(step, (zeros, diagonal), xs, operands=G.params)
+        return carry
 
-    def _fill(self, x):
-        """Repeats numbers of cells, shape grid, for their elements."""
-        for axis in range(x.ndim):
-            x = self.cells.fill(axis, x)
-        return x
+    def of_field(diagonal, field):
+        one = jnp.ones((1,) * dim, dtype)
+        sums, diagonal = along(dim - 1, field, one, diagonal)
+        return diagonal, sums
 
-    def _fill_axis(self, axis, x):
-        """Repeats numbers of cells along one axis, shape (g_i,), for n_i elements."""
-        return self.cells.fill(axis, x, along=0)
+    zeros = _tree.zeros_like(leaves, lambda _: dtype) if diagonal else []
+    fields = jnp.arange(len(arrays), dtype=jnp.int32)
+    found, sums = _control_flow.scan(of_field, zeros, fields, operands=G.params)
+    stacks = []
+    for kind in kinds:
+        counts = [len(x.rows[kind]) for x in vectors]
+        parts = jnp.stack([sums[kind][key] for key in np.ndindex(*counts)])
+        stacks.append(parts.reshape(*counts, *parts.shape[1:]))
+    return Responses(stacks, found)
 
-    def _product(self, x):
-        """G times the vector that is x on the arrays of the cells and 0 elsewhere."""
-        leaves, treedef = jax.tree.flatten(self.G.params)
-        parts = dict(zip(self.cells.arrays, x, strict=True))
-        tangent = [
-            parts[i].astype(leaf.dtype) if i in parts else _tree.zeros_like(leaf)
-            for i, leaf in enumerate(leaves)
-        ]
-        y = jax.tree.leaves(self.G(jax.tree.unflatten(treedef, tangent)))
-        return [y[position].astype(self.dtype) for position in self.cells.arrays]
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
+def _block_sums(x, weights, axis, tile, positions):
+    """Sums x times weights over each tile of an axis, at some positions of a tile."""
+    n = x.shape[axis]
+    count = -(-n // tile)
+    weights = jnp.expand_dims(weights, [i for i in range(x.ndim) if i != axis])
+    if count == 1:
+        return jnp.sum(x * weights, axis=axis, keepdims=True)
+    if len(positions) > _MAX_SLICES:
+        return _tiles.axis_sums(x * weights, axis, tile)
+    total = jnp.zeros((*x.shape[:axis], count, *x.shape[axis + 1 :]), x.dtype)
+    for p in positions:
+        part, factor = (
+            jax.lax.slice_in_dim(v, p, n, stride=tile, axis=axis) for v in (x, weights)
+        )
+        part = part * factor
+        if part.shape[axis] < count:  # The last tile is shorter.
+            part = jnp.pad(part, [(0, int(i == axis)) for i in range(x.ndim)])
+        total = total + part
+    return total
 
 
 def stacked(fields):

@@ -21,7 +21,7 @@ from bma_optax.algebra._expansions import diagonal_matrix
 from bma_optax.curvature import _probing
 from bma_optax.curvature._probing import LinearOperator, Probed
 from bma_optax.multilevel import _coarse_system
-from bma_optax.multilevel._coarse_system import BlockSums, Entries, Inverted
+from bma_optax.multilevel._coarse_system import Inverted, Measured
 from bma_optax.partitions._blocks import Partition, pieces
 
 _COMBINATIONS = 4  # Products that measure the rounding of M.
@@ -65,8 +65,11 @@ class Dense:
         )
         return {i: x for i, (array, x) in enumerate(filled) if array.num_blocks}
 
-    def block_sums(self, G: LinearOperator, key) -> BlockSums:
-        """Gathers N by one product with the indicator of each block."""
+    def measure(self, G: LinearOperator, key, diagonal: bool) -> Measured:
+        """Gathers N by one product with the indicator of each block.
+
+        If each element is a block, N is G and has the diagonal.
+        """
         del key
         positions = np.arange(self.blocks.num_blocks)
         full, products = _probing.block_products(G, self.blocks, positions)
@@ -76,22 +79,17 @@ class Dense:
             square = square.reshape(count, n, count, n)
             N.append(jnp.einsum("gigj->gij", square))
             row += count * n
-        return BlockSums(tuple(N), None, full, products)
-
-    def diagonal(self, G: LinearOperator, sums, key) -> Entries:
-        """The diagonal of N if N is G, each element being a block; else nothing."""
-        del key
-        values = {}
-        if all(
+        values: dict[int, jax.Array] = {}
+        if diagonal and all(
             array.num_blocks == math.prod(array.shape) and array.owner == array.path
             for array in self.blocks.arrays
         ):
-            parts = [jnp.diagonal(x, axis1=1, axis2=2).reshape(-1) for x in sums.N]
+            parts = [jnp.diagonal(x, axis1=1, axis2=2).reshape(-1) for x in N]
             zeros = _tree.zeros_like(G.params, _tree.statistic_dtype)
             values = self.fill(jnp.concatenate(parts), jax.tree.leaves(zeros))
-        return Entries(values, None, jnp.int32(0))
+        return Measured(tuple(N), values, None, full, products)
 
-    def rounding(self, G, sums, n2, key) -> Probed:
+    def rounding(self, G, found, n2, key) -> Probed:
         """How far rounding moves eigenvalues of M, shape ().
 
         The product with a random combination of blocks differs from that combination of
@@ -105,15 +103,15 @@ class Dense:
         def difference(weights):
             t = weights * least / n
             image = self.blocks.block_sums(G(self.blocks.expand(t, G.params)))
-            return (image - _xla.product(sums.evidence, t)) / (least * n)
+            return (image - _xla.product(found.evidence, t)) / (least * n)
 
         weights = jax.random.uniform(
             key, (_COMBINATIONS, *n.shape), n.dtype, minval=0.5, maxval=1.5
         )
-        found = _probing.batched(difference, (weights,), G.params)
-        found = 8 * jnp.max(jnp.abs(jax.lax.stop_gradient(found)), initial=0)
-        found = jnp.maximum(found, 4 * float(jnp.finfo(n.dtype).eps))
-        return Probed(found, jnp.int32(_COMBINATIONS))
+        errors = _probing.batched(difference, (weights,), G.params)
+        error = 8 * jnp.max(jnp.abs(jax.lax.stop_gradient(errors)), initial=0)
+        error = jnp.maximum(error, 4 * float(jnp.finfo(n.dtype).eps))
+        return Probed(error, jnp.int32(_COMBINATIONS))
 
     @_control_flow.compiled
     def invert(self, N, n2, damping, floor, rounding) -> Inverted:

@@ -17,9 +17,8 @@ import numpy as np
 
 from bma_optax import _control_flow, _tree
 from bma_optax.curvature._probing import LinearOperator, Probed
-from bma_optax.multilevel import _coarse_system, _coloring
-from bma_optax.multilevel._coarse_system import BlockSums, Entries, Inverted
-from bma_optax.multilevel._color_probing import Cells
+from bma_optax.multilevel import _coarse_system, _local_entries
+from bma_optax.multilevel._coarse_system import Inverted, Measured
 from bma_optax.multilevel._hierarchy import Hierarchy, Levels
 from bma_optax.multilevel._stencil import Stencil
 from bma_optax.partitions._blocks import Partition
@@ -42,17 +41,9 @@ class Nested:
     fields: GridFields
 
     @functools.cached_property
-    def elements(self) -> Cells:
-        """The layout in which every element is a cell."""
-        array = self.fields.arrays[0]
-        single = dataclasses.replace(array, tile=(1,) * len(array.shape))
-        return Cells(self.fields.positions, single, _stencil(self.fields.elements))
-
-    @functools.cached_property
-    def tiles(self) -> Cells:
-        """The layout in which every block is a cell."""
-        stencil = _stencil(self.fields.tiles)
-        return Cells(self.fields.positions, self.fields.arrays[0], stencil)
+    def stencil(self) -> Stencil:
+        """The layout of N, in which every block is a cell."""
+        return _stencil(self.fields.tiles)
 
     @functools.cached_property
     def hierarchy(self) -> Hierarchy:
@@ -70,7 +61,7 @@ class Nested:
         """The shapes of N, of K and of Λ."""
         vector: Any = jax.ShapeDtypeStruct(self.sizes.shape, dtype)
         return (
-            jax.ShapeDtypeStruct(self.tiles.stencil.shape, dtype),
+            jax.ShapeDtypeStruct(self.stencil.shape, dtype),
             Correction(vector, vector, self.hierarchy.like(dtype)),
             vector,
         )
@@ -83,36 +74,35 @@ class Nested:
     def sums(self, leaves) -> jax.Array:
         """Sums over the elements of each block, shape (fields, *grid)."""
         dtype = _tree.common_statistic_dtype(leaves)
-        return self.tiles.sums([leaves[i].astype(dtype) for i in self.tiles.arrays])
+        arrays = (leaves[i].astype(dtype) for i in self.fields.positions)
+        return jnp.stack([self.fields.arrays[0].sums(x) for x in arrays])
 
     def fill(self, values, leaves) -> dict[int, jax.Array]:
         """The arrays on the grid, by their positions: each block has its value."""
-        tiles = self.tiles.tiles
+        tiles = self.fields.arrays[0]
         return {
             i: tiles.fill(x.astype(leaves[i].dtype))
-            for i, x in zip(self.tiles.arrays, values, strict=True)
+            for i, x in zip(self.fields.positions, values, strict=True)
         }
 
-    def block_sums(self, G: LinearOperator, key) -> BlockSums:
-        """Gathers N by products with one color each, and checks the reach."""
-        S, check, rounding, products = _coloring.block_sums(G, self.tiles, key)
-        return BlockSums(S, check, rounding, products)
+    def measure(self, G: LinearOperator, key, diagonal: bool) -> Measured:
+        """Gathers N and the diagonal by products with one color each."""
+        found = _local_entries.gather(
+            G, self.fields, self.stencil, key, diagonal=diagonal
+        )
+        N, values, check, rounding, products = found
+        positions = self.fields.positions if values else ()
+        diagonals = dict(zip(positions, values, strict=True))
+        return Measured(N, diagonals, check, rounding, products)
 
-    def diagonal(self, G: LinearOperator, sums, key) -> Entries:
-        """The diagonal of the arrays, from products with one color each."""
-        tolerance = sums.check.tolerance
-        found = _coloring.diagonal(G, self.elements, key, tolerance)
-        values = dict(zip(self.elements.arrays, found.values, strict=True))
-        return Entries(values, found.check, found.products)
-
-    def rounding(self, G, sums, n2, key) -> Probed:
+    def rounding(self, G, found, n2, key) -> Probed:
         """How far rounding moves eigenvalues of M on the last level, shape ().
 
         An entry there is a sum of many entries of N, whose errors are independent.
         """
         del G, n2, key
-        eps = float(jnp.finfo(sums.N.dtype).eps)
-        rounding = jnp.maximum(sums.evidence.astype(sums.N.dtype), eps)
+        eps = float(jnp.finfo(found.N.dtype).eps)
+        rounding = jnp.maximum(found.evidence.astype(found.N.dtype), eps)
         return Probed(rounding * self.hierarchy.share**0.5, jnp.int32(0))
 
     @_control_flow.compiled
@@ -124,7 +114,7 @@ class Nested:
           n2: n², shape (fields, *grid).
           damping, floor, rounding: numbers of shape ().
         """
-        stencil, s = self.tiles.stencil, self.sizes.astype(n2.dtype)
+        stencil, s = self.stencil, self.sizes.astype(n2.dtype)
         diagonal, shift = stencil.diagonal(N), damping * n2
         Lambda = _coarse_system.smoother_mean(s, diagonal / n2)
         # Leave a block without any curvature out of the metric of coarser levels.
@@ -148,7 +138,7 @@ class Nested:
         """
 
         def product(x):
-            return self.tiles.stencil.matvec(N, x) + K.damping * x
+            return self.stencil.matvec(N, x) + K.damping * x
 
         x = self.hierarchy.solve(product, K.levels, r)
         # The smoother is 0 where the declared reach is wrong.

@@ -10,10 +10,8 @@ Offsets run from -reach to reach along each axis, and cells wrap around. S has t
 """
 
 import dataclasses
-import functools
 import itertools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,89 +25,9 @@ from bma_optax.partitions._rules import Shape
 _FEW_FIELDS = 8  # So few that a term for each makes no large program.
 
 
-class Colors(NamedTuple):
-    """The colors of the g cells along one axis, with m offsets; static."""
-
-    number: int
-    of_cell: np.ndarray  # shape (g,): the color of each cell.
-    at_offset: np.ndarray  # shape (m, g): the color at each offset from it.
-
-    def rows(self) -> np.ndarray:
-        """Which cells have each color, shape (number, g)."""
-        return self.of_cell == np.arange(self.number)[:, None]
-
-
 @dataclasses.dataclass(frozen=True)
 class Stencil(Grid):
     """The layout of a :class:`Grid`, with operations on its matrix S."""
-
-    def colors(self, *, share: bool, around: bool) -> tuple[Colors, ...]:
-        """Colors along each axis, such that cells of one color are far apart.
-
-        Args:
-          share: whether cells of one color may have a common neighbour. If so, they
-            only must not meet.
-          around: whether cells of one color are far apart around the edge of the grid
-            too, as on a periodic grid. Cells whose indices agree modulo the number of
-            colors are not, unless that number divides the number of cells; then there
-            are more colors.
-        """
-        return tuple(
-            self._axis_colors(axis, share, around) for axis in range(len(self.grid))
-        )
-
-    def _axis_colors(self, axis, share, around):
-        g, k, m = self.grid[axis], self.reach[axis], self.width[axis]
-        cells, apart = np.arange(g), min(k + 1 if share else 2 * k + 1, g)
-        offsets = np.array([self.offset(axis, i) for i in range(m)])
-        near = cells + offsets[:, None]
-        if not around:
-            return Colors(apart, cells % apart, near % apart)
-        # Runs of `apart` cells, and some longer ones, each in the colors 0, 1, 2, ...
-        runs = np.array_split(cells, g // apart)
-        of_cell = np.concatenate([np.arange(len(run)) for run in runs])
-        return Colors(max(map(len, runs)), of_cell, of_cell[near % g])
-
-    @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
-    def from_colors(self, Y, around: bool):
-        """S from the responses to all probes, with their signs removed.
-
-        Args:
-          Y: Y[a, *color, b, *cell], the response in field b at a cell to a color in
-            field a.
-          around: as in :meth:`colors`.
-        """
-        colors = self.colors(share=False, around=around)
-        S = Y.transpose(self._from_colors_order())
-        for axis, (m, g) in enumerate(zip(self.width, self.grid, strict=True)):
-            color_axis, cell_axis = 2 + axis, 2 + len(self.grid) + axis
-            shape = [1] * S.ndim
-            shape[color_axis], shape[cell_axis] = m, g
-            whole = (*S.shape[:color_axis], m, *S.shape[color_axis + 1 :])
-            total = jnp.zeros(whole, S.dtype)
-            for color in range(colors[axis].number):
-                mask = (colors[axis].at_offset == color).astype(S.dtype)
-                part = jax.lax.slice_in_dim(S, color, color + 1, axis=color_axis)
-                mask = jnp.broadcast_to(mask.reshape(shape), whole)
-                total = total + mask * jnp.broadcast_to(part, whole)
-            S = total
-        return S
-
-    def near(self, axis: int, colors: Colors) -> np.ndarray:
-        """For each color and cell, the position of the near cell that has the color.
-
-        It is the cell's own position if no near cell has the color. Shape (colors, g).
-        """
-        cells = np.arange(self.grid[axis])
-        near = np.tile(cells, (colors.number, 1))
-        for i in range(self.width[axis]):
-            near[colors.at_offset[i], cells] = cells + self.offset(axis, i)
-        return near % self.grid[axis]
-
-    def _from_colors_order(self):
-        """The order of axes from (a, *color, b, *cell) to (b, a, *color, *cell)."""
-        dim = len(self.grid)
-        return (1 + dim, 0, *range(1, 1 + dim), *range(2 + dim, 2 + 2 * dim))
 
     @_control_flow.compiled
     def matvec(self, S, x):

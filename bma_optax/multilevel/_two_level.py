@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from bma_optax import _control_flow, _tree, _warnings
 from bma_optax.curvature import _diagonal
 from bma_optax.curvature._probing import LinearOperator, Probed
-from bma_optax.multilevel import _coloring
+from bma_optax.multilevel import _local_entries
 from bma_optax.multilevel._smoother import positive
 from bma_optax.multilevel._systems import CoarseSystems
 from bma_optax.partitions import _build
@@ -96,25 +96,26 @@ class TwoLevel(CoarseSystems):
           extra_args: arguments for the functions of the curvature.
           known_far: whether an earlier check has found the reach too small.
         """
-        key_N, key_diagonal, key_rounding = jax.random.split(key, 3)
+        key_diagonal, key_rounding = (
+            jax.random.fold_in(key, len(self.systems) + i) for i in (0, 1)
+        )
         dtype = _tree.common_statistic_dtype(G.params)
-        sums = [
-            system.block_sums(G, jax.random.fold_in(key_N, number))
+        given = _diagonal.given(curvature, G.params, extra_args)
+        parts = [
+            system.measure(G, jax.random.fold_in(key, number), given is None)
             for number, system in enumerate(self.systems)
         ]
-        sums = [x._replace(N=_cast(x.N, dtype)) for x in sums]
-        N = tuple(x.N for x in sums) or jnp.zeros(0, dtype)
-
-        given = _diagonal.given(curvature, G.params, extra_args)
+        parts = [x._replace(N=_cast(x.N, dtype)) for x in parts]
+        N = tuple(x.N for x in parts) or jnp.zeros(0, dtype)
         if given is None:
-            (diagonal, more), checks = self._diagonal(curvature, G, sums, key_diagonal)
+            diagonal, more = _whole_diagonal(curvature, G, parts, key_diagonal)
         else:
-            diagonal, more, checks = given, jnp.int32(0), []
-        products = sum((x.products for x in sums), start=more)
-        checks += [x.check for x in sums if x.check is not None]
+            diagonal, more = given, jnp.int32(0)
+        products = sum((x.products for x in parts), start=more)
+        checks = [x.check for x in parts if x.check is not None]
         local = jnp.asarray(True)
         if checks:
-            check = _coloring.worst(checks)
+            check = _local_entries.worst(checks)
             local = check.error <= check.tolerance
             # If N is not finite, the curvature has failed, not its reach.
             reaches_far = ~local & _tree.all_finite(N) & ~jnp.asarray(known_far)
@@ -134,7 +135,7 @@ class TwoLevel(CoarseSystems):
         n2 = self.block_sums(positive(self, diagonal))
         rounding = [
             system.rounding(G, part, m2, key_rounding)
-            for system, part, m2 in zip(self.systems, sums, n2, strict=True)
+            for system, part, m2 in zip(self.systems, parts, n2, strict=True)
         ]
         return Gathered(
             N,
@@ -143,28 +144,6 @@ class TwoLevel(CoarseSystems):
             local,
             sum((x.products for x in rounding), start=products),
         )
-
-    def _diagonal(self, curvature, G, sums, key) -> tuple[Probed, list]:
-        """diag G and the products for it, and the checks of a reach.
-
-        The systems find it where they can; probes of :mod:`curvature` find the rest.
-        """
-        zeros = _tree.zeros_like(G.params, _tree.statistic_dtype)
-        leaves, treedef = jax.tree.flatten(zeros)
-        rest, checks, products = [True] * len(leaves), [], jnp.int32(0)
-        for number, (system, part) in enumerate(zip(self.systems, sums, strict=True)):
-            key_system = jax.random.fold_in(key, number)
-            found = system.diagonal(G, part, key_system)
-            for position, values in found.values.items():
-                zero, rest[position] = leaves[position], False
-                leaves[position] = zero + values.astype(zero.dtype)
-            checks += [found.check] if found.check is not None else []
-            products = products + found.products
-        if any(x.size for x, on in zip(leaves, rest, strict=True) if on):
-            probed, more = _diagonal.probed(curvature, G, rest, key)
-            added = zip(leaves, jax.tree.leaves(probed), strict=True)
-            leaves, products = [x + y for x, y in added], products + more
-        return Probed(jax.tree.unflatten(treedef, leaves), products), checks
 
     def invert(self, found: Gathered, damping, min_eigenvalue) -> Factor:
         """Inverts the block mean of G + damping Z²; the inverse is positive definite.
@@ -254,6 +233,22 @@ def _sample(values):
         step += 1
     axes = [slice(None, None, step)] * values.ndim
     return values[tuple(axes)].reshape(-1)
+
+
+def _whole_diagonal(curvature, G, parts, key) -> Probed:
+    """diag G: from what the systems have measured, and probed where they have not."""
+    zeros = _tree.zeros_like(G.params, _tree.statistic_dtype)
+    leaves, treedef = jax.tree.flatten(zeros)
+    rest, products = [True] * len(leaves), jnp.int32(0)
+    for part in parts:
+        for position, values in part.diagonal.items():
+            zero, rest[position] = leaves[position], False
+            leaves[position] = zero + values.astype(zero.dtype)
+    if any(x.size for x, on in zip(leaves, rest, strict=True) if on):
+        probed, products = _diagonal.probed(curvature, G, rest, key)
+        added = zip(leaves, jax.tree.leaves(probed), strict=True)
+        leaves = [x + y for x, y in added]
+    return Probed(jax.tree.unflatten(treedef, leaves), products)
 
 
 def _cast(tree, dtype):

@@ -86,9 +86,9 @@ def scale_by_newton_bma(
 
     M is exact. It costs L products with G, and four more measure the rounding of M. A
     rule that declares a ``reach`` (:func:`per_tile`) needs a number of products that
-    does not depend on L. The diagonal costs up to ``curvature.num_probes`` products;
-    where every block has one element it costs none, and the method is Newton's method
-    itself.
+    does not depend on L: for neighbours in two dimensions 10, with the diagonal.
+    Elsewhere the diagonal costs up to ``curvature.num_probes`` products. Where every
+    block has one element it costs none, and the method is Newton's method itself.
 
     C is positive definite whatever G is, so :math:`-C g` is always a descent direction.
     If a new C is not finite, the last finite one stays; the first one is the identity.

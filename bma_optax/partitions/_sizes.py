@@ -1,7 +1,7 @@
 """What a partition would hold and cost, refused or warned of before it is allocated.
 
 A dense group of L blocks holds L² numbers and costs O(L³) a solve. A grid holds a few
-numbers a block and costs (2 k + 1)^dim products for each of its fields.
+numbers a block and costs some products for each of its fields, see ``_systems``.
 """
 
 from bma_optax import _names, _warnings

@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from bma_optax.partitions import _grids
+from bma_optax.partitions._coloring import Axis, num_products
 from bma_optax.partitions._grids import Grid
 from bma_optax.partitions._rules import Shape
 from bma_optax.partitions._tiles import Tiles
@@ -56,10 +57,41 @@ class GridFields:
         array = self.arrays[0]
         return _grids.levels_below(self.tiles, array.tile or (), array.stacked_axes)
 
+    def axes(self, *, elements: bool, share: bool = False) -> tuple[Axis, ...]:
+        """The axes with the colors of elements, or those of blocks."""
+        array, tiles = self.arrays[0], self.tiles
+        lengths = zip(array.shape, array.tile or (), array.reach or (), strict=True)
+        return tuple(
+            Axis(
+                n=n,
+                reach=reach,
+                tile=tile,
+                block_reach=tiles.reach[axis],
+                width=tiles.width[axis],
+                fields=axis in array.stacked_axes,
+                cell=1 if elements else tile,
+                share=share,
+            )
+            for axis, (n, tile, reach) in enumerate(lengths)
+        )
+
+    def probes(self, *, diagonal: bool) -> tuple[tuple[Axis, ...], ...]:
+        """The axes with the colors that take the fewest products for N and diag G.
+
+        Elements give both, if no element is near two of one color. Blocks give N, and
+        elements that share neighbours the diagonal; then there are two kinds of probes.
+        """
+        one = (self.axes(elements=True),)
+        two: tuple[tuple[Axis, ...], ...] = (self.axes(elements=False),)
+        if diagonal:
+            two = (*two, self.axes(elements=True, share=True))
+        return min(one, two, key=lambda kinds: sum(map(num_products, kinds)))
+
     @property
     def num_products(self) -> int:
-        """The products that the stencil costs, without those that check the reach."""
-        return self.tiles.fields * math.prod(self.tiles.width)
+        """The products of a refresh, those that check the reach among them."""
+        kinds = self.probes(diagonal=True)
+        return len(self.arrays) * sum(map(num_products, kinds))
 
     @property
     def num_statistics(self) -> int:

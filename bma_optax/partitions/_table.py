@@ -84,5 +84,5 @@ def _grid(fields) -> str:
         f"{fields.tiles.reach} apart; levels of {', '.join(names)}, the last one "
         "dense; "
         f"float32 state {4 * d:,} bytes of diag G and {state:,} of the levels; "
-        f"{fields.num_products:,} products a refresh for N"
+        f"{fields.num_products:,} products a refresh"
     )

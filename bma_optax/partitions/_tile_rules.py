@@ -108,14 +108,15 @@ def per_tile(
       reach: for methods with curvature, a declaration: entries of G further apart than
         this along an axis of the tile do not meet. An integer >= 0, or one for each of
         these axes. 1 for a loss of differences between neighbours, r for a filter of
-        2 r + 1 elements applied once in a residual (2 r for its square). Then M costs
-        (2 k + 1)^dim products whatever its size, where k is the reach in tiles, and is
-        inverted by nested levels of tiles of tiles. All entries may meet along axes
-        after the tile and those of ``stacked``, which count fields: each field takes
-        products of its own. Arrays of one shape are fields on one grid too, and see
-        each other; M between these and other arrays is taken for zero. Periodic grids
-        may be of any size; where 2 k + 1 does not divide their number of tiles, M
-        takes a few products more. Methods check the declaration, see
+        2 r + 1 elements applied once in a residual (2 r for its square). Then M and
+        the diagonal cost (2 r + 1)^dim products and one to check them, whatever the
+        size of the array, or fewer where the reach is large; ``bma.partition`` prints
+        how many. M is inverted by nested levels of tiles of tiles. All entries may meet
+        along axes after the tile and those of ``stacked``, which count fields: each
+        field takes products of its own. Arrays of one shape are fields on one grid too,
+        and see each other; M between these and other arrays is taken for zero. Periodic
+        grids may be of any size; where 2 r + 1 does not divide it, the first products
+        fail their check, and as many or more follow. Methods check the declaration, see
         :func:`scale_by_newton_bma`. None where all entries may meet.
 
     Returns:

@@ -1,0 +1,200 @@
+"""Block sums and diagonal of a curvature with a declared reach, from few products.
+
+N = 1ᵀ G 1, for the indicators 1 of blocks, takes a number of products that does not
+depend on the size of the arrays, and so does diag G. There are two ways:
+
+- Probes on elements give both. They take (2 reach + 1)^dim products.
+- Probes on blocks give N. They take 2^dim products if the reach is at most half a
+  block. Probes on elements that may have common neighbours give the diagonal, for
+  (reach + 1)^dim products, and as many more to check it.
+
+The way with fewer products is taken. A product with random numbers checks the reach: it
+must be what the other products foretell. For f fields there are f times as many.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bma_optax import _control_flow, _tree
+from bma_optax.curvature._probing import LinearOperator
+from bma_optax.multilevel import _color_probing
+from bma_optax.multilevel._stencil import Stencil
+from bma_optax.partitions import _coloring
+from bma_optax.partitions._systems import GridFields
+
+
+class Check(NamedTuple):
+    """How far a product is from what the declared reach foretells, relative."""
+
+    error: jax.Array  # shape (): infinite if the product is not finite.
+    tolerance: jax.Array  # shape (): the error that rounding explains.
+
+
+class Entries(NamedTuple):
+    """Entries of G, or sums of them, and what their check shows."""
+
+    N: jax.Array | None  # a stencil, shape (fields, fields, *offsets, *grid).
+    diagonal: list[jax.Array]  # one like each array, or none.
+    check: Check
+    rounding: jax.Array  # shape (): the rounding error of products, relative.
+    products: jax.Array  # shape (), int32.
+
+
+def gather(
+    G: LinearOperator, fields: GridFields, stencil: Stencil, key, *, diagonal: bool
+) -> Entries:
+    """N and, if asked for, the diagonal of G on the arrays of a grid.
+
+    Args:
+      G: the curvature.
+      fields: the arrays.
+      stencil: the layout of N.
+      key: a random key.
+      diagonal: whether to return the diagonal.
+    """
+    axes, *shared = fields.probes(diagonal=diagonal)
+    measure = functools.partial(_measure, G, fields.positions, stencil, key)
+    found = measure(axes, diagonal and not shared)
+    for axes in shared:
+        more = measure(axes, True, found)
+        found = more._replace(
+            check=worst([found.check, more.check]),
+            products=found.products + more.products,
+        )
+    return found
+
+
+def _measure(
+    G, arrays, stencil, key, axes, diagonal, known: Entries | None = None
+) -> Entries:
+    """What probes with the colors of some axes give, and its check.
+
+    If the check fails, more products follow: first those that measure the rounding of
+    the user's function, unless it is known, and then those with the colors of a
+    periodic grid, where these are others.
+
+    Args:
+      G, stencil, key, diagonal: see :func:`gather`.
+      arrays: the positions of the fields among the leaves of the parameters.
+      axes: the axes with their colors. If these are shared, N must be known.
+      known: N and its check, if they are known.
+    """
+    leaves = [jax.tree.leaves(G.params)[i] for i in arrays]
+    dtype = _tree.common_statistic_dtype(leaves)
+    drawn = _color_probing.numbers(key, axes, dtype)
+    num_tests = len(leaves) * _coloring.num_tests(axes)
+
+    def respond(axes, diagonal=diagonal):
+        pairs = zip(axes, drawn, strict=True)
+        vectors = [_color_probing.color_vectors(*pair) for pair in pairs]
+        found = _color_probing.respond(G, arrays, axes, vectors, diagonal=diagonal)
+        N = _as_stencil(found.sums[0]) if known is None else known.N
+        return N, found.diagonal, found.sums[-1]
+
+    def test(axes, scale=1.0):
+        pairs = zip(axes, drawn, strict=True)
+        vectors = [_color_probing.test_vectors(*pair) for pair in pairs]
+        vectors[0] = vectors[0]._replace(probes=scale * vectors[0].probes)
+        found = _color_probing.respond(G, arrays, axes, vectors, diagonal=False)
+        return found.sums[0] / scale
+
+    N, values, foretold = respond(axes)
+    units = _units(N, stencil, axes, foretold)
+    image = test(axes)
+    error = _relative_error(image / units, foretold / units)
+    spent = jnp.int32(len(leaves) * _coloring.num_products(axes))
+    if known is None:
+        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
+        least = min(eps**0.5, _MOST)
+        passes = error <= least
+        # A product with a multiple of a vector differs from that multiple of its
+        # product by rounding, in whatever dtype the user's function computes.
+        rounding = _control_flow.cond(
+            passes,
+            lambda: error,
+            lambda: _relative_error(image / units, test(axes, _SCALE) / units),
+        )
+        tolerance = jnp.where(passes, least, jnp.clip(16 * rounding, least, _MOST))
+        spent = spent + jnp.where(passes, 0, num_tests).astype(jnp.int32)
+    else:
+        rounding, tolerance = known.rounding, known.check.tolerance
+    found = Entries(N, values, Check(error, tolerance), rounding, spent)
+    if not any(axis.colors.clash for axis in axes):
+        return found
+
+    def again():
+        more = tuple(dataclasses.replace(axis, around=True) for axis in axes)
+        N, values, foretold = respond(more)
+        units = _units(N, stencil, axes, foretold)
+        seen = image if known is None else test(more)
+        error = _relative_error(seen / units, foretold / units)
+        count = len(leaves) * _coloring.num_products(more) - (
+            num_tests if known is None else 0
+        )
+        check = Check(error, tolerance)
+        return Entries(N, values, check, rounding, spent + jnp.int32(count))
+
+    return _control_flow.cond(error <= tolerance, lambda: found, again)
+
+
+def _as_stencil(sums):
+    """S[b, a, *offset, *cell] from sums over blocks, (*offsets, a, b, *grid)."""
+    dim = (sums.ndim - 2) // 2
+    return sums.transpose(dim + 1, dim, *range(dim), *range(dim + 2, sums.ndim))
+
+
+def _units(N, stencil, axes, sums):
+    """The size of sums like ``sums`` if every field had curvature 1.
+
+    In other units, a field of large curvature would hide the errors of the rest.
+    Entries along an axis of fields are fields of their own.
+    """
+    size = jnp.abs(stencil.diagonal(N))
+    mean = jnp.mean(
+        size,
+        axis=[1 + i for i, axis in enumerate(axes) if not axis.fields],
+        keepdims=True,
+    )
+    root = jnp.sqrt(jnp.where(mean == 0, 1, mean))
+    dim, counts = len(axes), sums.shape[: len(axes)]
+    parts = []
+    for offsets in np.ndindex(*counts):
+        pairs = zip(offsets, axes, strict=True)
+        shift = [-offset if axis.fields else 0 for offset, axis in pairs]
+        source = jnp.roll(root, shift, axis=range(1, 1 + dim))
+        parts.append(source[:, None] * root[None])
+    shape = (*counts, len(root), *root.shape)
+    return jnp.broadcast_to(jnp.stack(parts).reshape(shape), sums.shape)
+
+
+def worst(checks):
+    """The check whose error is largest relative to its tolerance."""
+    error, tolerance = (jnp.stack(x) for x in zip(*checks, strict=True))
+    # An infinite error is the largest.
+    most = jnp.argmax(error / tolerance)
+    return Check(error[most], tolerance[most])
+
+
+_SCALE = 1.3  # Not a power of 2, so that it changes how numbers are rounded.
+_MOST = 0.1  # The error of a false reach is larger than this in any dtype.
+
+
+def _relative_error(x, y):
+    """‖x - y‖ over the larger norm: 0 for zeros, infinite if one is not finite.
+
+    x and y are divided by their largest entry first: the squares would overflow or
+    vanish.
+    """
+    largest = jnp.maximum(jnp.max(jnp.abs(x)), jnp.max(jnp.abs(y)))
+    usable = largest >= float(jnp.finfo(x.dtype).tiny)
+    scale = jnp.where(usable, largest, 1)
+    difference, *squares = (
+        jnp.sum(jnp.square(v)) for v in (x / scale - y / scale, x / scale, y / scale)
+    )
+    error = jnp.sqrt(difference / jnp.where(usable, jnp.maximum(*squares), 1))
+    return jnp.where(jnp.isfinite(largest), error, jnp.inf)
