@@ -68,7 +68,7 @@ class Nested:
 
     def initial(self, zeros) -> tuple[Any, Any, Any]:
         """N = 0, K = 0 and Λ = 1, from zeros like numbers of blocks."""
-        N = self.tiles.stencil.spread(zeros)
+        N = self.stencil.spread(zeros)
         return N, Correction(zeros, zeros, self.hierarchy.initial(zeros)), zeros + 1
 
     def sums(self, leaves) -> jax.Array:
