@@ -1,8 +1,12 @@
-"""The methods in float64 NumPy, with every matrix built from its entries.
+"""The methods in float64 NumPy, with every matrix built from its entries; and helpers.
 
 Independent of the library: a label for each element says which block it is in.
 """
 
+import itertools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import bma_optax as bma
@@ -204,3 +208,62 @@ def newton_inverse(G, labels, groups=None, damping=0.0):
     inverse_M = (vectors / np.maximum(np.abs(values), damping)) @ vectors.T
     middle = np.diag(1 / (Lambda + damping)) @ (np.eye(d) - E @ E.T)
     return (middle + E @ inverse_M @ E.T) / np.outer(z, z)
+
+
+# Helpers ------------------------------------------------------------------------------
+
+SHAPES = {"a": {"kernel": (3, 4), "bias": (4,)}, "b": {"kernel": (4, 2)}, "c": ()}
+LEAVES = [("a", "bias"), ("a", "kernel"), ("b", "kernel"), ("c",)]
+
+
+def random_tree(rng, dtype=np.float64):
+    """Arrays of SHAPES, with a common part, so that blocks do correlate."""
+    common = rng.standard_normal()
+    return jax.tree.map(
+        lambda s: jnp.asarray(np.asarray(rng.standard_normal(s) + common), dtype),
+        SHAPES,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def flat(tree):
+    """All elements in one vector."""
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def labels_and_groups(name_of, couple):
+    """The block of each element of ``random_tree``, and the group of each block."""
+    labels, groups, numbers = [], {}, {}
+    shapes = [(4,), (3, 4), (4, 2), ()]
+    for path, shape in zip(LEAVES, shapes, strict=True):
+        for index in itertools.product(*map(range, shape)):
+            name = name_of(path, index)
+            label = -1 if name is None else numbers.setdefault(name, len(numbers))
+            labels.append(label)
+            merged = name == path[:-1]
+            groups[label] = {
+                "all": (),
+                "array": path[:-1] if merged else path,
+                "layer": path[:-1],
+                "block": label,
+            }[couple]
+    return labels, groups
+
+
+def check_updates(numbers, given, diagonal, full, labels):
+    """The numbers of ``bma.diagnostics`` that compare updates."""
+    ratio = np.linalg.norm(full - diagonal) / np.linalg.norm(diagonal)
+    np.testing.assert_allclose(numbers["correction"], ratio, rtol=1e-7)
+    rates = [
+        np.linalg.norm(full[labels == b]) / np.linalg.norm(given[labels == b])
+        for b in range(max(labels) + 1)
+    ]
+    found = np.sort(np.asarray(numbers["effective_rates"]))
+    np.testing.assert_allclose(found, np.sort(rates), rtol=1e-7)
+
+
+# An entry for each program that JAX has compiled since it was cleared.
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, _, **__: compiled.append(name) if "backend_compile" in name else None
+)

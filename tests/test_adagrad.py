@@ -1,50 +1,13 @@
 """AdaGrad-BMA against an independent float64 reference, Optax and AdaGrad-Full."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import RULES, DenseAdaGradBMA
+from reference import RULES, DenseAdaGradBMA, flat, labels_and_groups, random_tree
 
 import bma_optax as bma
-
-SHAPES = {"a": {"kernel": (3, 4), "bias": (4,)}, "b": {"kernel": (4, 2)}, "c": ()}
-LEAVES = [("a", "bias"), ("a", "kernel"), ("b", "kernel"), ("c",)]
-
-
-def random_tree(rng, dtype=np.float64):
-    # A common part, so that blocks do correlate.
-    common = rng.standard_normal()
-    return jax.tree.map(
-        lambda s: jnp.asarray(np.asarray(rng.standard_normal(s) + common), dtype),
-        SHAPES,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-
-
-def labels_and_groups(name_of, couple):
-    labels, groups, numbers = [], {}, {}
-    shapes = [(4,), (3, 4), (4, 2), ()]
-    for path, shape in zip(LEAVES, shapes, strict=True):
-        for index in itertools.product(*map(range, shape)):
-            name = name_of(path, index)
-            label = -1 if name is None else numbers.setdefault(name, len(numbers))
-            labels.append(label)
-            merged = name == path[:-1]
-            groups[label] = {
-                "all": (),
-                "array": path[:-1] if merged else path,
-                "layer": path[:-1],
-                "block": label,
-            }[couple]
-    return labels, groups
 
 
 @pytest.mark.usefixtures("x64")

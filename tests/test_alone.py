@@ -5,8 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import RULES, DenseAdaGradBMA, DenseAdamBMA
-from test_adagrad import flat, labels_and_groups, random_tree
+from reference import (
+    RULES,
+    DenseAdaGradBMA,
+    DenseAdamBMA,
+    flat,
+    labels_and_groups,
+    random_tree,
+)
 
 import bma_optax as bma
 

@@ -21,6 +21,7 @@ import optax
 import pytest
 from flax import nnx
 from methods import BY_NAME, KINDS, every_kind, every_method, every_rated_method
+from reference import compiled
 
 import bma_optax as bma
 
@@ -127,12 +128,6 @@ def test_extra_args_and_no_second_compile(method):
     for _ in range(3):
         params, state = step(params, state)
     assert len(traces) == 1
-
-
-compiled = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda name, _, **__: compiled.append(name) if "backend_compile" in name else None
-)
 
 
 # With a reach: see test_sharding.py.

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
-from test_harness import compiled
+from reference import compiled
 
 import bma_optax as bma
 

@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import DenseAdaGradBMA, DenseAdamBMA
-from test_adagrad import flat
-from test_diagnostics import check_updates
+from reference import DenseAdaGradBMA, DenseAdamBMA, check_updates, flat
 
 import bma_optax as bma
 
