@@ -55,7 +55,8 @@ def diagnostics(
     - ``damping``: μ.
     - ``learning_rate``, ``momentum``: a and b of the last step of
       :func:`scale_by_quadratic_model`. ``backtracking``: the part of that step that was
-      taken, 0 if the step was refused.
+      taken, 0 if the step was refused. ``model_error``: |1 - decrease / foretold
+      decrease| of the whole step, at most 1: how far the curvature changes along it.
 
     These numbers need ``blocks``, and small matrices (nested levels have none):
 
@@ -224,7 +225,7 @@ def _same(*names: str) -> dict[str, str]:
 
 
 _NEWTON = "count coarse_ratio products damping floored local refreshes failures"
-_STEP = _same("learning_rate", "momentum", "backtracking")
+_STEP = _same("learning_rate", "momentum", "backtracking", "model_error")
 # For each type of state: the fields of its scalars, and the function for the rest.
 _KINDS: dict[type, tuple[dict[str, str], Any]] = {
     ScaleByBMAState: (_same("count", "failures"), _adaptive.of_adagrad),

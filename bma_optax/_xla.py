@@ -48,20 +48,6 @@ def stored_product(x, inverse):
     return x / inverse
 
 
-def materialize_for_sums(tree, finite):
-    """``tree``, computed once and stored for several sums over it.
-
-    XLA on CPU makes a part of what it is computed from a part of each sum, and stores
-    the rest. A sum does not take in a comparison. Without this the step rule of
-    ``newton_bma`` stores more than one array more.
-
-    Args:
-      tree: floating arrays.
-      finite: a tree like it, of any finite numbers.
-    """
-    return jax.tree.map(lambda x, y: jnp.where(y == y, x, 0), tree, finite)
-
-
 def recompute(tree):
     """``tree`` under another name: what is computed from it is computed once more.
 

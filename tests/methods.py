@@ -77,11 +77,11 @@ METHODS = [
         learning_rate=0.01,
         partition=bma.per_column,
     ),
-    row("newton_bma", bma.newton_bma, trees=2, learning_rate=None),
+    row("newton_bma", bma.newton_bma, trees=4, learning_rate=None),
     row(
         "newton_bma with a reach",
         bma.newton_bma,
-        trees=2,
+        trees=4,
         learning_rate=None,
         # The losses of the tests couple all elements of an array.
         partition=bma.per_tile((2,), reach=15),
@@ -89,7 +89,7 @@ METHODS = [
     row(
         "natural_bma per_column by layer damped",
         bma.natural_bma,
-        trees=2,
+        trees=4,
         learning_rate=None,
         curvature=ANY_LOSS,
         partition=bma.within("layer", bma.per_column),

@@ -202,6 +202,22 @@ UPDATES = [
             ),
         )
     ),
+    # The loss and its gradient, as Optax's line searches take them.
+    *(
+        (
+            lambda value=value, grad=grad: update(
+                bma.newton_bma(), TREE, TREE, value=value, grad=grad, value_fn=loss
+            ),
+            error,
+            message,
+        )
+        for value, grad, error, message in [
+            (X, TREE, TypeError, r"`value` must be .*got float32\[3\]"),
+            (loss, TREE, TypeError, "`value` must be"),
+            (1.0, {"a": X}, ValueError, "'b' `grad` gave nothing"),
+            (1.0, TREE | {"a": SQUARE}, ValueError, "'a' `grad` gave"),
+        ]
+    ),
     (
         lambda: bma.scale_by_bma().update(X, state_of_x64()),
         ValueError,

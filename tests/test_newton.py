@@ -566,7 +566,7 @@ def test_quadratic_model_is_preconditioned_conjugate_gradients(rule):
         p = C @ new + (new @ C @ new) / (r @ y) * p
         r, y = new, C @ new
         np.testing.assert_allclose(flat(params), x, rtol=1e-5, atol=1e-7)
-    assert bma.diagnostics(state)["step_products"] == 16
+    assert bma.diagnostics(state)["step_products"] == 8
 
 
 def test_nonlinear_losses_converge_untuned():
@@ -609,6 +609,97 @@ def test_nonlinear_losses_converge_untuned():
         assert np.all(np.diff(values) <= 1e-12 * np.abs(values[:-1]))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_loop_of_optax_for_lbfgs_takes_the_same_steps(dtype):
+    """As its documentation has it, but for the solver; the first step is shortened."""
+
+    def f(x):
+        return jnp.sum(jnp.sqrt(1 + x**2)) + jnp.sum(x) ** 2 / 100
+
+    solver = bma.newton_bma(bma.per_tile((4,)))
+    value_and_grad = optax.value_and_grad_from_state(f)
+
+    @jax.jit
+    def step(params, opt_state):
+        value, grad = value_and_grad(params, state=opt_state)
+        updates, opt_state = solver.update(
+            grad, opt_state, params, value=value, grad=grad, value_fn=f
+        )
+        return optax.apply_updates(params, updates), opt_state
+
+    @jax.jit
+    def plain(params, state):
+        updates, state = solver.update(jax.grad(f)(params), state, params, value_fn=f)
+        return optax.apply_updates(params, updates), state
+
+    params = expected = jnp.linspace(-5, 4, 8, dtype=dtype)
+    opt_state = state = jax.jit(solver.init)(params)
+    evaluate, kept = jax.jit(jax.value_and_grad(f)), []
+    for _ in range(6):
+        (params, opt_state), (expected, state) = (
+            step(params, opt_state),
+            plain(expected, state),
+        )
+        rtol = 1e-3 if dtype == "float32" else 1e-7
+        np.testing.assert_allclose(params, expected, rtol=rtol)
+        stored, whole = opt_state[2], opt_state[2].backtracking == 1
+        kept.append(bool(whole))
+        assert jnp.isfinite(stored.value) == whole
+        if whole:
+            value, grad = evaluate(params)
+            np.testing.assert_allclose(stored.value, value, rtol=1e-6)
+            np.testing.assert_allclose(stored.grad, grad, rtol=1e-4, atol=1e-5)
+    assert not kept[0] and kept[-1]
+
+
+def test_value_and_gradient_are_used_as_they_are_given():
+    G, x = jnp.diag(jnp.arange(1.0, 5.0)), jnp.ones(4)
+    tx = bma.scale_by_quadratic_model()
+    trees = {"value": x, "grad": x}  # These names are arrays here, and keywords below.
+
+    def f(params):
+        return sum(x @ G @ x / 2 for x in jax.tree.leaves(params))
+
+    @jax.jit
+    def step(factor, drop):
+        value, grad = jax.value_and_grad(f)(trees)
+        given = {
+            "value": value - drop,
+            "grad": jax.tree.map(lambda g: factor * g, grad),
+        }
+        direction = jax.tree.map(jnp.negative, grad)
+        return tx.update(direction, tx.init(trees), trees, value_fn=f, **given)
+
+    whole, half = step(1.0, 0.0), step(0.5, 0.0)
+    np.testing.assert_allclose(half[0]["value"], whole[0]["value"] / 2)
+    refused, state = step(1.0, 100.0)
+    np.testing.assert_array_equal(refused["grad"], 0)
+    assert state.backtracking == 0 and jnp.isinf(state.value)
+
+
+def test_a_step_that_the_model_missed_is_forgotten():
+    """Its product is the mean Hessian along it, which a quadratic model can trust."""
+
+    def step(f, x):
+        tx = bma.scale_by_quadratic_model()
+        grad = jax.grad(f)(x)
+        return tx.update(-grad, tx.init(x), x, value_fn=f)[1]
+
+    x = jnp.array([1.0, 0.5])
+    kept = jax.jit(functools.partial(step, lambda x: jnp.sum(x**2 + 0.1 * x**3)))(x)
+    assert 0.01 < kept.model_error < 0.5
+
+    def slope(x):
+        return 2 * x + 0.3 * x**2
+
+    product = slope(x + kept.previous_step) - slope(x)
+    np.testing.assert_allclose(kept.previous_product, product, rtol=1e-12)
+    lost = jax.jit(functools.partial(step, lambda x: jnp.sum(jnp.abs(x) ** 1.1)))(x)
+    assert lost.model_error > 0.5
+    np.testing.assert_array_equal(lost.previous_step, 0)
+    np.testing.assert_array_equal(lost.previous_product, 0)
+
+
 def test_step_norm_limit():
     f = quadratic(positive_definite(0), 100 * np.ones(D))
     params = tree_of(np.zeros(D))
@@ -628,7 +719,9 @@ def test_a_shortened_step_and_what_is_said_of_it():
 
     def step(curvature, previous, **kwargs):
         tx = bma.scale_by_quadratic_model(curvature, **kwargs)
-        state = jax.jit(tx.init)(params)._replace(previous_step=previous)
+        state = jax.jit(tx.init)(params)._replace(
+            previous_step=previous, previous_product=G @ previous
+        )
         return jax.jit(functools.partial(tx.update, value_fn=f))(
             direction, state, params
         )
@@ -820,5 +913,5 @@ def test_diagnostics():
     np.testing.assert_allclose(
         numbers["coarse_ratio"], np.linalg.eigvalsh(M)[0] / np.median(Lambda), rtol=1e-6
     )
-    assert numbers["products"] == 2 + 4 + D and numbers["step_products"] == 2
+    assert numbers["products"] == 2 + 4 + D and numbers["step_products"] == 1
     assert numbers["failures"] == 0

@@ -74,20 +74,6 @@ def test_what_is_materialized_is_not_computed_for_each_element_of_a_block():
     assert fusions(first) == 1
 
 
-def test_a_step_rule_stores_fewer_arrays(monkeypatch):
-    def loss(u):
-        return sum(jnp.sum(jnp.diff(u, axis=k) ** 2) for k in (0, 1)) + jnp.sum(u**2)
-
-    def stored():
-        u, tx = jnp.ones(LARGE), bma.scale_by_quadratic_model()
-        update = functools.partial(tx.update, value_fn=loss)
-        return temporaries(update, u, jax.jit(tx.init)(u), u)
-
-    few = stored()
-    monkeypatch.setattr(_xla, "materialize_for_sums", first)
-    assert stored() > few + 1
-
-
 def program(function, *args, platform="cuda"):
     """The program before XLA compiles it, for a platform that need not be there."""
     if platform == "cpu":
@@ -148,7 +134,6 @@ def test_derivatives_of_powers_are_not_rounded():
 
 def test_values_stay():
     x = jnp.array([[1.0, jnp.nan, jnp.inf]])
-    np.testing.assert_array_equal(_xla.materialize_for_sums(x, jnp.zeros((1, 3))), x)
     np.testing.assert_array_equal(_xla.materialize(x, jnp.zeros((1, 3))), x)
     np.testing.assert_array_equal(_xla.recompute(x), x)
     np.testing.assert_array_equal(_xla.second_pass(x), x)

@@ -31,6 +31,25 @@ def loss(value_fn: Any, extra_args: dict[str, Any]) -> Callable[[Any], jax.Array
     return scalar(bind(value_fn, extra_args, "value_fn"), "value_fn")
 
 
+def value_and_grad(value: Any, grad: Any, params: Any) -> tuple[jax.Array, Any]:
+    """Returns the loss and its gradient as ``update`` was given them, after checks.
+
+    Under ``optax.masked`` or ``optax.partition`` the gradient has more leaves than the
+    parameters here; it comes back without those.
+    """
+    value = _tree.arrays(value)
+    if getattr(value, "shape", None) != () or not _tree.is_floating(value):
+        raise TypeError(
+            f"`value` must be the loss at the parameters, shape (), got "
+            f"{_described(value)}. Pass the value of `value_fn`, or neither `value` "
+            "nor `grad`."
+        )
+    found = dict(_names.named_leaves(grad))
+    if all(path in found for path, _ in _names.named_leaves(params)):
+        grad = _tree.in_order(grad, params)
+    return value, _tree.astype(like_params(grad, params, "grad"), params)
+
+
 def scalar(fn: Callable[..., Any], name: str) -> Callable[..., jax.Array]:
     """Returns ``fn`` with a TypeError for values that are not floating, shape ()."""
 

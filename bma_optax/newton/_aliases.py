@@ -60,7 +60,11 @@ def newton_bma(
 
     Returns:
       A chain of :func:`scale_by_newton_bma` and the step rule. ``update`` takes
-      ``value_fn``, the loss, and the other arguments of the loss. To freeze arrays, set
+      ``value_fn``, the loss, and the other arguments of the loss. It saves a gradient
+      a step in the loop that Optax has for L-BFGS, with
+      ``optax.value_and_grad_from_state(value_fn)`` and ``update(..., value=value,
+      grad=grad, value_fn=value_fn)``, if nothing changes the updates afterwards and
+      every step has the same loss. To freeze arrays, set
       their gradients to 0 before the chain:
       ``optax.chain(optax.masked(optax.set_to_zero(), frozen), newton_bma())``. A mask
       after the chain is found only once the first step has been taken, and that step

@@ -188,7 +188,18 @@ def scale_by_newton_bma(
             **factor._asdict(),
         )
 
-    def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
+    def update_fn(
+        updates,
+        state,
+        params=None,
+        *,
+        value=None,
+        grad=None,
+        value_fn=None,
+        **extra_args,
+    ):
+        # Optax has these names for the loss and its gradient: no keyword of the loss.
+        del value, grad
         updates, state, params = _checked(updates, state, params)
         method = _two_level.two_level(updates, partition)
         method.check_state(state.N, state.K, state.Lambda)
