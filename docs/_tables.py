@@ -67,6 +67,7 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "one_core": ("grids/results/one_core.json", grids),
     "volumes": ("grids/results/volumes.json", grids),
     "real": ("grids/results/grids.json", real),
+    "curvature": ("curvature/results/curvature.json", grids),
     "networks": ("networks/results/networks.json", networks),
     "networks_gpu": ("networks/results/gpu.json", networks),
     "convex": ("convex/results/convex.json", convex),

@@ -6,9 +6,15 @@ import inspect
 import re
 from pathlib import Path
 
+import jax
+import pytest
+
 import bma_optax as bma
 
 DOCS = Path(__file__).parent.parent / "docs"
+PROGRAMS = re.findall(
+    r"```python\n(.*?)```", (DOCS / "training.md").read_text(), re.DOTALL
+)
 
 
 def test_every_public_name_has_a_page():
@@ -53,3 +59,10 @@ def test_aliases_take_what_their_transformations_take_and_document_it():
             assert mine[name].default == theirs.default, (alias, name)
         for name in mine:
             assert f"\n  {name}: " in inspect.getdoc(alias), (alias, name)
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_of_the_docs_runs(program):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        exec(program, {})

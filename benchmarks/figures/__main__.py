@@ -1,10 +1,13 @@
-"""Figures 1 and 2 of Lu et al. (2018) from this library; arguments are figure 2's.
+"""A field from few points, and figures 1 and 2 of Lu et al. (2018).
+
+Arguments are figure 2's.
 
 python -m benchmarks.figures
 """
 
-from benchmarks.figures import figure1, figure2
+from benchmarks.figures import field, figure1, figure2
 
 if __name__ == "__main__":
+    field.main([])
     figure1.main()
     figure2.main()

@@ -14,8 +14,8 @@ from bma_optax.partitions._tile_rules import per_tile
 from bma_optax.suggest._structure import Structure
 
 _TILE = 4
-# Along an axis this much weaker than the stiffest one, smoothing alone is enough.
-_WEAK = 1 / 8
+# Along an axis this much weaker than the stiffest one, smoothing alone may be enough.
+_WEAK = 1 / 3
 
 
 def rule_of(structures: list[Structure], *, strong: bool) -> Rule:

@@ -19,6 +19,8 @@ from bma_optax.suggest._trial import Trial, trial
 
 # Blocks cost a step a little, and a refresh some products: they must save more.
 _PAYS = 1.5
+# Thinner tiles are more of them, and must save steps for it.
+_MORE_CELLS = 1.3
 # Where block means are hardly less curved than all else, what is slow is not smooth.
 _SMOOTH = 0.5
 
@@ -170,7 +172,7 @@ def _best(found: list[Structure], refresh, product, params):
     if _rules.has_weak_axes(found) and tried.local:
         other = _rules.rule_of(found, strong=True)
         second = attempt(other)
-        if _order(second) < _order(tried):
+        if _MORE_CELLS * _order(second) < _order(tried):
             rule, tried = other, second
     if not tried.local or not _pays(tried):
         rule = per_leaf

@@ -1,0 +1,133 @@
+"""Iterations of preconditioned conjugate gradients on a gallery of operators.
+
+    python -m benchmarks.grids.gallery
+
+On n × n points inside a fixed boundary, from 0 to 1e-8 of the residual, for a random
+right side: with tiles of 4 × 4, and with the rule that `suggest_partition` finds; where
+PyAMG is installed, its smoothed aggregation beside them. In float64.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bma_optax as bma
+from benchmarks.harness.results import Parser, Results, positive
+from benchmarks.harness.tables import table
+
+try:
+    import pyamg
+except ImportError:
+    pyamg = None
+
+TOLERANCE, MOST = 1e-8, 3000
+
+
+def rotated(ratio: float, angle: float) -> np.ndarray:
+    """Diffusion along an angle, weaker across it, in bilinear finite elements."""
+    c, s = np.cos(angle), np.sin(angle)
+    D = np.array([[c, -s], [s, c]]) @ np.diag([1, ratio]) @ np.array([[c, s], [-s, c]])
+    mass = np.array([1, 4, 1]) / 6
+    stiff, slope = np.array([-1.0, 2, -1]), np.array([-1, 0, 1]) / 2
+    along = D[0, 0] * np.outer(stiff, mass) + D[1, 1] * np.outer(mass, stiff)
+    return along - 2 * D[0, 1] * np.outer(slope, slope)
+
+
+def along_an_axis(ratio: float) -> np.ndarray:
+    return np.array([[0, -1, 0], [-ratio, 2 + 2 * ratio, -ratio], [0, -1, 0]])
+
+
+THIN_PLATE = np.array(
+    [[0, 0, 1, 0, 0], [0, 2, -8, 2, 0], [1, -8, 20, -8, 1], [0, 2, -8, 2, 0]]
+    + [[0, 0, 1, 0, 0]]
+)
+OPERATORS = {
+    **{f"along an axis, {x:g}": along_an_axis(x) for x in (1, 0.1, 0.01, 0.001)},
+    "at pi/8, 0.01": rotated(0.01, np.pi / 8),
+    "at pi/4, 0.01": rotated(0.01, np.pi / 4),
+    "thin plate": THIN_PLATE,
+}
+
+
+def product(stencil: np.ndarray, u):
+    """The stencil at every point; beyond the boundary u is 0."""
+    reach, n = len(stencil) // 2, len(u)
+    padded = jnp.pad(u, reach)
+    total = jnp.zeros_like(u)
+    for i, j in itertools.product(range(len(stencil)), repeat=2):
+        if stencil[i, j]:
+            total += float(stencil[i, j]) * padded[i : i + n, j : j + n]
+    return total
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def iterations(A, C, b):
+    """Steps of conjugate gradients until the residual is small enough."""
+
+    def step(carry):
+        x, r, p, rho, k = carry
+        q = A(p)
+        a = rho / jnp.vdot(p, q)
+        x, r = x + a * p, r - a * q
+        z = C(r)
+        new = jnp.vdot(r, z)
+        return x, r, z + new / rho * p, new, k + 1
+
+    def going(carry):
+        return (jnp.linalg.norm(carry[1]) > TOLERANCE * jnp.linalg.norm(b)) & (
+            carry[-1] < MOST
+        )
+
+    z = C(b)
+    return jax.lax.while_loop(going, step, (0 * b, b, z, jnp.vdot(b, z), 0))[-1]
+
+
+def aggregation(A, stencil: np.ndarray, n: int, b) -> int:
+    matrix = pyamg.gallery.stencil_grid(stencil, (n, n), format="csr")
+    residuals: list[float] = []
+    pyamg.smoothed_aggregation_solver(matrix).solve(
+        b.ravel(), tol=TOLERANCE, maxiter=MOST, accel="cg", residuals=residuals
+    )
+    return len(residuals) - 1
+
+
+def measure(stencil: np.ndarray, n: int) -> dict[str, int | str]:
+    A = functools.partial(product, stencil)
+    b = jnp.asarray(np.random.default_rng(0).standard_normal((n, n)))
+    reach = len(stencil) // 2
+    plain = bma.per_tile((4, 4), reach=reach)
+    rule = bma.suggest_partition(lambda u: jnp.vdot(u, A(u)) / 2, 0 * b, verbose=False)
+    found: dict[str, int | str] = {"rule": repr(rule)}
+    for name, partition in {"tiles of 4 × 4": plain, "suggested": rule}.items():
+        C = jax.jit(lambda p=partition: bma.preconditioner(A, b, p))()
+        found[name] = int(iterations(A, C, b))
+    if pyamg:
+        found["smoothed aggregation"] = aggregation(A, stencil, n, np.asarray(b))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser("benchmarks.grids.gallery", __doc__)
+    parser.add_argument("--sizes", type=positive, nargs="+", default=[64, 128, 256])
+    options = parser.parse(arguments)
+    results, lines = Results(options, {}, jax, optax, bma), []
+    with jax.enable_x64(True):
+        for name, stencil in OPERATORS.items():
+            rows = [
+                results.cell(lambda s=stencil, n=n: measure(s, n), name, n)
+                for n in options.sizes
+            ]
+            keys = [key for key in rows[0] if key != "rule"]
+            numbers = [" / ".join(str(row[key]) for row in rows) for key in keys]
+            lines.append((name, *numbers, rows[-1]["rule"]))
+            print(*lines[-1], sep=" | ", flush=True)
+    print(table(["operator", *keys, "suggested rule"], lines))
+    results.finish()
+
+
+if __name__ == "__main__":
+    main()
