@@ -55,8 +55,8 @@ def diagnostics(
     - ``damping``: μ.
     - ``learning_rate``, ``momentum``: a and b of the last step of
       :func:`scale_by_quadratic_model`. ``backtracking``: the part of that step that was
-      taken, 0 if the step was refused. ``model_error``: |1 - decrease / foretold
-      decrease| of the whole step, at most 1: how far the curvature changes along it.
+      taken, 0 if the step was refused. ``model_error``: abs(1 - decrease / foretold
+      decrease) of the whole step, at most 1: how far the curvature changes along it.
 
     These numbers need ``blocks``, and small matrices (nested levels have none):
 
