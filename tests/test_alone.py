@@ -133,10 +133,11 @@ def test_each_group_has_its_own_estimator(factory):
     def run(rule, kind):
         mine = [{k: x for k, x in g.items() if kind in k} for g in grads]
         tx = factory(partition=rule)
-        state, update = tx.init(mine[0]), jax.jit(tx.update)
+        state, update = jax.jit(tx.init)(mine[0]), jax.jit(tx.update)
         for g in mine:
             updates, state = update(g, state)
-        numbers = bma.diagnostics(state, bma.partition(mine[0], rule))
+        blocks = bma.partition(mine[0], rule)
+        numbers = jax.jit(lambda state: bma.diagnostics(state, blocks))(state)
         return updates, numbers["min_eigenvalue"]
 
     together, least = run(bma.by_path({"bias": bma.per_leaf}, default=bma.units), "")
