@@ -39,17 +39,18 @@ def cond(predicate, true_fn, false_fn, *operands):
     return jax.lax.cond(predicate, true_fn, false_fn, *operands)
 
 
-def scan(f, init, xs=None, length=None, operands=()):
+def scan(f, init, xs=None, length=None, operands=(), unroll=1):
     """Scans as ``jax.lax.scan`` does: ``f(carry, x)`` returns ``(carry, y)``.
 
-    ``operands`` are the trees that ``f`` closes over: if one is traced, JAX loops.
+    ``operands`` are the trees that ``f`` closes over: if one is traced, JAX loops, with
+    ``unroll`` steps in each round.
     """
     if is_traced(init, xs, operands):
         if _in_shard_map():
             first = jax.tree.map(lambda x: x[0], xs)
             carry, _ = jax.eval_shape(f, init, first)
             init = jax.tree.map(_sharding.varying_like, init, carry)
-        return jax.lax.scan(f, init, xs, length)
+        return jax.lax.scan(f, init, xs, length, unroll=unroll)
     carry, ys = init, []
     for i in range(_length(xs) if length is None else length):
         carry, y = f(carry, jax.tree.map(lambda x, i=i: x[i], xs))

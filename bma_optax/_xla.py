@@ -48,6 +48,21 @@ def stored_product(x, inverse):
     return x / inverse
 
 
+def steps_together(scan, most, *operands):
+    """``scan(1, *operands)`` on CPU, elsewhere ``scan(most, *operands)``.
+
+    The first argument is the number of steps in each round of a loop that adds to sums.
+    A GPU's fusion takes in several steps, and reads and writes the sums once for them.
+    XLA on CPU stores what a loop carries; without a loop it computes the terms of a sum
+    again for each sum over that sum.
+    """
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(scan, 1),
+        default=functools.partial(scan, most),
+    )
+
+
 def recompute(tree):
     """``tree`` under another name: what is computed from it is computed once more.
 

@@ -98,6 +98,12 @@ CASES = {
         (2,),
         2,
     ),
+    "periodic, 3 dimensions": (
+        smooth(4, (0, 1, 2), True),
+        np.zeros((5, 4, 6)),
+        (2, 2, 2),
+        1,
+    ),
     "reach 2": (fourth_order, np.zeros(50), (4,), 2),
     "reach beyond a tile": (fourth_order, np.zeros(50), (1,), (2,)),
     "channels in one block": (channels, np.zeros((9, 8, 3)), (4, 4, 3), 1),
@@ -365,6 +371,12 @@ def test_products_do_not_depend_on_the_size():
 
 BEYOND = {
     "reach too small": (fourth_order, np.zeros(64), (4,), 1),
+    "reach too small inside blocks": (
+        lambda u: smooth(0, (0, 1, 2))(u) + jnp.sum((u[2:] - u[:-2]) ** 2),
+        np.zeros((8, 4, 4)),
+        (4, 4, 4),
+        1,
+    ),
     "no reach at all": (smooth(0, (0, 1)), np.zeros((16, 16)), (4, 4), 0),
     "a global term": (
         lambda u: smooth(0, (0, 1))(u) + 1e-4 * jnp.sum(u) ** 2,
@@ -630,6 +642,7 @@ def test_a_diagonal_that_is_given_costs_no_products():
         tx = bma.scale_by_newton_bma(TILES, curvature=curvature)
         update = jax.jit(functools.partial(tx.update, value_fn=lambda p: jnp.sum(p**2)))
         states.append(update(x, jax.jit(tx.init)(x), x)[1])
+    chex.assert_trees_all_close(*(state.N for state in states))
     probed, known = (int(state.products) for state in states)
     assert known == 4 + 1 < probed  # The colours and the check of the reach.
 

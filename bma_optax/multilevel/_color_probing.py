@@ -20,6 +20,7 @@ from bma_optax.partitions import _tiles
 from bma_optax.partitions._coloring import Axis
 
 _MAX_SLICES = 16
+_TOGETHER = 4  # Products in a round of a loop.
 
 
 class Numbers(NamedTuple):
@@ -197,8 +198,16 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
             {key: jnp.zeros(shape, dtype) for key in np.ndindex(*count)}
             for count in counts
         ]
-        carry, _ = _control_flow.scan(step, (zeros, diagonal), xs, operands=G.params)
-        return carry
+
+        def loop(together, init, xs):
+            return _control_flow.scan(
+                step, init, xs, operands=G.params, unroll=together
+            )[0]
+
+        init = zeros, diagonal
+        if axis == 0 and _control_flow.is_traced(G.params):
+            return _xla.steps_together(loop, _TOGETHER, init, xs)
+        return loop(1, init, xs)
 
     def of_field(diagonal, field):
         one = jnp.ones((1,) * dim, dtype)
