@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.convex import __main__ as linear
 from benchmarks.costs import step_cost
 from benchmarks.figures import figure2
+from benchmarks.grids import gallery as operators
 from benchmarks.grids.__main__ import OTHERS
 from benchmarks.harness.race import summary
 from benchmarks.networks import report
@@ -41,6 +42,10 @@ def real(content: Content) -> str:
     return summary(found) + of_machine(content)
 
 
+def gallery(content: Content) -> str:
+    return operators.report(content) + of_machine(content)
+
+
 def networks(content: Content) -> str:
     tables = without_heading(report.summary(content["tasks"]))
     return tables + of_machine(content)
@@ -67,6 +72,7 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "one_core": ("grids/results/one_core.json", grids),
     "volumes": ("grids/results/volumes.json", grids),
     "real": ("grids/results/grids.json", real),
+    "gallery": ("grids/results/gallery.json", gallery),
     "curvature": ("curvature/results/curvature.json", grids),
     "networks": ("networks/results/networks.json", networks),
     "networks_gpu": ("networks/results/gpu.json", networks),

@@ -9,6 +9,7 @@ PyAMG is installed, its smoothed aggregation beside them. In float64.
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,19 +115,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("benchmarks.grids.gallery", __doc__)
     parser.add_argument("--sizes", type=positive, nargs="+", default=[64, 128, 256])
     options = parser.parse(arguments)
-    results, lines = Results(options, {}, jax, optax, bma), []
+    results = Results(options, {}, jax, optax, bma)
     with jax.enable_x64(True):
         for name, stencil in OPERATORS.items():
-            rows = [
+            for n in options.sizes:
                 results.cell(lambda s=stencil, n=n: measure(s, n), name, n)
-                for n in options.sizes
-            ]
-            keys = [key for key in rows[0] if key != "rule"]
-            numbers = [" / ".join(str(row[key]) for row in rows) for key in keys]
-            lines.append((name, *numbers, rows[-1]["rule"]))
-            print(*lines[-1], sep=" | ", flush=True)
-    print(table(["operator", *keys, "suggested rule"], lines))
+            print(name, results.content[name], flush=True)
+    print(report(results.content))
     results.finish()
+
+
+def report(content: dict[str, Any]) -> str:
+    """A row an operator: iterations on all sizes."""
+    found = {name: list(content[name].values()) for name in OPERATORS}
+    keys = [key for key in next(iter(found.values()))[0] if key != "rule"]
+    rows = [
+        (
+            name,
+            *(" / ".join(str(row[key]) for row in rows) for key in keys),
+            f"`{rows[-1]['rule']}`",
+        )
+        for name, rows in found.items()
+    ]
+    return table(["operator", *keys, "suggested rule"], rows)
 
 
 if __name__ == "__main__":
