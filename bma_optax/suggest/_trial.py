@@ -54,9 +54,6 @@ def trial(method, refresh, product, params, noise) -> Trial:
     def coarse(C, r):
         return _tree.astype(method.apply(*C, r), r)
 
-    def diagonal(z2, r):
-        return jax.tree.map(lambda x, z: (x / z).astype(x.dtype), r, z2)
-
     C = factor.inverse_diagonal, found.N, factor.K
     # An element without curvature does not move.
     z2 = jax.tree.map(lambda z: jnp.where(z > 0, z, 1), found.diagonal)
@@ -65,7 +62,7 @@ def trial(method, refresh, product, params, noise) -> Trial:
     solve = functools.partial(_falls, product)
     falls, convex = solve(coarse, C, params, b, MOST_STEPS, 1e-3 * _GAP)
     most = min(_MORE * len(falls), MOST_STEPS)
-    others, _ = solve(diagonal, z2, params, b, most, 0.0)
+    others, _ = solve(_divide, z2, params, b, most, 0.0)
     whole = max(np.sum(falls), np.sum(others))
     converged = len(falls) < MOST_STEPS
     # Both sums are as exact as the numbers in them, and no more.
@@ -85,6 +82,11 @@ def trial(method, refresh, product, params, noise) -> Trial:
         local=True,
         products=products + 1 + len(falls) + len(others),
     )
+
+
+def _divide(z2, r):
+    """The diagonal method, as a function that is the same for every rule."""
+    return jax.tree.map(lambda x, z: (x / z).astype(x.dtype), r, z2)
 
 
 def _steps(falls) -> int:
@@ -108,7 +110,7 @@ def _falls(
     return np.asarray(falls, float)[: int(count)], bool(convex)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _conjugate_gradients(product, precondition, most, enough, C, params, b: Any):
     """Runs until a step gains no more than the part ``enough`` of all."""
     z = precondition(C, b)
@@ -133,6 +135,6 @@ def _conjugate_gradients(product, precondition, most, enough, C, params, b: Any)
         p = jax.tree.map(lambda z, p: z + beta.astype(p.dtype) * p, z, p)
         return r, p, new, falls.at[k].set(a * rho / 2), k + 1, convex
 
-    start = b, z, rho, jnp.zeros(most, rho.dtype), jnp.int32(0), jnp.asarray(True)
+    start = b, z, rho, jnp.zeros(MOST_STEPS, rho.dtype), jnp.int32(0), jnp.asarray(True)
     *_, falls, k, convex = jax.lax.while_loop(going, step, start)
     return falls, k, convex
