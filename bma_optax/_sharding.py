@@ -56,6 +56,16 @@ def varying_like(x, leaf):
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
+def is_whole(x: jax.Array) -> bool:
+    """Whether every axis of ``x`` is on one device: there is no other, nor a mesh.
+
+    Under ``jax.jit`` the type of an array does not tell its shards on automatic axes,
+    and to cut an axis of shards would gather them.
+    """
+    sharding = jax.typeof(x).sharding
+    return jax.device_count() == 1 and all(axis is None for axis in sharding.spec)
+
+
 def replicated(x: jax.Array) -> jax.Array:
     """Returns ``x`` on every device, if its type says that an axis is sharded."""
     sharding = jax.typeof(x).sharding

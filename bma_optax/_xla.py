@@ -8,11 +8,14 @@ with and without it, and fails when a new XLA no longer needs one.
 
 import functools
 import itertools
+import string
 
 import jax
 import jax.numpy as jnp
 
 from bma_optax import _sharding
+
+_PIECES = 8
 
 
 def materialize(tree, finite):
@@ -156,6 +159,80 @@ def _windows(x, offsets):
         for y in _rolled(longer, [first])
         for index in itertools.product(*starts)
     ]
+
+
+def total(x, axes):
+    """Σ x over ``axes``, which keep length 1, where x is stored or cheap."""
+
+    def product_with_ones(x):
+        letters = string.ascii_letters[: x.ndim]
+        left = "".join(c for i, c in enumerate(letters) if i not in axes)
+        terms = ",".join([letters, *(letters[i] for i in axes)])
+        ones = [jnp.ones(x.shape[i], x.dtype) for i in axes]
+        highest = jax.lax.Precision.HIGHEST
+        x = jnp.einsum(f"{terms}->{left}", x, *ones, precision=highest)
+        return jnp.expand_dims(x, axes)
+
+    if not 0 < len(axes) < x.ndim or not _sharding.is_whole(x):
+        return jnp.sum(x, axis=axes, keepdims=True)
+    return jax.lax.platform_dependent(
+        x, cpu=product_with_ones, default=lambda x: total_in_two_steps(x, axes)
+    )
+
+
+def total_of(f, axes, *arrays):
+    """Σ f(*arrays) over ``axes``, which keep length 1, for f element by element.
+
+    XLA on CPU takes an element at a time for f where it is a part of a sum over all but
+    the last axis, and stores it for a product of matrices. So a few pieces are added up
+    first, many elements at a time, and a product of matrices adds what is left.
+
+    Args:
+      f: from arrays to an array.
+      axes: positions, of none or more.
+      arrays: of shapes that broadcast; the first has the shape of the result.
+    """
+    shape = arrays[0].shape
+    axis = max(axes, key=lambda i: shape[i], default=0)
+    length = shape[axis] if 0 < len(axes) < len(shape) else 0
+    size = length // _PIECES
+
+    def by_pieces(*arrays):
+        def of(start, stop):
+            cut = functools.partial(
+                jax.lax.slice_in_dim, start_index=start, limit_index=stop, axis=axis
+            )
+            return f(*(x if x.shape[axis] == 1 else cut(x) for x in arrays))
+
+        parts = [of(i * size, (i + 1) * size) for i in range(_PIECES)]
+        sums = total(sum(parts[1:], parts[0]), axes)
+        if length % _PIECES:
+            sums += total(of(_PIECES * size, length), axes)
+        return sums
+
+    def at_once(*arrays):
+        return total(f(*arrays), axes)
+
+    if size == 0 or not all(map(_sharding.is_whole, arrays)):
+        return at_once(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=by_pieces, default=at_once)
+
+
+def total_in_two_steps(x, axes):
+    """Σ x over ``axes``, which keep length 1, as XLA on a GPU likes it.
+
+    A sum over all but the last axis has few results, and XLA rather stores x than let
+    few processors compute it. Sums over fewer than 32 elements are many: x becomes a
+    part of them, and several such sums over the same arrays become one pass.
+    """
+    if axes and x.ndim - 1 not in axes and _sharding.is_whole(x):
+        axis = max(axes, key=lambda i: x.shape[i])
+        n = x.shape[axis]
+        few = max(k for k in range(1, 32) if n % k == 0)
+        if 1 < few < n:
+            x = x.reshape(*x.shape[:axis], n // few, few, *x.shape[axis + 1 :])
+            x = jax.lax.optimization_barrier(jnp.sum(x, axis=axis + 1))
+    return jnp.sum(x, axis=axes, keepdims=True)
 
 
 def product(a, b):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bma_optax as bma
-from bma_optax import _xla
+from bma_optax import _sharding, _xla
 
 LARGE = (256, 256)
 LIKE = {"a.kernel": jnp.zeros(LARGE), "b.kernel": jnp.zeros(LARGE)}
@@ -59,6 +59,72 @@ def test_a_bare_root_is_a_part_of_the_sum_over_it():
     np.testing.assert_array_equal(
         jax.vmap(jax.grad(_xla.sqrt))(jnp.array([0.0, 4.0])), [0, 0.25]
     )
+
+
+def test_a_sum_of_roots_stores_a_part_of_them(monkeypatch):
+    """And takes many at a time, as a sum over all but the last axis does not."""
+
+    def roots(x):
+        return _xla.total_of(_xla.sqrt, (0,), x)
+
+    x = jnp.ones(LARGE)
+    monkeypatch.setattr(_sharding, "is_whole", lambda x: True)
+    assert temporaries(roots, x) < 0.2
+    monkeypatch.setattr(_xla, "_PIECES", 1)
+    assert temporaries(lambda x: roots(x), x) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((40, 3), (0,)), ((41, 3), (0,)), ((3, 17, 2), (0, 1)), ((3, 40), (1,))]
+    + [((37, 2), (0,)), ((3, 2), ()), ((40, 3), (0, 1)), ((), ()), ((0, 3), (0,))],
+)
+def test_sums_in_pieces_and_in_two_steps_are_sums(monkeypatch, shape, axes):
+    monkeypatch.setattr(_sharding, "is_whole", lambda x: True)
+    x = jnp.asarray(np.random.default_rng(0).random(shape), jnp.float32)
+    weights = jnp.full(tuple(n if i in axes else 1 for i, n in enumerate(shape)), 3.0)
+    for found, expected in (
+        (jax.jit(lambda x: _xla.total(x, axes))(x), x),
+        (jax.jit(lambda x: _xla.total_in_two_steps(x, axes))(x), x),
+        (jax.jit(lambda *x: _xla.total_of(jnp.multiply, axes, *x))(x, weights), 3 * x),
+    ):
+        expected = np.sum(np.asarray(expected), axis=axes, keepdims=True)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["constant", "learned"])
+def test_sums_of_one_device_and_of_several_give_one_step(monkeypatch, weights):
+    """Nothing is cut where an axis could be sharded: that would gather its shards."""
+    tx = bma.scale_by_bma(bma.units, weights=weights)
+    rng = np.random.default_rng(1)
+    shapes = {"a": {"kernel": (41, 5), "bias": (5,)}, "b": {"kernel": (3, 3, 18, 4)}}
+    g = jax.tree.map(
+        lambda s: jnp.asarray(1 + rng.standard_normal(s), jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+    def steps():
+        _, state = jax.jit(tx.update)(g, tx.init(g))
+        return jax.jit(lambda g, s: tx.update(g, s))(g, state)
+
+    assert jax.device_count() > 1
+    several = steps()
+    monkeypatch.setattr(_sharding, "is_whole", lambda x: True)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        steps(),
+        several,
+    )
+
+
+def test_a_gpu_sums_few_elements_at_first(monkeypatch):
+    """Else XLA stores what it sums, 12 bytes a parameter more."""
+    monkeypatch.setattr(_sharding, "is_whole", lambda x: True)
+    x = jnp.ones((60, 3))
+    for axes, sums in (((0,), 2), ((1,), 1)):
+        text = program(lambda x, axes=axes: _xla.total(x, axes), x)
+        assert text.count("stablehlo.reduce(") == sums
 
 
 def test_what_is_materialized_is_not_computed_for_each_element_of_a_block():

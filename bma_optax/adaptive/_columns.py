@@ -70,12 +70,12 @@ class Columns:
     def __init__(self, blocks, y):
         """Takes a partition, and directions y of :func:`start`."""
         self.blocks, self.y = blocks, y
-        if y is None:
-            return
-        self.units = [_units.units_of(array) for array in blocks.arrays]
+        none = [None] * len(blocks.arrays)
+        self.units = none if y is None else list(map(_units.units_of, blocks.arrays))
+        directions = none if y is None else jax.tree.leaves(y)
         self.weights = [
-            None if units is None else _mean_square_one(units, y)
-            for units, y in zip(self.units, jax.tree.leaves(y), strict=True)
+            None if units is None else _mean_square_one(units, direction)
+            for units, direction in zip(self.units, directions, strict=True)
         ]
 
     def sums(self, tree):
@@ -83,20 +83,31 @@ class Columns:
 
         As products of matrices: XLA on CPU would store W for each element of a sum.
         """
-        if self.y is None:
-            return self.blocks.block_sums(tree)
 
         def one(array, units, x, W):
             if units is not None:
                 sums = units.times(units.split(x), W.astype(x.dtype))
                 return _sharding.replicated(sums)
-            return array.sums(x) if array.num_blocks else None
+            return array.sums(x, _xla.total) if array.num_blocks else None
 
         return self.blocks.join_arrays([one(*each) for each in self._each(tree)], tree)
 
-    def root_sums(self, roots):
-        """Sums of W² z over blocks, shape (L,), for a tree z."""
-        return self.blocks.block_sums(self._scaled(roots, 2))
+    def root_sums(self, h):
+        """Sums of W² √h over blocks, shape (L,), for a tree h."""
+
+        def weighted(x, W):
+            return _xla.sqrt(x) * jnp.square(W).astype(x.dtype)
+
+        def total(x, axes):
+            return _xla.total_of(_xla.sqrt, axes, x)
+
+        def one(array, units, x, W):
+            if units is not None:
+                sums = _xla.total_of(weighted, units.inputs, units.split(x), W)
+                return _sharding.replicated(sums)
+            return array.sums(x, total) if array.num_blocks else None
+
+        return self.blocks.join_arrays([one(*each) for each in self._each(h)], h)
 
     def expand(self, values, like, after=None):
         """W times the value of its block, for each element.
@@ -108,7 +119,7 @@ class Columns:
             can then take the memory of what they are computed from.
         """
         filled = self.blocks.expand(values, like)
-        return self._scaled(filled, 1, after)
+        return self._scaled(filled, after)
 
     def turned(self, r, sums):
         """The next directions: y moves towards Rᵀ R q in each array of a tree r.
@@ -149,7 +160,7 @@ class Columns:
             numbers.append(number)
         return jax.tree.unflatten(jax.tree.structure(like), numbers)
 
-    def _scaled(self, tree, power, after=None):
+    def _scaled(self, tree, after=None):
         if self.y is None:
             return tree
         later = [None] * len(self.units) if after is None else jax.tree.leaves(after)
@@ -157,7 +168,7 @@ class Columns:
         for y, (_, units, x, W) in zip(later, self._each(tree), strict=True):
             if units is not None:
                 W = W if y is None else _xla.after(W, y)
-                x = units.join(units.split(x) * W.astype(x.dtype) ** power, x)
+                x = units.join(units.split(x) * W.astype(x.dtype), x)
             scaled.append(x)
         return jax.tree.unflatten(jax.tree.structure(tree), scaled)
 

@@ -12,7 +12,6 @@ An ``eigh`` gives M^-½. A block that is alone in its group has L = 1: its M is 
 holds vectors of all groups, shape (L,), and their matrices one after the other.
 """
 
-import jax
 import jax.numpy as jnp
 
 from bma_optax import _xla
@@ -88,7 +87,7 @@ def root_sums(columns, h, eps):
       h: diag H, a tree like the parameters.
       eps: a number >= 0.
     """
-    v = columns.root_sums(jax.tree.map(_xla.sqrt, h))
+    v = columns.root_sums(h)
     sizes = jnp.asarray(columns.blocks.sizes, v.dtype)
     return _xla.sqrt(jnp.square(v) + jnp.square(sizes) * jnp.asarray(eps, v.dtype))
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,10 @@ from bma_optax import _names, _sharding
 from bma_optax.partitions._rules import Path, Shape
 
 _MAX_SLICES = 16
+
+
+def _total(x: jax.Array, axes: Shape) -> jax.Array:
+    return jnp.sum(x, axis=axes, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +86,18 @@ class Tiles:
         ]
         return [f"{name}[{', '.join(index)}]" for index in itertools.product(*axes)]
 
-    def sums(self, x: jax.Array) -> jax.Array:
+    def sums(self, x: jax.Array, total: Callable = _total) -> jax.Array:
         """Sums over the tiles of one array, in the shape of its grid.
 
         Whole axes are summed as they are: sharded ones then need no reshape.
+
+        Args:
+          x: the array.
+          total: sums an array over axes, which keep length 1.
         """
         tile = self.tile or ()
         whole = [g == 1 for g in self.grid]
-        x = jnp.sum(x, axis=[i for i, w in enumerate(whole) if w], keepdims=True)
+        x = total(x, tuple(i for i, w in enumerate(whole) if w))
         if all(w or t == 1 for w, t in zip(whole, tile, strict=True)):
             return _sharding.replicated(x)
         x = _sharding.replicated(x)  # Splitting an axis must not split a sharded one.
