@@ -66,6 +66,20 @@ def is_whole(x: jax.Array) -> bool:
     return jax.device_count() == 1 and all(axis is None for axis in sharding.spec)
 
 
+def everywhere(x: jax.Array) -> jax.Array:
+    """Returns ``x`` as held by every device, where XLA would choose by itself.
+
+    It does so on automatic axes, and may shard a vector of few numbers, whose parts
+    devices then exchange one by one. It can be told better if a mesh is set, as by
+    ``jax.set_mesh``.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    traced = isinstance(x, jax.core.Tracer)
+    if not traced or mesh.empty or not mesh.are_all_axes_auto:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P())
+
+
 def replicated(x: jax.Array) -> jax.Array:
     """Returns ``x`` on every device, if its type says that an axis is sharded."""
     sharding = jax.typeof(x).sharding

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import DenseAdaGradBMA, DenseAdamBMA, check_updates, flat
+from test_sharding import COLLECTIVE
 
 import bma_optax as bma
 
@@ -163,6 +164,30 @@ def test_single_precision_stays_near_the_reference():
     for g in grads:
         updates, state = update(g, state)
         np.testing.assert_allclose(flat(updates), dense.update(flat(g)), atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["constant", "learned"])
+def test_sharded_units_exchange_three_numbers_each(weights):
+    """Of each array at once, and not of each unit."""
+    tx = bma.scale_by_bma(bma.units, weights=weights)
+    layers = {"a/kernel": Layer((6, 8)), "b/kernel": Layer((3, 4)), "bias": Layer((4,))}
+    one, two = random_gradients(np.random.default_rng(6), layers, 2, np.float32)
+    expected, _ = jax.jit(tx.update)(two, jax.jit(tx.update)(one, tx.init(one))[1])
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    units = {
+        k: jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 1), "model"))
+        for k, x in one.items()
+    }
+    with jax.set_mesh(mesh):
+        one, two = jax.device_put((one, two), (units, units))
+        state = jax.jit(tx.init)(one)
+        program = jax.jit(tx.update).lower(one, state).compile()
+        kinds = [kind for _, kind in COLLECTIVE.findall(program.as_text())]
+        assert set(kinds) <= {"all-reduce", "all-gather"}
+        assert kinds.count("all-gather") <= 3 * 2
+        updates, _ = jax.jit(tx.update)(two, program(one, state)[1])
+    for name, x in expected.items():
+        np.testing.assert_allclose(updates[name], x, rtol=1e-4, atol=1e-6)
 
 
 # Properties ---------------------------------------------------------------------------

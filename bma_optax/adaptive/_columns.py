@@ -86,7 +86,16 @@ class Columns:
 
         def one(array, units, x, W):
             if units is not None:
-                sums = units.times(units.split(x), W.astype(x.dtype))
+
+                def in_two_steps(x, W):
+                    return _xla.total_in_two_steps(x * W, units.inputs)
+
+                sums = jax.lax.platform_dependent(
+                    units.split(x),
+                    W.astype(x.dtype),
+                    cpu=units.times,
+                    default=in_two_steps,
+                )
                 return _sharding.replicated(sums)
             return array.sums(x, _xla.total) if array.num_blocks else None
 

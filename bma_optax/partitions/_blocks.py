@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _tree, _xla
+from bma_optax import _sharding, _tree, _xla
 from bma_optax.partitions import _table
 from bma_optax.partitions._rules import Rule, Shape
 from bma_optax.partitions._systems import GridFields
@@ -142,7 +142,9 @@ class Partition:
                 start = array.start
                 sums[start] = sums[start] + part if start in sums else part
         ordered = [sums[start] for start in sorted(sums)]
-        return jnp.concatenate(ordered) if ordered else jnp.zeros(0, dtype)
+        if not ordered:
+            return jnp.zeros(0, dtype)
+        return _sharding.everywhere(jnp.concatenate(ordered))
 
     def expand(
         self,
@@ -201,7 +203,9 @@ class Partition:
             finite = [jnp.where(jnp.isfinite(x), x, 0) for x in vectors]
             vectors = _xla.materialize(vectors, finite)
         return {
-            start: vector[start - batch[0] : ends[start] - batch[0]]
+            start: _sharding.everywhere(
+                vector[start - batch[0] : ends[start] - batch[0]]
+            )
             for batch, vector in zip(batches, vectors, strict=True)
             for start in batch
         }

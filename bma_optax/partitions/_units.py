@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _names, _sharding, _xla
+from bma_optax import _names, _sharding
 from bma_optax.partitions._rules import Shape
 from bma_optax.partitions._tiles import Tiles
 
@@ -191,7 +191,7 @@ def _contract(x, y, axes, other):
     """
 
     def sum_of_products(x, y):
-        return _xla.total_in_two_steps(x * y, axes)
+        return jnp.sum(x * y, axis=axes, keepdims=True)
 
     def product_of_matrices(x, y):
         letters = string.ascii_letters[: x.ndim]
