@@ -1,30 +1,32 @@
 """When an expensive quantity, such as a factorisation, is computed anew.
 
-A quantity is refreshed at steps 0, k, 2k, ... and kept in the state between: its arrays
-have the same shapes and dtypes at every step. ``count``, int32 of shape (), numbers the
-steps from 0.
+A quantity is refreshed at steps 0, k, 2k, ... or where it is known to be out of date,
+and kept in the state between: its arrays have the same shapes and dtypes at every step.
+``count``, int32 of shape (), numbers the steps from 0.
 """
 
 from bma_optax import _control_flow
 
 
-def every(interval, count, refresh, last, young=False):
+def every(interval, count, refresh, last, young=False, also=False):
     """Returns ``refresh()`` at every ``interval``-th step, else ``last``.
 
     Args:
-      interval: the number of steps from one refresh to the next, at least 1.
+      interval: the number of steps from one refresh to the next, at least 1. None
+        refreshes at step 0 alone.
       count: the number of steps before this one, shape ().
       refresh: a function without arguments that returns a tree like ``last``.
       last: the result of the last refresh.
       young: whether to refresh also after 1, 3, 7, 15, ... steps (that is at steps 2,
         4, 8, 16, ...) below the interval. The first gradients change statistics most.
+      also: whether to refresh at this step in any case, a boolean of shape ().
     """
     if at_each_step(interval):
         return refresh()
-    due = count % interval == 0
+    due = count == 0 if interval is None else count % interval == 0
     if young:
         due |= (count & (count + 1) == 0) & (count + 1 < interval)
-    return _control_flow.cond(due, refresh, lambda: last)
+    return _control_flow.cond(due | also, refresh, lambda: last)
 
 
 def at_each_step(interval):

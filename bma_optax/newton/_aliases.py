@@ -18,13 +18,20 @@ from bma_optax.curvature._kinds import Curvature
 from bma_optax.newton import _masks, _natural, _newton, _quadratic_model
 from bma_optax.partitions import _rules
 
+# C is out of date once the errors of the step rule's model since the last refresh add
+# up to _STALE. A refresh must also pay: so far, refreshes have taken no more than four
+# products a step, which take as long as steps, or came at every tenth step at most.
+_STALE = 0.5
+_PRODUCTS_A_STEP = 4
+_STEPS = 10
+
 
 def newton_bma(
     partition: _rules.Rule = _rules.per_leaf,
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
     curvature: Curvature = _kinds.Hessian(),  # noqa: B008 - a frozen value.
-    update_interval: jax.typing.ArrayLike = 10,
+    update_interval: jax.typing.ArrayLike | None = None,
     b2: jax.typing.ArrayLike = 0.0,
     damping: jax.typing.ArrayLike = 0.0,
     min_eigenvalue: jax.typing.ArrayLike = 0.0,
@@ -47,7 +54,12 @@ def newton_bma(
       curvature: what G is: ``bma.Hessian()``, the default, which needs no more than the
         loss; ``bma.GaussNewton(...)`` or another :class:`Curvature`.
       update_interval: an integer >= 1, the steps from one refresh of C to the next. The
-        first step has a refresh; each makes all its products with G anew.
+        first step has a refresh; each makes all its products with G anew. None, the
+        default, refreshes where the curvature has changed: once the errors of the step
+        rule's model, |1 - decrease / foretold decrease|, add up to ½. It does so at
+        every tenth step at most if refreshes take more than four products a step. A
+        quadratic loss has one refresh then. With a learning rate, where there is no
+        model, None is 10.
       b2: the decay of the averages of N and diag G over refreshes, a number in [0, 1).
         The default keeps no averages: a full loss has no noise. Pass b2 > 0 for
         mini-batches.
@@ -86,13 +98,16 @@ def newton_bma(
       ...     params = optax.apply_updates(params, updates)
       ...     print(f"Objective function: {f(params):.4f}")
       Objective function: 9.6408
-      Objective function: 8.6105
-      Objective function: 8.5417
-      Objective function: 8.5250
+      Objective function: 9.5840
+      Objective function: 8.8985
+      Objective function: 8.5319
 
     Source: Lu et al., `Block Mean Approximation for Efficient Second Order Optimization
     <https://arxiv.org/abs/1804.05484>`_, 2018, eq. 1 and 3.
     """
+    on_demand = update_interval is None
+    if on_demand and learning_rate is not None:
+        update_interval = 10
     return _descend(
         _newton.scale_by_newton_bma(
             partition,
@@ -107,6 +122,7 @@ def newton_bma(
         curvature=curvature,
         max_norm=max_norm,
         key=key,
+        on_demand=on_demand,
     )
 
 
@@ -170,7 +186,7 @@ def natural_bma(
       ...     params = optax.apply_updates(params, updates)
       ...     print(f"Objective function: {f(params):.3f}")
       Objective function: 0.427
-      Objective function: 0.367
+      Objective function: 0.368
       Objective function: 0.367
 
     Source: Lu et al., `Block Mean Approximation for Efficient Second Order Optimization
@@ -200,13 +216,29 @@ def _descend(
     curvature: Curvature,
     max_norm: jax.typing.ArrayLike | None,
     key: jax.typing.ArrayLike,
+    on_demand: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """``direction``, then the quadratic model's step rule or a learning rate."""
+    """``direction``, then the quadratic model's step rule or a learning rate.
+
+    ``on_demand`` tells the direction to refresh where the model says so.
+    """
     if learning_rate is None:
         rule = _quadratic_model.scale_by_quadratic_model(
             curvature, max_norm=max_norm, key=key
         )
-        return _masks.heed(optax.chain(direction, optax.scale(-1.0), rule))
+        chain = optax.chain(direction, optax.scale(-1.0), rule)
+
+        def update_fn(updates, state, params=None, **extra_args):
+            if on_demand:
+                made, taken = state[0], state[-1]
+                steps = taken.products
+                pays = (made.products <= _PRODUCTS_A_STEP * steps) | (
+                    _STEPS * made.refreshes <= steps
+                )
+                extra_args |= {"refresh": (taken.drift > _STALE) & pays}
+            return chain.update(updates, state, params, **extra_args)
+
+        return _masks.heed(optax.GradientTransformationExtraArgs(chain.init, update_fn))
     parts: list[Any] = [direction, _rates.scale(learning_rate)]
     if max_norm is not None:
         _checks.positive(max_norm=max_norm)

@@ -3,7 +3,7 @@
     C = Z^-1 [Λ̄^-1 (I - E Eᵀ) + E M^-1 Eᵀ] Z^-1 = (Λ̄ z²)^-1 + 1 K 1ᵀ
 
 with z² = |diag G|, the normalised block indicators E, weighted by z, and the plain
-indicators 1. Every ``update_interval`` steps a refresh gathers N = 1ᵀ G 1 and diag G by
+indicators 1. A refresh, every so many steps, gathers N = 1ᵀ G 1 and diag G by
 products with G, averages them and computes C. Every update applies the last C to the
 gradient g. Trees have the shapes of the parameters; N and K are the arrays of the
 coarse systems of ``multilevel``.
@@ -67,7 +67,7 @@ def scale_by_newton_bma(
     partition: _rules.Rule = _rules.per_leaf,
     *,
     curvature: Curvature = _kinds.Hessian(),  # noqa: B008 - a frozen value.
-    update_interval: jax.typing.ArrayLike = 10,
+    update_interval: jax.typing.ArrayLike | None = 10,
     b2: jax.typing.ArrayLike = 0.0,
     damping: jax.typing.ArrayLike = 0.0,
     min_eigenvalue: jax.typing.ArrayLike = 0.0,
@@ -106,7 +106,7 @@ def scale_by_newton_bma(
         :class:`Curvature`.
       update_interval: an integer >= 1, the steps from one refresh of C to the next. The
         first step has a refresh. Each refresh makes all products anew; if the curvature
-        is constant, one is enough.
+        is constant, one is enough: pass None.
       b2: the decay of the averages of N and diag G over refreshes, a number in [0, 1).
         The averages are bias-corrected; they reduce the noise of mini-batches.
       damping: μ, a number >= 0. C is the inverse of the block mean of F + μ I, which
@@ -119,7 +119,8 @@ def scale_by_newton_bma(
       A ``GradientTransformationExtraArgs`` with the state
       :class:`ScaleByNewtonBMAState`. ``update`` takes ``value_fn``, the loss. It passes
       its other keywords to the functions that name them in their signatures:
-      ``tx.update(grads, state, params, value_fn=loss, batch=batch)``. Under
+      ``tx.update(grads, state, params, value_fn=loss, batch=batch)``. The keyword
+      ``refresh``, a boolean, asks for a refresh at this step. Under
       ``optax.masked`` or ``optax.partition`` these functions get the tree that the
       wrapper leaves, as do the functions of Optax's line searches.
 
@@ -164,7 +165,8 @@ def scale_by_newton_bma(
     _kinds.check_curvature(curvature)
     _checks.not_negative(damping=damping, min_eigenvalue=min_eigenvalue)
     _checks.below_one(b2=b2)
-    _checks.at_least_one(update_interval=update_interval)
+    if update_interval is not None:
+        _checks.at_least_one(update_interval=update_interval)
     _checks.random_key(key)
     update_interval = _checks.plain(update_interval)
 
@@ -196,6 +198,7 @@ def scale_by_newton_bma(
         value=None,
         grad=None,
         value_fn=None,
+        refresh=False,
         **extra_args,
     ):
         # Optax has these names for the loss and its gradient: no keyword of the loss.
@@ -204,7 +207,7 @@ def scale_by_newton_bma(
         method = _two_level.two_level(updates, partition)
         method.check_state(state.N, state.K, state.Lambda)
 
-        def refresh():
+        def renewed():
             random_key = _probing.typed_key(state.key)
             key_labels = jax.random.fold_in(random_key, state.count)
             product = _kinds.product_at(
@@ -225,7 +228,7 @@ def scale_by_newton_bma(
             factor = method.invert(averaged, damping, min_eigenvalue)
             return _last_good(state, averaged, factor, damping)
 
-        new = _refresh.every(update_interval, state.count, refresh, state)
+        new = _refresh.every(update_interval, state.count, renewed, state, also=refresh)
         state = jax.tree.map(_sharding.alike, new, state)
         result = method.apply(state.inverse_diagonal, state.N, state.K, updates)
         # An array whose gradient is 0 gets no update: with P the projection to the

@@ -43,6 +43,7 @@ class ScaleByQuadraticModelState(NamedTuple):
     momentum: jax.Array  # shape (): b of the last step, backtracking included.
     backtracking: jax.Array  # shape (): the part of the model's step that was taken.
     model_error: jax.Array  # shape (): |1 - decrease / foretold|, of a whole step.
+    drift: jax.Array  # shape (): the sum of these errors since the last refresh of Δ.
     products: jax.Array  # shape (), int32: products with G so far.
 
 
@@ -128,6 +129,7 @@ def scale_by_quadratic_model(
             momentum=zero(),
             backtracking=zero(),
             model_error=zero(),
+            drift=zero(),
             products=zero().astype(jnp.int32),
         )
 
@@ -139,6 +141,7 @@ def scale_by_quadratic_model(
         value=None,
         grad=None,
         value_fn=None,
+        refresh=False,
         **extra_args,
     ):
         if params is None:
@@ -207,6 +210,7 @@ def scale_by_quadratic_model(
             momentum=t * b,
             backtracking=t,
             model_error=error,
+            drift=jnp.where(refresh, 0, state.drift) + error,
             products=state.products + 1,
         )
 
