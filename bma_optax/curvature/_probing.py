@@ -130,9 +130,7 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
         leaves, treedef = jax.tree.flatten(params)
         keys = jax.random.split(key, len(leaves))
         signs = [
-            jax.random.rademacher(k, leaf.shape, leaf.dtype)
-            if on
-            else _tree.zeros_like(leaf)
+            _random_signs(k, leaf) if on else _tree.zeros_like(leaf)
             for k, leaf, on in zip(keys, leaves, active, strict=True)
         ]
         signs = jax.tree.unflatten(treedef, signs)
@@ -221,6 +219,21 @@ def batched(f, xs, params):
 
 def _split(x, sizes):
     return jnp.split(x, np.cumsum(sizes)[:-1])
+
+
+def _random_signs(key, leaf):
+    """Returns ±1 in the shape and dtype of ``leaf``: a hash of each element's position.
+
+    JAX's own generator is a loop for each array, to compile and to run. This is the
+    last step of MurmurHash3, in which every bit of a position changes half of the bits.
+    """
+    x = _positions(leaf).astype(jnp.uint32)
+    for word in jax.random.key_data(key):
+        x = x ^ word
+        for shift, factor in [(16, 0x85EBCA6B), (13, 0xC2B2AE35)]:
+            x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+        x = x ^ (x >> jnp.uint32(16))
+    return jnp.where(x >> jnp.uint32(31) == 0, 1, -1).astype(leaf.dtype)
 
 
 def _positions(leaf):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _refresh, _sharding, _tree
+from bma_optax import _checks, _control_flow, _refresh, _sharding, _tree
 from bma_optax.curvature import _kinds, _probing
 from bma_optax.curvature._kinds import Curvature
 from bma_optax.curvature._probing import LinearOperator
@@ -279,10 +279,9 @@ def _last_good(state, found, factor, damping):
         **factor._asdict(),
     )
     failed = state._replace(failures=optax.safe_increment(state.failures))
+    # A branch, because XLA would compute the condition anew for each array it selects.
     finite = _tree.all_finite((factor, found.N, found.diagonal))
-    chosen = jax.tree.map(
-        lambda x, y: x if x is y else jnp.where(finite, x, y), refreshed, failed
-    )
+    chosen = _control_flow.cond(finite, lambda: refreshed, lambda: failed)
     return chosen._replace(products=state.products + found.products)
 
 
