@@ -13,7 +13,7 @@ import string
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _sharding
+from bma_optax import _control_flow, _sharding
 
 _PIECES = 8
 
@@ -42,13 +42,24 @@ def _materialize(x, y):
     return jax.lax.platform_dependent(x, y, cpu=divide, default=_sharding.varying_like)
 
 
-def stored_product(x, inverse):
-    """x divided by ``inverse``, where the inverse of 0 is infinite, stored.
+def apart(f, instead, finite, x):
+    """``f(x)`` as a computation of its own on CPU: x and the result are stored.
 
-    XLA on CPU would compute a product again for each use of it in the user's function.
-    It stores the result of a division.
+    XLA on CPU would store parts of f that several uses of the result share, and compute
+    the rest again for each use. A branch keeps it from that.
+
+    Args:
+      f: the function.
+      instead: a function with results like those of f, which is never run.
+      finite: a finite number: XLA cannot know from it that the branch is always taken.
+      x: the argument of both.
     """
-    return x / inverse
+    return jax.lax.platform_dependent(
+        finite,
+        x,
+        cpu=lambda y, x: _control_flow.cond(y == y, f, instead, x),
+        default=lambda y, x: f(x),
+    )
 
 
 def steps_together(scan, most, *operands):

@@ -151,6 +151,17 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
         y = jax.tree.leaves(G(jax.tree.unflatten(treedef, v)))
         return [y[i].astype(dtype) for i in arrays]
 
+    def response(field, x, probe):
+        """The product, stored, since the sums and the diagonal are made from it."""
+        if not _control_flow.is_traced(x, G.params):
+            return product(field, x)
+        return _xla.apart(
+            lambda x: product(field, x),
+            lambda x: [_sharding.typed_like(x, leaf) for leaf in leaves],
+            probe.reshape(-1)[0],
+            x,
+        )
+
     def along(axis, field, rest, diagonal):
         """Sums over the blocks along the first axes, of the probes of all their colors.
 
@@ -160,15 +171,14 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
           rest: the product of the probe's vectors along the other axes.
           diagonal: a list to add to.
         """
-        rest = jnp.where(rest == 0, jnp.inf, 1 / rest) if axis == 0 else rest
 
         def step(carry, one):
             sums, diagonal = carry
             probe, rows = _xla.materialize(one, one)
             probe = jnp.expand_dims(probe, [i for i in range(dim) if i != axis])
             if axis == 0:
-                x = _xla.stored_product(probe, rest)
-                y = product(field, x)
+                x = probe * rest
+                y = response(field, x, probe)
                 diagonal = [d + own(field, a, x * y[a]) for a, d in enumerate(diagonal)]
                 inner = [{(): stacked(y)} for _ in kinds]
             else:
