@@ -56,7 +56,10 @@ def test_aliases_take_what_their_transformations_take_and_document_it():
     ):
         mine = inspect.signature(alias).parameters
         for name, theirs in inspect.signature(transformation).parameters.items():
-            assert mine[name].default == theirs.default, (alias, name)
+            # The step rule of the alias knows when the direction is out of date.
+            by_rule = (alias, name) == (bma.newton_bma, "update_interval")
+            wanted = None if by_rule else theirs.default
+            assert mine[name].default == wanted, (alias, name)
         for name in mine:
             assert f"\n  {name}: " in inspect.getdoc(alias), (alias, name)
 
