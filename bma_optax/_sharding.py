@@ -6,6 +6,8 @@ Operations on two arrays, tangents, and states before and after a step must agre
 both. Arrays may have any shape.
 """
 
+import math
+
 import jax
 from jax.experimental.shard_alike import shard_alike
 
@@ -35,6 +37,94 @@ def alike(x, leaf):
     if not traced or any(kind in kinds for m in meshes for kind in m.axis_types):
         return x
     return _alike(x, jax.lax.stop_gradient(leaf))
+
+
+def automatic(f, *args, out):
+    """``f(*args)`` with automatic axes in the place of a mesh's explicit ones.
+
+    JAX does not slice or roll along an axis that a type says is sharded. Along an
+    automatic one XLA does, and finds which shards have to meet.
+
+    Args:
+      f: a function.
+      args: trees of arrays.
+      out: a function that returns a tree of shardings like the result, see :func:`of`.
+        It is called if there are explicit axes.
+    """
+    mesh = _explicit_mesh(args)
+    if mesh is None:
+        return f(*args)
+    run = jax.sharding.auto_axes(f, axes=mesh.explicit_axes, out_sharding=out())
+    return run(*args)
+
+
+def explicit(f, like):
+    """``f``, for use inside :func:`automatic`: it sees the axes as the user made them.
+
+    Args:
+      f: a function of a tree like ``like``.
+      like: the user's arrays, in whose shardings ``f`` gets its argument.
+    """
+    mesh = _explicit_mesh(like)
+    if mesh is None:
+        return f
+    axes, shardings = mesh.explicit_axes, (of(like),)
+    return jax.sharding.explicit_axes(f, axes=axes, in_sharding=shardings)
+
+
+def of(tree):
+    """The sharding in the type of each array of a tree."""
+    mesh = _explicit_mesh(tree)
+
+    def one(x):
+        sharding = jax.typeof(x).sharding
+        if mesh is None or not sharding.mesh.empty:
+            return sharding
+        return jax.sharding.NamedSharding(mesh, jax.P())
+
+    return jax.tree.map(one, tree)
+
+
+def on_all_devices(like, tree):
+    """For each array of ``like`` the sharding that has it on all devices of a tree."""
+    replicated = jax.sharding.NamedSharding(_explicit_mesh(tree), jax.P())
+    return jax.tree.map(lambda _: replicated, like)
+
+
+def of_cells(like, sharding, shape):
+    """The shardings of arrays by cell, for the cells into which an array is cut.
+
+    Their last axes are those of the array, with a number for each cell. An axis stays
+    on all devices if these would not have equally many cells, or fewer than two.
+
+    Args:
+      like: a tree of arrays by cell.
+      sharding, shape: those of the array.
+    """
+    mesh, dim = sharding.mesh, len(shape)
+    spec = (*sharding.spec, *[None] * (dim - len(sharding.spec)))
+
+    def one(x):
+        first = len(x.shape) - dim
+        kept = [
+            axis if n % (2 * _num_shards(mesh, axis)) == 0 else None
+            for axis, n in zip(spec, x.shape[first:], strict=True)
+        ]
+        return jax.sharding.NamedSharding(mesh, jax.P(*[None] * first, *kept))
+
+    return jax.tree.map(one, like)
+
+
+def _num_shards(mesh, axis) -> int:
+    """Into how many parts an entry of a sharding's ``spec`` cuts an axis."""
+    names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _explicit_mesh(tree):
+    """The mesh of a tree's arrays if it has explicit axes, else None."""
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree)]
+    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
 
 
 @jax.custom_jvp

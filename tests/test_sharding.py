@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import AxisType
 from reference import compiled
 
 import bma_optax as bma
+from benchmarks.harness import hlo
 
 COLLECTIVE = re.compile(
     r"= (.+?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
@@ -155,6 +157,145 @@ def test_newton_with_a_reach_on_explicit_axes(shape, tile, mesh, specs, jit):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
+def meshed(lengths, kind):
+    axes = ("x", "y")[: len(lengths)]
+    mesh = jax.make_mesh(lengths, axes, axis_types=(kind,) * len(axes))
+    return mesh, jax.NamedSharding(mesh, jax.P(*axes, *[None] * (2 - len(axes))))
+
+
+def loss_on(kind):
+    if kind == AxisType.Auto:
+        return springs
+    return jax.sharding.auto_axes(springs, out_sharding=jax.P())
+
+
+def grid_step(kind):
+    """A transformation with a refresh at every third step, and its whole step."""
+    rule, loss = bma.per_tile((4, 4), reach=1), loss_on(kind)
+    direction = bma.scale_by_newton_bma(rule, update_interval=3)
+    tx = optax.chain(direction, optax.trace(0.45), optax.scale(-0.5))
+
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    return tx, step
+
+
+@functools.cache
+def grid_start():
+    return np.random.default_rng(0).standard_normal((256, 256)).astype("float32")
+
+
+@functools.cache
+def ten_steps_on_one_device():
+    tx, step = grid_step(AxisType.Auto)
+    params = {"u": jnp.asarray(grid_start())}
+    state, step = jax.jit(tx.init)(params), jax.jit(step)
+    for _ in range(10):
+        params, state = step(params, state)
+    return np.asarray(params["u"])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kind"),
+    [((4,), AxisType.Auto), ((2, 2), AxisType.Auto), ((2, 2), AxisType.Explicit)],
+    ids=str,
+)
+def test_a_step_on_a_grid_sends_halos_alone(lengths, kind):
+    tx, step = grid_step(kind)
+    mesh, sharding = meshed(lengths, kind)
+    with jax.set_mesh(mesh):
+        params = {"u": jax.device_put(grid_start(), sharding)}
+        state = jax.jit(tx.init)(params)
+        compiled_step = jax.jit(step).lower(params, state).compile()
+        # No gather of a number for each block, in any branch: they are 1/16 of a grid.
+        sizes = [
+            4 * math.prod(map(int, re.findall(r"\d+", lengths)))
+            for shapes, kind in COLLECTIVE.findall(compiled_step.as_text())
+            for lengths in re.findall(r"\w+\[([\d,]*)\]", shapes)
+            if kind != "collective-permute"
+        ]
+        assert max(sizes) < params["u"].nbytes / 16
+        # Two rows of the grid and as many columns are a halo.
+        without_refresh = hlo.collectives(compiled_step)
+        assert hlo.total(without_refresh) < 20 * 2 * 256 * 4
+        # A fourth of everything that has the size of a level is on each device.
+        shares = {
+            "K": state[0].K[0].smoother,
+            "N": state[0].N[0],
+            "Lambda": state[0].Lambda[0],
+            "z": state[0].inverse_diagonal["u"],
+        }
+        for name, x in shares.items():
+            assert x.addressable_shards[0].data.size * 4 == x.size, name
+        # One compilation: a step leaves everything where it was.
+        start = params, state
+        for _ in range(10):
+            params, state = compiled_step(params, state)
+        for x, y in zip(*map(jax.tree.leaves, (start, (params, state))), strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+            assert jax.typeof(x) == jax.typeof(y)
+    assert state[0].refreshes == 4
+    np.testing.assert_allclose(
+        params["u"], ten_steps_on_one_device(), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_preconditioner_made_inside_jit_lies_where_its_vectors_do(kind):
+    mesh, sharding = meshed((4,), kind)
+    loss, rule = loss_on(kind), bma.per_tile((4, 4), reach=1)
+
+    def made(x):
+        def product(v):
+            return jax.jvp(jax.grad(loss), ({"u": x},), ({"u": v},))[1]["u"]
+
+        return bma.preconditioner(product, x, rule)
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(grid_start()[:64, :64], sharding)
+        C = jax.jit(made)(x)
+        y = jax.jit(lambda C, x: C(x))(C, x)
+    for array in (C.inverse_diagonal, C.N[0], C.K[0].smoother, y):
+        assert array.addressable_shards[0].data.size * 4 == array.size
+    alone = jnp.asarray(grid_start()[:64, :64])
+    expected = jax.jit(lambda x: made(x)(x))(alone) if kind == AxisType.Auto else y
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_exported_step_goes_on_where_it_was():
+    tx, step = grid_step(AxisType.Auto)
+    mesh, sharding = meshed((4,), AxisType.Auto)
+    with jax.set_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # A warning at run time cannot be exported.
+        params = {"u": jax.device_put(grid_start()[:64, :64], sharding)}
+        state = jax.jit(tx.init)(params)
+        leaves, treedef = jax.tree.flatten((params, state))
+
+        def flat(leaves):
+            return jax.tree.leaves(step(*jax.tree.unflatten(treedef, leaves)))
+
+        exported = jax.export.export(jax.jit(flat))(leaves).serialize()
+        again = jax.export.deserialize(exported)
+        expected, found = jax.jit(flat)(leaves), jax.jit(again.call)(leaves)
+    assert again.nr_devices == 4
+    for x, y, start in zip(found, expected, leaves, strict=True):
+        assert x.sharding.is_equivalent_to(start.sharding, x.ndim)
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["scale_by_bma", "scale_by_adam_bma"])
+def test_tiles_on_explicit_axes_gather_block_sums_alone(name):
+    tx = getattr(bma, name)(partition=bma.per_tile((64, 64)))
+    mesh, sharding = meshed((4,), AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        grads = {"u": jax.device_put(grid_start(), sharding)}
+        state = tx.init(grads)
+        found = hlo.collectives(jax.jit(tx.update).lower(grads, state).compile())
+    assert max(x.bytes for x in found) <= 4 * 16
+
+
 PROCESS = """
     import sys
     import jax, jax.numpy as jnp, numpy as np
@@ -174,7 +315,33 @@ PROCESS = """
     for _ in range(2):
         updates, state = jax.jit(tx.update)(grads, state)
     total = jax.jit(lambda x: jnp.sum(jnp.abs(x)))(updates["a"])
-    print(len(jax.devices()), updates["a"].sharding.spec[0], float(total))
+
+    # A field on a grid, on explicit axes.
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = jax.NamedSharding(mesh, jax.P("x"))
+    whole = np.sin(np.arange(256, dtype=np.float32)).reshape(16, 16)
+
+    def loss(u):
+        squares = [(u - jnp.roll(u, 1, axis)) ** 2 for axis in (0, 1)]
+        return jnp.sum(sum(squares) + u**2)
+
+    f = jax.sharding.auto_axes(loss, out_sharding=jax.P())
+    tx = bma.scale_by_newton_bma(bma.per_tile((2, 2), reach=1))
+    with jax.set_mesh(mesh):
+        u = jax.make_array_from_callback(whole.shape, sharding, lambda i: whole[i])
+        state = jax.jit(tx.init)(u)
+        update = jax.jit(lambda u, s: tx.update(jax.grad(f)(u), s, u, value_fn=f))
+        direction, new = update(u, state)
+        same = jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+        norm = jax.jit(lambda x: jnp.sum(jnp.abs(x)))(direction)
+    print(
+        len(jax.devices()),
+        updates["a"].sharding.spec[0],
+        float(total),
+        same,
+        jax.typeof(direction).sharding.spec[0],
+        float(norm),
+    )
 """
 
 
@@ -200,9 +367,20 @@ def test_two_processes_make_the_update_of_one():
     state, update = tx.init(grads), jax.jit(tx.update)
     for _ in range(2):
         updates, state = update(grads, state)
+    u = jnp.sin(jnp.arange(256, dtype="float32")).reshape(16, 16)
+
+    def loss(u):
+        squares = [(u - jnp.roll(u, 1, axis)) ** 2 for axis in (0, 1)]
+        return jnp.sum(sum(squares) + u**2)
+
+    newton = bma.scale_by_newton_bma(bma.per_tile((2, 2), reach=1))
+    update = jax.jit(functools.partial(newton.update, value_fn=loss))
+    direction, _ = update(jax.grad(loss)(u), newton.init(u), u)
     for process, (printed, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors
-        devices, axis, total = printed.splitlines()[-1].split()
-        assert (devices, axis) == ("2", "x")
+        devices, *found = printed.splitlines()[-1].split()
+        axis, total, same, grid_axis, norm = found
+        assert (devices, axis, same, grid_axis) == ("2", "x", "True", "x")
         expected = np.abs(np.asarray(updates["a"])).sum()
         np.testing.assert_allclose(float(total), expected, rtol=1e-5)
+        np.testing.assert_allclose(float(norm), np.abs(direction).sum(), rtol=1e-4)

@@ -12,6 +12,7 @@ shape (l,), and ``_nested`` for arrays on one grid whose curvature has a reach, 
 they have the shape of the grid, (fields, *grid).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from bma_optax.multilevel._local_entries import Check
 # F has a unit diagonal, so Λ, a mean of its eigenvalues, is far above this floor. Only
 # noise brings it below.
 _MIN_LAMBDA = 1e-3
+_MOST_SAMPLES = 1000
 
 
 class Measured(NamedTuple):
@@ -70,3 +72,15 @@ def spectrum(eigenvalues, damping, floor, null):
     known = jnp.where(jnp.abs(eigenvalues) > null, eigenvalues, jnp.inf)
     floored = eigenvalues + damping < jnp.maximum(floor, null)
     return jnp.min(known, initial=jnp.inf), jnp.sum(floored, dtype=jnp.int32)
+
+
+def sample(values):
+    """At most about a thousand of the values, evenly spaced along each axis.
+
+    A sort of all of them would cost as much as everything else.
+    """
+    step = 1
+    while math.prod(-(-n // step) for n in values.shape) > _MOST_SAMPLES:
+        step += 1
+    axes = [slice(None, None, step)] * values.ndim
+    return values[tuple(axes)].reshape(-1)

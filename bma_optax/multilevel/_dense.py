@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _tree, _xla
+from bma_optax import _control_flow, _sharding, _tree, _xla
 from bma_optax.algebra import _symmetric_power
 from bma_optax.algebra._expansions import diagonal_matrix
 from bma_optax.curvature import _probing
@@ -53,6 +53,10 @@ class Dense:
             self.like(zeros.dtype),
         )
         return N, K, Lambda + 1
+
+    def shardings(self, leaves) -> tuple[Any, Any, Any]:
+        """The shardings of N, K and Λ over explicit axes: all are on all devices."""
+        return _sharding.on_all_devices(self.like(jnp.float32), leaves)
 
     def sums(self, leaves) -> jax.Array:
         """Sums over the elements of each block, shape (L_dense,)."""

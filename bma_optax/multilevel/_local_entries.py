@@ -180,6 +180,15 @@ def worst(checks):
     return Check(error[most], tolerance[most])
 
 
+def reaches_far(error, tolerance) -> str:
+    return (
+        "The curvature reaches further than `reach` declares: a product with it is "
+        f"{float(error):.1e} from what that reach foretells, relative, where rounding "
+        f"explains {float(tolerance):.1e}. Pass a larger `reach`, or None. Under "
+        "jax.jit the diagonal alone is used, and `local` in bma.diagnostics is False."
+    )
+
+
 _SCALE = 1.3  # Not a power of 2, so that it changes how numbers are rounded.
 _MOST = 0.1  # The error of a false reach is larger than this in any dtype.
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _tree
+from bma_optax import _control_flow, _sharding, _tree
 from bma_optax.curvature._probing import LinearOperator, Probed
 from bma_optax.multilevel import _coarse_system, _local_entries
 from bma_optax.multilevel._coarse_system import Inverted, Measured
@@ -70,6 +70,18 @@ class Nested:
         """N = 0, K = 0 and Λ = 1, from zeros like numbers of blocks."""
         N = self.stencil.spread(zeros)
         return N, Correction(zeros, zeros, self.hierarchy.initial(zeros)), zeros + 1
+
+    def shardings(self, leaves) -> tuple[Any, Any, Any]:
+        """The shardings of N, K and Λ over explicit axes: as the first field's."""
+        N, K, Lambda = self.like(jnp.float32)
+        inverse = _sharding.on_all_devices(K.levels.inverse, leaves)
+        K = K._replace(levels=K.levels._replace(inverse=None))
+        first = _sharding.of(leaves)[self.fields.positions[0]]
+        N, K, Lambda = _sharding.of_cells(
+            (N, K, Lambda), first, self.fields.arrays[0].shape
+        )
+        K = K._replace(levels=K.levels._replace(inverse=inverse))
+        return N, K, Lambda
 
     def sums(self, leaves) -> jax.Array:
         """Sums over the elements of each block, shape (fields, *grid)."""

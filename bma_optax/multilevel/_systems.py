@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _tree
+from bma_optax import _sharding, _tree
 from bma_optax.multilevel._dense import Dense, dense_system
 from bma_optax.multilevel._nested import Nested, nested_systems
 from bma_optax.partitions._blocks import Partition
@@ -71,6 +71,15 @@ class CoarseSystems:
         if not self.systems:
             return (jax.ShapeDtypeStruct((0,), dtype),) * 3
         parts = [system.like(dtype) for system in self.systems]
+        N, K, Lambda = zip(*parts, strict=True)
+        return N, K, Lambda
+
+    def shardings(self, params) -> tuple[Any, Any, Any]:
+        """Those of N, K and Λ over explicit axes; :meth:`like` tells their shapes."""
+        leaves = jax.tree.leaves(params)
+        if not self.systems:
+            return _sharding.on_all_devices(self.like(jnp.float32), leaves)
+        parts = [system.shardings(leaves) for system in self.systems]
         N, K, Lambda = zip(*parts, strict=True)
         return N, K, Lambda
 

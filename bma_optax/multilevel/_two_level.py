@@ -13,22 +13,19 @@ correction of block sums.
 
 import dataclasses
 import itertools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _control_flow, _tree, _warnings
+from bma_optax import _control_flow, _sharding, _tree, _warnings
 from bma_optax.curvature import _diagonal
 from bma_optax.curvature._probing import LinearOperator, Probed
-from bma_optax.multilevel import _local_entries
+from bma_optax.multilevel import _coarse_system, _local_entries
 from bma_optax.multilevel._smoother import positive
 from bma_optax.multilevel._systems import CoarseSystems
 from bma_optax.partitions import _build
 from bma_optax.partitions._rules import Rule
-
-_MOST_SAMPLES = 1000
 
 
 class Gathered(NamedTuple):
@@ -60,7 +57,10 @@ class TwoLevel(CoarseSystems):
 
     def initial(self, params) -> tuple[Any, Factor]:
         """N = 0, and the factor of C = I without damping."""
-        return self._initial(_tree.zeros_like(params, _tree.statistic_dtype))
+        zeros = _tree.zeros_like(params, _tree.statistic_dtype)
+        return _sharding.automatic(
+            self._initial, zeros, out=lambda: self._shardings(zeros)
+        )
 
     @_control_flow.compiled
     def _initial(self, zeros) -> tuple[Any, Factor]:
@@ -96,11 +96,28 @@ class TwoLevel(CoarseSystems):
           extra_args: arguments for the functions of the curvature.
           known_far: whether an earlier check has found the reach too small.
         """
+        given = _diagonal.given(curvature, G.params, extra_args)
+        product = _sharding.explicit(G.product, G.params)
+
+        def gather(params, given, key, known_far):
+            G = LinearOperator(product, params)
+            return self._gather(curvature, G, given, key, known_far)
+
+        def shardings():
+            N, factor = self._shardings(G.params)
+            one = factor.coarse_ratio
+            rounding = (one,) * len(self.systems)
+            return Gathered(N, factor.inverse_diagonal, rounding, one, one)
+
+        arrays = G.params, given, key, jnp.asarray(known_far)
+        return _sharding.automatic(gather, *arrays, out=shardings)
+
+    def _gather(self, curvature, G, given, key, known_far) -> Gathered:
+        """The same, with the diagonal that is given, or None."""
         key_diagonal, key_rounding = (
             jax.random.fold_in(key, len(self.systems) + i) for i in (0, 1)
         )
         dtype = _tree.common_statistic_dtype(G.params)
-        given = _diagonal.given(curvature, G.params, extra_args)
         parts = [
             system.measure(G, jax.random.fold_in(key, number), given is None)
             for number, system in enumerate(self.systems)
@@ -118,8 +135,8 @@ class TwoLevel(CoarseSystems):
             check = _local_entries.worst(checks)
             local = check.error <= check.tolerance
             # If N is not finite, the curvature has failed, not its reach.
-            reaches_far = ~local & _tree.all_finite(N) & ~jnp.asarray(known_far)
-            _warnings.raise_or_warn(reaches_far, _reaches_far, *check)
+            reaches_far = ~local & _tree.all_finite(N) & ~known_far
+            _warnings.raise_or_warn(reaches_far, _local_entries.reaches_far, *check)
             if given is None:
 
                 def without_a_reach():
@@ -153,10 +170,17 @@ class TwoLevel(CoarseSystems):
         larger than rounding, C has its diagonal part alone. If G reaches further than
         declared, C is its diagonal part everywhere.
         """
+        return _sharding.automatic(
+            self._invert,
+            *(found, jnp.asarray(damping), jnp.asarray(min_eigenvalue)),
+            out=lambda: self._shardings(found.diagonal)[1],
+        )
+
+    def _invert(self, found, damping, min_eigenvalue) -> Factor:
         z2 = positive(self, found.diagonal)
         dtype = _tree.common_statistic_dtype(z2)
-        damping = jnp.asarray(damping).astype(dtype)
-        floor = jnp.maximum(jnp.asarray(min_eigenvalue).astype(dtype), damping)
+        damping = damping.astype(dtype)
+        floor = jnp.maximum(min_eigenvalue.astype(dtype), damping)
         of_systems = zip(
             self.systems, found.N, self.block_sums(z2), found.rounding, strict=True
         )
@@ -164,8 +188,10 @@ class TwoLevel(CoarseSystems):
             system.invert(N, n2, damping, floor, rounding)
             for system, N, n2, rounding in of_systems
         ]
-        _, (_, Lambda, K, ratio, floored) = self.initial(found.diagonal)
-        if parts:
+        if not parts:
+            factor = self._initial(z2)[1]
+            Lambda, K, ratio, floored = factor[1:]
+        else:
             Lambda = tuple(
                 jnp.where(
                     found.local, jnp.maximum(part.Lambda + damping, floor), 1 + damping
@@ -175,7 +201,7 @@ class TwoLevel(CoarseSystems):
             K = tuple(part.K for part in parts)
             K = jax.tree.map(lambda x: jnp.where(found.local, x, 0), K)
             smallest = jnp.min(jnp.stack([part.smallest for part in parts]))
-            samples = [_sample(part.Lambda) for part in parts]
+            samples = [_coarse_system.sample(part.Lambda) for part in parts]
             # If every direction is null, there is nothing to correct.
             ratio = smallest / jnp.median(jnp.concatenate(samples))
             ratio = jnp.where(jnp.isinf(smallest), 1, ratio)
@@ -188,6 +214,12 @@ class TwoLevel(CoarseSystems):
     def apply(self, inverse_diagonal, N, K, g):
         """C g for a tree g like the parameters, in the dtypes of statistics."""
         g = _tree.astype(g, inverse_diagonal)
+        arrays = inverse_diagonal, N, K, g
+        return _sharding.automatic(
+            self._apply, *arrays, out=lambda: _sharding.of(inverse_diagonal)
+        )
+
+    def _apply(self, inverse_diagonal, N, K, g):
         # Without systems N and K are empty arrays.
         parts = zip(self.systems, N, K, self.block_sums(g), strict=False)
         shift = self.expand([system.correct(*part) for system, *part in parts], g)
@@ -195,8 +227,21 @@ class TwoLevel(CoarseSystems):
 
     def diagonal(self, inverse_diagonal, Lambda, damping):
         """z², recovered from the factor that was computed from it."""
-        scale = self._smoother(Lambda, inverse_diagonal, damping)
-        return jax.tree.map(jnp.divide, scale, inverse_diagonal)
+
+        def divide(inverse_diagonal, Lambda, damping):
+            scale = self._smoother(Lambda, inverse_diagonal, damping)
+            return jax.tree.map(jnp.divide, scale, inverse_diagonal)
+
+        arrays = inverse_diagonal, Lambda, jnp.asarray(damping)
+        return _sharding.automatic(
+            divide, *arrays, out=lambda: _sharding.of(inverse_diagonal)
+        )
+
+    def _shardings(self, params) -> tuple[Any, Factor]:
+        """The shardings of what :meth:`initial` returns, over explicit axes."""
+        N, K, Lambda = self.shardings(params)
+        one = _sharding.on_all_devices(jax.ShapeDtypeStruct((), bool), params)
+        return N, Factor(_sharding.of(params), Lambda, K, one, one)
 
     def _smoother(self, Lambda, like, damping):
         """Λ̄^-1, a tree like ``like``."""
@@ -223,18 +268,6 @@ def checked_two_level(params, rule: Rule) -> TwoLevel:
     return TwoLevel(_build.partition(params, rule))
 
 
-def _sample(values):
-    """At most about a thousand of the values, evenly spaced along each axis.
-
-    A sort of all of them would cost as much as everything else.
-    """
-    step = 1
-    while math.prod(-(-n // step) for n in values.shape) > _MOST_SAMPLES:
-        step += 1
-    axes = [slice(None, None, step)] * values.ndim
-    return values[tuple(axes)].reshape(-1)
-
-
 def _whole_diagonal(curvature, G, parts, key) -> Probed:
     """diag G: from what the systems have measured, and probed where they have not."""
     zeros = _tree.zeros_like(G.params, _tree.statistic_dtype)
@@ -253,12 +286,3 @@ def _whole_diagonal(curvature, G, parts, key) -> Probed:
 
 def _cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-
-def _reaches_far(error, tolerance) -> str:
-    return (
-        "The curvature reaches further than `reach` declares: a product with it is "
-        f"{float(error):.1e} from what that reach foretells, relative, where rounding "
-        f"explains {float(tolerance):.1e}. Pass a larger `reach`, or None. Under "
-        "jax.jit the diagonal alone is used, and `local` in bma.diagnostics is False."
-    )

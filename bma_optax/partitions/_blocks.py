@@ -175,7 +175,7 @@ class Partition:
         leaves, treedef = jax.tree.flatten(like)
         parts = self._parts(values)
         filled = [
-            array.fill(parts[array.start].astype(leaf.dtype))
+            array.fill_like(parts[array.start], leaf)
             if array.num_blocks
             else jnp.full(array.shape, default, leaf.dtype)
             for array, leaf in zip(self.arrays, leaves, strict=True)

@@ -100,11 +100,26 @@ class Tiles:
         x = total(x, tuple(i for i, w in enumerate(whole) if w))
         if all(w or t == 1 for w, t in zip(whole, tile, strict=True)):
             return _sharding.replicated(x)
-        x = _sharding.replicated(x)  # Splitting an axis must not split a sharded one.
-        for axis, (w, t) in enumerate(zip(whole, tile, strict=True)):
-            if not w and t > 1:
-                x = axis_sums(x, axis, t)
-        return x
+
+        def cut(x):
+            for axis, (w, t) in enumerate(zip(whole, tile, strict=True)):
+                if not w and t > 1:
+                    x = axis_sums(x, axis, t)
+            return x
+
+        return _sharding.automatic(cut, x, out=lambda: _sharding.on_all_devices(x, x))
+
+    def fill_like(self, values: jax.Array, leaf: jax.Array) -> jax.Array:
+        """As :meth:`fill`, in the dtype and the sharding of ``leaf``."""
+        values = values.astype(leaf.dtype)
+        if not any(1 < t < n for t, n in zip(self.tile or (), self.shape, strict=True)):
+            return self.fill(values)
+        arrays = values, leaf
+        return _sharding.automatic(
+            lambda values, _: self.fill(values),
+            *arrays,
+            out=lambda: _sharding.of(arrays)[1],
+        )
 
     def fill(self, values: jax.Array) -> jax.Array:
         """Each tile of one array filled with its value."""
