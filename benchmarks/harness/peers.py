@@ -44,7 +44,6 @@ def newton_bma(problem: Problem, rule: bma.Rule | None = None):
     return bma.newton_bma(
         rule or problem.partition,
         curvature=problem.curvature,
-        update_interval=problem.update_interval,
     )
 
 
