@@ -259,7 +259,7 @@ def test_newton_takes_factors_of_a_softmax_layer():
         return jnp.mean(losses)
 
     for rule in (bma.per_leaf, bma.per_unit, bma.per_row, bma.per_layer):
-        tx = bma.newton_bma(partition=rule)
+        tx = bma.newton_bma(partition=rule, update_interval=10)
 
         def step(carry, _, tx=tx):
             p, s = carry

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from bma_optax import _names, _tree
@@ -37,8 +38,7 @@ def value_and_grad(value: Any, grad: Any, params: Any) -> tuple[jax.Array, Any]:
     Under ``optax.masked`` or ``optax.partition`` the gradient has more leaves than the
     parameters here; it comes back without those.
     """
-    value = _tree.arrays(value)
-    if getattr(value, "shape", None) != () or not _tree.is_floating(value):
+    if not _tree.is_floating(value) or np.shape(value) != ():
         raise TypeError(
             f"`value` must be the loss at the parameters, shape (), got "
             f"{_described(value)}. Pass the value of `value_fn`, or neither `value` "
@@ -47,7 +47,8 @@ def value_and_grad(value: Any, grad: Any, params: Any) -> tuple[jax.Array, Any]:
     found = dict(_names.named_leaves(grad))
     if all(path in found for path, _ in _names.named_leaves(params)):
         grad = _tree.in_order(grad, params)
-    return value, _tree.astype(like_params(grad, params, "grad"), params)
+    grad = _tree.astype(like_params(grad, params, "grad"), params)
+    return _tree.arrays(value), grad
 
 
 def scalar(fn: Callable[..., Any], name: str) -> Callable[..., jax.Array]:
