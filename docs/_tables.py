@@ -37,6 +37,10 @@ def grids(content: Content) -> str:
     return summary(found) + of_machine(content)
 
 
+def everything(content: Content) -> str:
+    return summary(content["problems"]) + of_machine(content)
+
+
 def real(content: Content) -> str:
     found = {k: v for k, v in content["problems"].items() if k in OTHERS}
     return summary(found) + of_machine(content)
@@ -68,12 +72,13 @@ def nets(content: Content) -> str:
 
 # The file of each table, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
+    "current": ("grids/results/current.json", everything),
     "grids": ("grids/results/grids.json", grids),
     "one_core": ("grids/results/one_core.json", grids),
     "volumes": ("grids/results/volumes.json", grids),
     "real": ("grids/results/grids.json", real),
     "gallery": ("grids/results/gallery.json", gallery),
-    "curvature": ("curvature/results/curvature.json", grids),
+    "curvature": ("curvature/results/curvature.json", everything),
     "networks": ("networks/results/networks.json", networks),
     "networks_gpu": ("networks/results/gpu.json", networks),
     "convex": ("convex/results/convex.json", convex),
