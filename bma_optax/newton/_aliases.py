@@ -56,7 +56,7 @@ def newton_bma(
       update_interval: an integer >= 1, the steps from one refresh of C to the next. The
         first step has a refresh; each makes all its products with G anew. None, the
         default, refreshes where the curvature has changed: once the errors of the step
-        rule's model, |1 - decrease / foretold decrease|, add up to ½. It does so at
+        rule's model, abs(1 - decrease / foretold decrease), add up to ½. It does so at
         every tenth step at most if refreshes take more than four products a step. A
         quadratic loss has one refresh then. With a learning rate, where there is no
         model, None is 10.
