@@ -112,6 +112,15 @@ def mu_dtype(dtype: Any) -> None:
         )
 
 
+def given(params: Any) -> None:
+    """Raises a ValueError if ``update`` was not given the parameters."""
+    if params is None:
+        raise ValueError(
+            "`update` needs the parameters here. Pass update(grads, state, params, "
+            "...)."
+        )
+
+
 def functions(**arguments: Any) -> None:
     """Raises a TypeError if a value cannot be called."""
     for name, value in arguments.items():

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 import bma_optax as bma
+from benchmarks.harness.peers import CG
 from benchmarks.harness.results import Parser, Results, positive
 from benchmarks.harness.tables import table
 
@@ -70,21 +71,14 @@ def iterations(A, C, b):
     """Steps of conjugate gradients until the residual is small enough."""
 
     def step(carry):
-        x, r, p, rho, k = carry
-        q = A(p)
-        a = rho / jnp.vdot(p, q)
-        x, r = x + a * p, r - a * q
-        z = C(r)
-        new = jnp.vdot(r, z)
-        return x, r, z + new / rho * p, new, k + 1
+        cg, k = carry
+        return cg.step(A, C)[0], k + 1
 
     def going(carry):
-        return (jnp.linalg.norm(carry[1]) > TOLERANCE * jnp.linalg.norm(b)) & (
-            carry[-1] < MOST
-        )
+        cg, k = carry
+        return (jnp.linalg.norm(cg.r) > TOLERANCE * jnp.linalg.norm(b)) & (k < MOST)
 
-    z = C(b)
-    return jax.lax.while_loop(going, step, (0 * b, b, z, jnp.vdot(b, z), 0))[-1]
+    return jax.lax.while_loop(going, step, (CG.start(b, C), 0))[1]
 
 
 def aggregation(A, stencil: np.ndarray, n: int, b) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ NO_BLOCKS = bma.by_function(lambda path, shape: None)
 
 
 class CG(NamedTuple):
-    """Conjugate gradients for G x = b, preconditioned by a diagonal."""
+    """Conjugate gradients for G x = b, preconditioned by a function of the residual."""
 
     x: jax.Array
     r: jax.Array
@@ -24,17 +25,17 @@ class CG(NamedTuple):
     rho: jax.Array
 
     @classmethod
-    def start(cls, b: jax.Array, inverse: jax.Array) -> "CG":
-        z = inverse * b
+    def start(cls, b: jax.Array, precondition: Callable) -> "CG":
+        z = precondition(b)
         return cls(jnp.zeros_like(b), b, z, jnp.vdot(b, z))
 
-    def step(self, product: Callable, inverse: jax.Array):
+    def step(self, product: Callable, precondition: Callable):
         """The next step, the decrease of the quadratic, and whether G bent up."""
         curved = product(self.p)
         bend = jnp.vdot(self.p, curved)
         a = self.rho / bend
         r = self.r - a * curved
-        z = inverse * r
+        z = precondition(r)
         rho = jnp.vdot(r, z)
         new = CG(self.x + a * self.p, r, z + rho / self.rho * self.p, rho)
         return new, a * self.rho / 2, bend > 0
@@ -58,13 +59,17 @@ def conjugate_gradients(problem: Problem, data: Any):
     def init(params):
         value, g = jax.value_and_grad(problem.loss)(params, data)
         inverse = 1 / problem.diagonal(params, data)
-        state = CG.start(-g, inverse)._replace(x=params), value, inverse
+        state = (
+            CG.start(-g, partial(jnp.multiply, inverse))._replace(x=params),
+            value,
+            inverse,
+        )
         return Carry(params, state, jnp.array(jnp.inf))
 
     def step(carry):
         cg, value, inverse = carry.state
         product = product_at(problem, jnp.zeros_like(carry.params), data)
-        cg, decrease, _ = cg.step(product, inverse)
+        cg, decrease, _ = cg.step(product, partial(jnp.multiply, inverse))
         return Carry(cg.x, (cg, value - decrease, inverse), value)
 
     return init, step
@@ -129,11 +134,11 @@ def newton_direction(product, g, inverse, limit: int):
 
     def iterate(loop):
         cg, count, _ = loop
-        new, _, positive = cg.step(product, inverse)
+        new, _, positive = cg.step(product, partial(jnp.multiply, inverse))
         kept = jax.tree.map(lambda x, y: jnp.where(positive, x, y), new, cg)
         return kept, count + 1, positive
 
-    loop = CG.start(-g, inverse), jnp.int32(0), jnp.array(True)
+    loop = CG.start(-g, partial(jnp.multiply, inverse)), jnp.int32(0), jnp.array(True)
     cg, count, _ = jax.lax.while_loop(unfinished, iterate, loop)
     return jnp.where(jnp.any(cg.x != 0), cg.x, -inverse * g), count
 

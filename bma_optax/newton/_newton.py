@@ -241,11 +241,7 @@ def scale_by_newton_bma(
 
 def _checked(updates, state, params):
     """Returns the three with JAX's arrays, after checking that they fit each other."""
-    if params is None:
-        raise ValueError(
-            "`update` needs the parameters here. Pass update(grads, state, params, "
-            "...)."
-        )
+    _checks.given(params)
     _tree.check_statistics(params, state.inverse_diagonal)
     updates = _tree.like_init(updates, state.inverse_diagonal)
     updates, state, params = _tree.arrays((updates, state, params))

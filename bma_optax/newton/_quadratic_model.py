@@ -144,11 +144,7 @@ def scale_by_quadratic_model(
         refresh=False,
         **extra_args,
     ):
-        if params is None:
-            raise ValueError(
-                "`update` needs the parameters here. Pass update(grads, state, params, "
-                "...)."
-            )
+        _checks.given(params)
         _tree.check_statistics(params, state.previous_step)
         updates = _tree.like_init(updates, state.previous_step)
         state = _tree.whole(state, "products")

@@ -47,7 +47,7 @@ def report(
 def _row(array: Structure, found: list[Structure]) -> tuple[str, ...]:
     axes, space = array.axes, array.space
     fields = [i for i, axis in enumerate(axes) if i not in space and not axis.is_apart]
-    apart = [i for i, axis in enumerate(axes) if axis.is_apart and axis.length > 1]
+    apart = [i for i, axis in enumerate(axes) if axis.is_batch]
     return (
         _names.name_of(array.path),
         str(array.shape),

@@ -48,7 +48,7 @@ def _array_rule(array: Structure, strong: bool) -> Rule:
     space, axes = array.space, array.axes
     coarsened = _coarsened(array, strong)
     # Elements that do not meet along an axis are no fields: they need no products.
-    named = [i for i, axis in enumerate(axes) if i in space or _is_batch(axis)]
+    named = [i for i, axis in enumerate(axes) if i in space or axis.is_batch]
     first, last = min(named), max(named)
     tile, reach = [], []
     for i in range(first, last + 1):
@@ -71,10 +71,6 @@ def _coarsened(array: Structure, strong: bool) -> tuple[int, ...]:
         return array.space
     pairs = zip(array.space, array.stiffness, strict=True)
     return tuple(i for i, stiffness in pairs if stiffness >= _WEAK * most)
-
-
-def _is_batch(axis) -> bool:
-    return axis.is_apart and axis.length > 1
 
 
 def _apart(structures: list[Structure]) -> bool:

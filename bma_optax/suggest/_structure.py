@@ -34,6 +34,11 @@ class Axis:
         return bool(self.reach) and self.length >= _SHORTEST
 
     @property
+    def is_batch(self) -> bool:
+        """Whether it counts several things of which no two meet."""
+        return self.reach == 0 and self.length > 1
+
+    @property
     def is_apart(self) -> bool:
         """Whether no two elements meet along it."""
         return self.reach == 0
@@ -91,13 +96,18 @@ def structures(probe: Probe, paths: list[Path], shapes: list[Shape]) -> list[Str
                     break  # All may meet: a second look shows no more.
                 x = rng.uniform(0.5, 1.5, shape) * rng.choice([-1.0, 1.0], shape)
                 x[(slice(None),) * axis + (slice(cut, None),)] = 0
-                y = probe([x if i == position else z for i, z in enumerate(zeros)])
+                y = probe(_only(position, x, zeros))
                 meets |= _met(y, position, probe.eps)
                 looks += [_behind_the_cut(y[i], axis, cut, probe.eps) for i in same]
             axes.append(_axis(n, looks))
         found.append(Structure(path, shape, tuple(axes), (), 0.0, None, 1.0))
         found[-1] = _columns(probe, found[-1], position, zeros, rng, meets)
     return found
+
+
+def _only(position: int, x: np.ndarray, zeros: Vector) -> Vector:
+    """The vector that is x on one array and 0 on the others."""
+    return [x if i == position else zero for i, zero in enumerate(zeros)]
 
 
 def _met(y: Vector, position: int, eps: float) -> set[int]:
@@ -143,8 +153,7 @@ def _columns(probe, array: Structure, position, zeros, rng, meets) -> Structure:
     array = dataclasses.replace(array, meets=tuple(sorted(meets)))
     if not space:
         return array
-    ones = [np.full(z.shape, float(i == position)) for i, z in enumerate(zeros)]
-    sums = probe(ones)[position]
+    sums = probe(_only(position, np.ones(shape), zeros))[position]
     reach = [axis.reach or 0 if i in space else 0 for i, axis in enumerate(array.axes)]
     pitch = [min(2 * reach[i] + 1, n) if i in space else n for i, n in enumerate(shape)]
     first = [int(rng.integers(p)) for p in pitch]
@@ -161,7 +170,7 @@ def _columns(probe, array: Structure, position, zeros, rng, meets) -> Structure:
             inside &= (points[:, i] >= reach[i]) & (points[:, i] < shape[i] - reach[i])
     x = np.zeros(shape)
     x[tuple(points.T)] = 1
-    y = probe([x if i == position else z for i, z in enumerate(zeros)])[position]
+    y = probe(_only(position, x, zeros))[position]
     diagonal = y[tuple(points.T)]
     size = np.max(np.abs(diagonal), initial=0)
     array = dataclasses.replace(
