@@ -9,7 +9,15 @@ both. Arrays may have any shape.
 import math
 
 import jax
-from jax.experimental.shard_alike import shard_alike
+
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:  # JAX 0.12.0.1 has it no more.
+
+    def shard_alike(x, y):
+        """``x`` and ``y``; XLA shards the arguments of a choice that it cannot foresee."""
+        first = jax.lax.optimization_barrier(True)
+        return jax.lax.select(jax.lax.broadcast(first, x.shape), x, y), y
 
 
 def typed_like(x, leaf):
