@@ -15,7 +15,7 @@ try:
 except ImportError:  # JAX 0.12.0.1 has it no more.
 
     def shard_alike(x, y):
-        """``x`` and ``y``; XLA shards the arguments of a choice that it cannot foresee."""
+        """``x`` and ``y``. XLA shards alike what it chooses from, unforeseen."""
         first = jax.lax.optimization_barrier(True)
         return jax.lax.select(jax.lax.broadcast(first, x.shape), x, y), y
 
