@@ -77,6 +77,20 @@ def steps_together(scan, most, *operands):
     )
 
 
+def steps_written_out(solve, loops, fewer, *operands):
+    """``solve(loops, *operands)`` on CPU, elsewhere ``solve(fewer, *operands)``.
+
+    The first argument is a number of nested loops. On a GPU each kernel takes longer to
+    launch than a small one to run, and a loop adds some: what it carries is copied. On
+    CPU this costs less than to compile a larger program.
+    """
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(solve, loops),
+        default=functools.partial(solve, fewer),
+    )
+
+
 def recompute(tree):
     """``tree`` under another name: what is computed from it is computed once more.
 

@@ -1,5 +1,6 @@
 """Curvature with a declared reach: colours and nested levels against dense float64."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -13,6 +14,8 @@ from jax.flatten_util import ravel_pytree
 from reference import newton_inverse
 
 import bma_optax as bma
+from bma_optax import _xla
+from bma_optax.multilevel import _two_level
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -272,6 +275,61 @@ def test_two_nested_levels():
     cells = {x.shape[-1] for x in jax.tree.leaves(state.K)}
     assert cells == {4100, 1025, 257}  # The last one is dense.
     assert condition(smooth(0, (0,)), like, 12, rule) < 4
+
+
+@functools.cache
+def levels_of_a_line():
+    """Levels of 313, 79 and 20 cells, of which the second one has a matrix."""
+    params, rule = jnp.zeros(40_000), bma.per_tile((128,), reach=1)
+    (system,) = _two_level.two_level(params, rule).systems
+    rng = np.random.default_rng(0)
+    data = jnp.asarray(rng.uniform(0.01, 1, (1, 313)))
+    entries = jnp.stack([2 + data, -jnp.ones_like(data), -jnp.ones_like(data)])
+    S = entries.transpose(1, 0, 2)[None]
+    r = jnp.asarray(rng.standard_normal((1, 313)))
+    return system, S, r
+
+
+def solved(hierarchy, system, S, r):
+    @jax.jit
+    def run(S, r):
+        levels, _ = hierarchy.setup(S, jnp.ones_like(r), 0.0, 0.0)
+        return hierarchy.solve(lambda x: system.stencil.matvec(S, x), levels, r)
+
+    return run(S, r)
+
+
+def test_few_cells_have_a_matrix_in_the_place_of_cycles():
+    system, S, r = levels_of_a_line()
+    hierarchy = system.hierarchy
+    levels = hierarchy.like(jnp.float64)
+    assert [x.shape for x in levels.smoothers] == [(1, 313)]
+    assert not levels.operators and levels.inverse.shape == (79, 79)
+    every = dataclasses.replace(hierarchy, num_cycled=2)
+    found, expected = (solved(h, system, S, r) for h in (hierarchy, every))
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_no_loops_off_the_cpu(monkeypatch):
+    """A GPU launches kernels in the time that it would take for a loop's copies."""
+    system, S, r = levels_of_a_line()
+    hierarchy = dataclasses.replace(system.hierarchy, num_cycled=2)
+    levels = hierarchy.like(jnp.float64)
+
+    def solve(levels, S, r):
+        return hierarchy.solve(lambda x: system.stencil.matvec(S, x), levels, r)
+
+    loops = {}
+    for platform in ("cpu", "cuda", "tpu"):
+        export = jax.export.export(jax.jit(solve), platforms=[platform])
+        loops[platform] = export(levels, S, r).mlir_module().count("stablehlo.while")
+    assert loops == {"cpu": 2, "cuda": 0, "tpu": 0}
+    looped = solved(hierarchy, system, S, r)
+    monkeypatch.setattr(
+        _xla, "steps_written_out", lambda solve, loops, fewer, r: solve(fewer, r)
+    )
+    written = solved(hierarchy, system, S, r)
+    np.testing.assert_allclose(written, looped, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("rate", [None, 1.3])

@@ -7,7 +7,8 @@ _two_level          products -> N = 1ᵀ G 1 and diag G -> C, and C times a vect
 _smoother           the diagonal part of C
 _coarse_system      the coarse correction in C, as far as both of its kinds share it
 _dense, _nested     dense groups of blocks; arrays on grids, by nested levels
-_hierarchy          the levels: restriction, prolongation, smoothing cycles
+_hierarchy          the levels: operators, restriction, prolongation, the inverse
+_cycles             a solve with these: smoothing cycles, Chebyshev steps
 _stencil            G or N on a grid where only near neighbours meet
 _local_entries      N and the diagonal on a grid from few products, and a check of them
 _color_probing      these products, one color at a time, and sums of them

@@ -1,24 +1,29 @@
 """An approximate inverse of a block stencil, by nested levels of block means.
 
-Each level has a symmetric cycle: smooth, correct the block means, smooth. A few
-Chebyshev steps use the cycle as preconditioner, so that its quality does not fall with
-the number of levels (algebraic multilevel iteration, Axelsson and Vassilevski 1989).
-The inverse is linear and symmetric, and positive definite where the matrix is. It works
-below the level of the parameters, where products with the matrix cost little.
+Each level has a symmetric cycle of ``_cycles``. A few Chebyshev steps use the cycle as
+preconditioner, so that its quality does not fall with the number of levels (algebraic
+multilevel iteration, Axelsson and Vassilevski 1989). The inverse is linear and
+symmetric, and positive definite where the matrix is. It works below the level of the
+parameters, where products with the matrix cost little. Where few cells are left it is
+itself a matrix, made once of the cycles below: one product with it takes the place of
+dozens of small operations.
 
 Restriction sums over tiles of cells, Pᵀ x. Prolongation P fills them. The operator of
 the next level is Pᵀ S P (Galerkin). Vectors of a level have shape (fields, *grid).
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _xla
+from bma_optax import _sharding
 from bma_optax.algebra import _symmetric_power
+from bma_optax.multilevel import _cycles
+from bma_optax.multilevel._cycles import Level
 from bma_optax.multilevel._stencil import Stencil
 from bma_optax.partitions import _tiles
 from bma_optax.partitions._rules import Shape
@@ -35,9 +40,9 @@ _RELAXATION = 1.6
 class Levels(NamedTuple):
     """The arrays of a solve, apart from the operator S of the first level."""
 
-    smoothers: tuple[jax.Array, ...]  # of all levels but the last, (fields, *grid).
-    operators: tuple[jax.Array, ...]  # S of all levels but the first and last.
-    inverse: jax.Array  # of the last level's operator, shape (n, n) for its n cells.
+    smoothers: tuple[jax.Array, ...]  # of the levels with cycles, (fields, *grid).
+    operators: tuple[jax.Array, ...]  # S of those levels but the first.
+    inverse: jax.Array  # on the level below them, shape (n, n) for its n cells.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Hierarchy:
 
     levels: tuple[tuple[Stencil, Shape], ...]  # with the tiles that are the next cells.
     bottom: Stencil
+    num_cycled: int  # So many levels have cycles. On the one below is a matrix.
 
     @property
     def share(self) -> float:
@@ -55,7 +61,8 @@ class Hierarchy:
 
     def like(self, dtype) -> Levels:
         """The shapes of the ``Levels`` that :meth:`setup` returns."""
-        n, stencils = self.bottom.num_cells, [stencil for stencil, _ in self.levels]
+        n, cycled = self._last.num_cells, self.levels[: self.num_cycled]
+        stencils = [stencil for stencil, _ in cycled]
 
         def array(*shape):
             return jax.ShapeDtypeStruct(shape, dtype)
@@ -69,11 +76,11 @@ class Hierarchy:
     def initial(self, zeros) -> Levels:
         """``Levels`` of zeros, from zeros of shape (fields, *grid)."""
         smoothers, operators = [], []
-        for stencil, tile in self.levels:
+        for stencil, tile in self.levels[: self.num_cycled]:
             smoothers.append(zeros)
             operators.append(stencil.spread(zeros))
             zeros = _restrict(zeros, tile)
-        n = self.bottom.num_cells
+        n = self._last.num_cells
         inverse = jnp.sum(zeros) + jnp.zeros((n, n), zeros.dtype)
         return Levels(tuple(smoothers), tuple(operators[1:]), inverse)
 
@@ -89,7 +96,7 @@ class Hierarchy:
           floor: the least eigenvalue of the dense matrix, relative to the metric.
           null: eigenvalues of the dense matrix up to this size are taken for 0.
         """
-        smoothers, operators = [], []
+        smoothers, operators = [], [S]
         for stencil, tile in self.levels:
             sums = stencil.absolute_row_sums(S, _or_one(n2))
             smoothers.append(_RELAXATION / _or_one(sums))
@@ -104,8 +111,39 @@ class Hierarchy:
             M, -1, floor, relative, absolute=True, null=null
         )
         eigenvalues = _symmetric_power.eigenvalues(jax.lax.stop_gradient(M))
-        found = Levels(tuple(smoothers), tuple(operators[:-1]), inverse / outer)
-        return found, eigenvalues
+        k, arrays = self.num_cycled, [*zip(smoothers, operators, strict=False)]
+        matrix = self._matrix(arrays[k:], inverse / outer)
+        return Levels(tuple(smoothers[:k]), tuple(operators[1:k]), matrix), eigenvalues
+
+    @property
+    def _last(self) -> Stencil:
+        """The layout of the level below those with cycles."""
+        return [*(stencil for stencil, _ in self.levels), self.bottom][self.num_cycled]
+
+    def _matrix(self, below, inverse):
+        """The inverse below the levels with cycles, symmetric.
+
+        Args:
+          below: a smoother and an operator for each further level but the last.
+          inverse: of the last level's operator.
+        """
+        if not below:
+            return inverse
+        # Few numbers, which shards would exchange at each of many steps.
+        below = jax.tree.map(_sharding.everywhere, below)
+        last, first = self._last, self.num_cycled
+        levels = [
+            self._level(i, smoother, functools.partial(self.levels[i][0].matvec, S))
+            for i, (smoother, S) in enumerate(below, start=first)
+        ]
+
+        def column(r):
+            return _cycles.solve(levels, inverse, r, (below, r))
+
+        units = jnp.eye(last.num_cells, dtype=inverse.dtype)
+        columns = jax.vmap(column)(units.reshape(-1, last.fields, *last.grid))
+        columns = columns.reshape(units.shape)
+        return (columns + columns.T) / 2
 
     def solve(self, product, levels: Levels, r):
         """Applies the approximate inverse to r.
@@ -115,43 +153,24 @@ class Hierarchy:
           levels: the arrays that :meth:`setup` returned.
           r: shape (fields, *grid) of the first level.
         """
+        products = [product]
+        for (stencil, _), S in zip(self.levels[1:], levels.operators, strict=False):
+            products.append(functools.partial(stencil.matvec, S))
+        pairs = zip(levels.smoothers, products, strict=False)
+        cycled = [self._level(i, *pair) for i, pair in enumerate(pairs)]
+        return _cycles.solve(cycled, levels.inverse, r, levels)
 
-        def multiply(level, x):
-            """The operator of a level times x."""
-            if level == 0:
-                return product(x)
-            return self.levels[level][0].matvec(levels.operators[level - 1], x)
-
-        def solve(level, r):
-            if level == len(self.levels):
-                return _xla.product(levels.inverse, r.reshape(-1)).reshape(r.shape)
-            tile, smoother = self.levels[level][1], levels.smoothers[level]
-
-            def cycle(r):
-                """One symmetric cycle: smooth, correct by the next level, smooth."""
-                x = smoother * r
-                residual = r - multiply(level, x)
-                coarse = solve(level + 1, _restrict(residual, tile))
-                x = x + _prolong(coarse, tile, r.shape)
-                return x + smoother * (r - multiply(level, x))
-
-            # A loop over steps: unrolled, the program would double at every level.
-            def step(carry, coefficients):
-                """One Chebyshev step, x + d for d = a B r + b d with the cycle B."""
-                x, d, r = carry
-                a, b = coefficients
-                r = _control_flow.cond(b > 0, lambda: r - multiply(level, d), lambda: r)
-                d = a * cycle(r) + b * d
-                return (x + d, d, r), None
-
-            zero = jnp.zeros_like(r)
-            coefficients = _chebyshev(_STEPS[level > 0], r.dtype)
-            carry, _ = _control_flow.scan(
-                step, (zero, zero, r), coefficients, operands=levels
-            )
-            return carry[0]
-
-        return solve(0, r)
+    def _level(self, i, smoother, multiply) -> Level:
+        """The operations of one level."""
+        stencil, tile = self.levels[i]
+        shape = (stencil.fields, *stencil.grid)
+        return Level(
+            multiply,
+            smooth=lambda x: smoother * x,
+            restrict=lambda x: _restrict(x, tile),
+            prolong=lambda x: _prolong(x, tile, shape),
+            coefficients=_chebyshev(_STEPS[i > 0], smoother.dtype),
+        )
 
 
 def _chebyshev(steps, dtype):

@@ -50,7 +50,7 @@ class Nested:
         """The levels, of which the first has a cell for each block."""
         levels, bottom = self.fields.levels
         stencils = tuple((_stencil(grid), tile) for grid, tile in levels)
-        return Hierarchy(stencils, _stencil(bottom))
+        return Hierarchy(stencils, _stencil(bottom), self.fields.num_cycled)
 
     @property
     def sizes(self) -> np.ndarray:

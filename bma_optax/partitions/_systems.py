@@ -18,6 +18,8 @@ from bma_optax.partitions._grids import Grid
 from bma_optax.partitions._rules import Shape
 from bma_optax.partitions._tiles import Tiles
 
+_MAX_MATRIX = 1024  # Rows of an inverse that is held as a matrix.
+
 Spans = tuple[tuple[int, int], ...]  # Positions of consecutive blocks.
 
 
@@ -56,6 +58,18 @@ class GridFields:
         """Each level with the tile that is a cell of the next; and the last, dense."""
         array = self.arrays[0]
         return _grids.levels_below(self.tiles, array.tile or (), array.stacked_axes)
+
+    @functools.cached_property
+    def num_cycled(self) -> int:
+        """How many levels have cycles; on the one below, the inverse is a matrix.
+
+        The first level that is small, so that neither the matrix nor making it costs
+        much beside a refresh.
+        """
+        levels, _ = self.levels
+        most = min(_MAX_MATRIX, math.isqrt(self.elements.num_cells) // 2)
+        small = [grid.num_cells <= most for grid, _ in levels]
+        return [*small, True].index(True)
 
     def axes(self, *, elements: bool, share: bool = False) -> tuple[Axis, ...]:
         """The axes with the colors of elements, or those of blocks."""
@@ -97,11 +111,11 @@ class GridFields:
     def num_statistics(self) -> int:
         """The numbers that a state holds: the stencil, and all that inverts it."""
         levels, bottom = self.levels
-        stencils = [self.tiles, *(grid for grid, _ in levels[1:])]
-        # Two vectors on the first level, and the smoothers of all levels but the last.
-        vectors = [self.tiles, self.tiles, *(grid for grid, _ in levels)]
+        last = [*(grid for grid, _ in levels), bottom][self.num_cycled]
+        cycled = [grid for grid, _ in levels[: self.num_cycled]]
+        # Two vectors on the first level, and the smoothers of all levels with cycles.
         return (
-            sum(math.prod(grid.shape) for grid in stencils)
-            + sum(grid.num_cells for grid in vectors)
-            + bottom.num_cells**2
+            sum(math.prod(grid.shape) for grid in (self.tiles, *cycled[1:]))
+            + sum(grid.num_cells for grid in (self.tiles, self.tiles, *cycled))
+            + last.num_cells**2
         )
