@@ -26,7 +26,7 @@ from benchmarks.convex.data import SOURCES, split
 from benchmarks.harness import tables
 from benchmarks.harness.results import Parser, Results
 from benchmarks.networks.methods import METHODS
-from benchmarks.networks.study import RATES, Trainer, final, tune
+from benchmarks.networks.study import RUNS, Trainer, final, tune
 from benchmarks.networks.tasks import Task, cross_entropy
 
 SHOWN = ("adam", "adagrad", "adagrad_bma", "units_constant", "units_learned")
@@ -82,7 +82,7 @@ def measure(task: Task, name: str, online: bool) -> dict[str, Any]:
     score = regret if online else final
     trainer = Trainer(task, METHODS[name])
     tuned = tune(trainer, score)
-    seeds = [*REPORTED, *REPORTED][:RATES]  # As many runs as in tuning: one program.
+    seeds = np.resize(REPORTED, RUNS)  # As many runs as in tuning: one program.
     losses = trainer(seeds, tuned["rate"], tuned["settings"])[0]
     return {"tuning": tuned, "loss": score(losses)[: len(REPORTED)].tolist()}
 

@@ -3,10 +3,12 @@
     python -m benchmarks.figures.figure2
     python -m benchmarks.figures.figure2 --dataset mnist --data-dir DIR
     python -m benchmarks.figures.figure2 --dataset cifar10 --data-dir DIR
+    python -m benchmarks.figures.figure2 --nets small --untimed --out small.json
 
 Every method sees the same initial weights and the same batches at every learning rate;
 the rate with the lowest final training loss is shown. AdaGrad-Full holds a d x d
-matrix, so it takes part on a tiny net only, on digits.
+matrix, so it takes part on a tiny net only, on digits. With --untimed seconds are left
+out: other runs share the device.
 """
 
 import argparse
@@ -61,10 +63,13 @@ def makers_of(net: str) -> dict[str, MakeOptimizer]:
     return {m: make for m, make in OPTIMIZERS.items() if m != FULL or net == "tiny"}
 
 
+def nets_of(options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    return DIGITS if options.dataset == "digits" else NETS
+
+
 def study(net: str, data: Any, options: Any, results: Results, bar: tqdm):
     """All methods, learning rates and seeds on one net, run by run."""
-    channels = (DIGITS if options.dataset == "digits" else NETS)[net]
-    problem, rows = Problem(data, channels, options), {}
+    problem, rows = Problem(data, nets_of(options)[net], options), {}
     makers = makers_of(net)
     for method, make in makers.items():
         step, compile_seconds = problem.compile(make)
@@ -77,7 +82,8 @@ def study(net: str, data: Any, options: Any, results: Results, bar: tqdm):
                 )
                 bar.update()
         runs = results.content["runs_of_nets"][net][method]
-        rows[method] = summary(runs, compile_seconds)
+        seconds = {} if options.untimed else seconds_of(runs, compile_seconds)
+        rows[method] = summary(runs) | seconds
     rate, seen = rows["AdaGrad-BMA"]["best_learning_rate"], None
     if rate is not None:
         bar.set_description(f"{net}: what the matrix looks like")
@@ -91,7 +97,12 @@ def study(net: str, data: Any, options: Any, results: Results, bar: tqdm):
     }
 
 
-def summary(runs: dict[str, dict[str, Any]], compile_seconds: float) -> dict[str, Any]:
+def seconds_of(runs: dict[str, dict[str, Any]], compile_seconds: float):
+    steps = [run["seconds_per_step"] for each in runs.values() for run in each.values()]
+    return {"seconds_per_step": np.median(steps), "compile_seconds": compile_seconds}
+
+
+def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The numbers of one method; the best rate is None if every rate diverged."""
 
     def of(rate, key):
@@ -106,10 +117,6 @@ def summary(runs: dict[str, dict[str, Any]], compile_seconds: float) -> dict[str
         "best_on_edge_of_grid": on_edge and not diverged,
         "train_loss": {r: of(r, "train_loss") for r in runs},
         "test_accuracy": {r: of(r, "test_accuracy") for r in runs},
-        "seconds_per_step": np.median(
-            [run["seconds_per_step"] for each in runs.values() for run in each.values()]
-        ),
-        "compile_seconds": compile_seconds,
         "curve": None
         if diverged
         else {"step": shown[0]["step"], "loss": [run["loss"] for run in shown]},
@@ -119,6 +126,8 @@ def summary(runs: dict[str, dict[str, Any]], compile_seconds: float) -> dict[str
 def table(net: str, result: dict[str, Any]) -> str:
     """The methods on one net in Markdown, and what to know beside them."""
     columns = ["method", "best learning rate", "training loss", "test accuracy"]
+    timed = all("seconds_per_step" in row for row in result["methods"].values())
+    columns += ["seconds per step", "seconds to compile"] if timed else []
     rows = []
     for method, row in result["methods"].items():
         rate, cells = row["best_learning_rate"], [method, "none, all diverged", "", ""]
@@ -130,12 +139,12 @@ def table(net: str, result: dict[str, Any]) -> str:
             )
             cells = [method, f"{rate:g}", tables.mean(loss)]
             cells.append(tables.mean(accuracy, ".3f"))
-        cells += [f"{row['seconds_per_step']:.2g}", f"{row['compile_seconds']:.2g}"]
+        if timed:
+            cells.append(f"{row['seconds_per_step']:.2g}")
+            cells.append(f"{row['compile_seconds']:.2g}")
         rows.append(cells)
     lines = [f"\n### {net} net, {result['parameters']} parameters\n"]
-    lines.append(
-        tables.table([*columns, "seconds per step", "seconds to compile"], rows)
-    )
+    lines.append(tables.table(columns, rows))
     edge = [m for m, row in result["methods"].items() if row["best_on_edge_of_grid"]]
     lines.append(f"\nBest rate on the edge of the grid: {', '.join(edge) or 'none'}.")
     if result["look"]:
@@ -158,12 +167,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset", choices=list(EPOCHS), default="digits")
     add("--data-dir", type=Path, help="the folder of MNIST's or CIFAR-10's files")
+    add("--nets", nargs="+", choices=("small", "large", "tiny"))
+    add("--untimed", action="store_true", help="leave seconds out")
     add("--epochs", type=positive, help="default: 20, MNIST 1, CIFAR-10 2")
     add("--batch-size", type=positive, default=128)
     add("--seeds", type=positive, default=3, help="how many; default: 3")
     add("--learning-rates", type=float, nargs="+", default=rates)
     options = parser.parse(arguments)
     options.epochs = options.epochs or EPOCHS[options.dataset]
+    unknown = {*(options.nets or ())} - {*nets_of(options)}
+    if unknown:
+        parser.error(f"{options.dataset} has no net {', '.join(unknown)}")
     if options.out == parser.get_default("out"):
         options.out = options.out.with_stem(f"figure2_{options.dataset}")
     return options
@@ -180,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = "dataset epochs batch_size seeds learning_rates".split()
     shared = {name: getattr(options, name) for name in names}
     results = Results(options, shared, jax, optax, flax, np, bma)
-    nets = DIGITS if options.dataset == "digits" else NETS
+    nets = options.nets or list(nets_of(options))
     each = len(options.learning_rates) * options.seeds
     total = each * sum(len(makers_of(net)) for net in nets)
     with tqdm(total=total, unit="run", disable=None) as bar:

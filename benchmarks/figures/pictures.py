@@ -14,12 +14,17 @@ STYLES = {"AdaGrad-Diag": "C0-", "AdaGrad-BMA": "C1--", "AdaGrad-Full": "C2-."} 
 
 
 def draw(results: dict[str, Any], title: str, path: Path) -> None:
-    """One row a net."""
-    figure = Figure(figsize=(12, 4.2 * len(results)), layout="constrained")
-    grid = figure.subplots(len(results), 2, squeeze=False)
+    """One row a net; a row for both where seconds are left out."""
+    every = [row for result in results.values() for row in result["methods"].values()]
+    if all("seconds_per_step" in row for row in every):
+        figure = Figure(figsize=(12, 4.2 * len(results)), layout="constrained")
+        grid = figure.subplots(len(results), 2, squeeze=False)
+    else:
+        figure = Figure(figsize=(12, 4.2), layout="constrained")
+        grid = figure.subplots(1, len(results), squeeze=False).T
     for row, (net, result) in zip(grid, results.items(), strict=True):
         row[0].set_title(f"{title}, {net} net, {result['parameters']} parameters")
-        for axes, seconds in zip(row, (False, True), strict=True):
+        for axes, seconds in zip(row, (False, True), strict=False):
             losses(axes, result, seconds)
     figure.savefig(path, dpi=70, pil_kwargs={"optimize": True})
     print(f"Wrote {path}")

@@ -5,13 +5,14 @@
     python -m benchmarks.networks --add --methods mini_bma
     python -m benchmarks.networks --data-dir DIR --out images.json
     python -m benchmarks.networks --tasks mlp_global --times 10 --out longer.json
+    python -m benchmarks.networks --tasks transformer_large --out large.json
 
 Small nets on scikit-learn's digits and on the sources of Python's own library; with
---data-dir larger conv nets on MNIST and CIFAR-10. Every method is tuned alike: rates
-are powers of 2, more of them until the best one has worse neighbours, with every
-combination of its settings, by the training loss of the last tenth of the steps, its
-mean over three seeds. Then fresh seeds: the same initial weights and batches for all
-methods.
+--data-dir larger conv nets on MNIST and CIFAR-10; and on request nets of millions of
+parameters, for a GPU. Every method is tuned alike: rates are powers of 2, more of them
+until the best one has worse neighbours, with every combination of its settings, by the
+training loss of the last tenth of the steps, its mean over three seeds. Then fresh
+seeds: the same initial weights and batches for all methods.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from benchmarks.harness.results import Parser, Results, positive
 from benchmarks.networks.methods import METHODS
 from benchmarks.networks.report import draw, summary, table
 from benchmarks.networks.study import study
-from benchmarks.networks.tasks import FILES, TASKS, Task, make
+from benchmarks.networks.tasks import FILES, LARGE, TASKS, Task, make
 
 
 def run(name: str, task: Task, options: Any, results: Results, bar: tqdm) -> dict:
@@ -61,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("benchmarks.networks", __doc__)
     add = parser.add_argument
     add("--data-dir", type=Path, help="the folder of MNIST's and CIFAR-10's files")
-    add("--tasks", nargs="+", choices=(*TASKS, *FILES))
+    add("--tasks", nargs="+", choices=(*TASKS, *FILES, *LARGE))
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     add("--seeds", type=positive, default=6, help="how many; default: 6")
     add("--times", type=positive, default=1, help="so many times the steps")

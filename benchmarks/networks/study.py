@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from benchmarks.harness.tuning import grow
 from benchmarks.networks.methods import Method
@@ -16,6 +17,8 @@ from benchmarks.networks.tasks import Task
 # With one seed, a rate at which a net diverges and then fits all it has seen may win.
 TUNING_SEEDS = (0, 100, 200)
 RATES = 6  # Neighbouring powers of 2 that one call tries.
+RUNS = RATES * len(TUNING_SEEDS)  # At once; as many on fresh seeds: one program.
+LARGE = 100_000  # Parameters; of larger nets only RATES runs go on at once.
 POINTS = 40  # Of a curve.
 
 
@@ -24,13 +27,17 @@ class Trainer:
 
     def __init__(self, task: Task, method: Method) -> None:
         self.task, self.method = task, method
-        self.data = jax.tree.map(jnp.asarray, task.train), in_chunks(task.test)
+        large = optax.tree.size(jax.eval_shape(task.init, jax.random.key(0))) > LARGE
+        test = in_chunks(task.test, 100 if large else 500)
+        self.data = jax.tree.map(jnp.asarray, task.train), test
         # One after the other where LAPACK is called: batches of matrices in a loop can
         # wait for themselves for ever on a CPU with few cores (JAX 0.10.2).
         one_by_one = method.factorizes and jax.default_backend() == "cpu"
-        every = jax.lax.map if one_by_one else lambda run, each: jax.vmap(run)(each)
+        at_once = None if one_by_one else RATES if large else RUNS
         self.runs = jax.jit(
-            lambda arguments, data: every(lambda each: self.run(each, data), arguments)
+            lambda arguments, data: jax.lax.map(
+                lambda each: self.run(each, data), arguments, batch_size=at_once
+            )
         )
 
     def run(self, arguments, data):
@@ -51,7 +58,7 @@ class Trainer:
         test_losses = jax.lax.map(lambda part: self.task.loss(params, part), test)
         return losses, jnp.mean(test_losses)
 
-    def __call__(self, seeds: list[int], rate: float | list[float], settings: dict):
+    def __call__(self, seeds: Sequence[int], rate: Any, settings: dict):
         """Losses of every step (runs, steps), and of the test set (runs,)."""
         batches = np.stack([self.task.batches(seed) for seed in seeds])
         rates = np.broadcast_to(np.float32(rate), len(seeds))
@@ -61,7 +68,7 @@ class Trainer:
         return np.asarray(losses, np.float64), np.asarray(test, np.float64)
 
 
-def in_chunks(arrays: Any, most: int = 500) -> Any:
+def in_chunks(arrays: Any, most: int) -> Any:
     """Leading axes cut in two, short of a rest that is smaller than their number."""
     rows = len(arrays[0])
     count = math.ceil(rows / most)
@@ -92,11 +99,9 @@ def tune(trainer: Trainer, score: Callable = final) -> dict[str, Any]:
     variants = trainer.method.variants()
 
     def evaluate(i: int, rates: list[float]) -> list[float]:
-        losses = [
-            score(trainer([seed] * RATES, rates, variants[i])[0])
-            for seed in TUNING_SEEDS
-        ]
-        return np.mean(losses, axis=0).tolist()
+        seeds = np.repeat(TUNING_SEEDS, RATES)
+        losses = trainer(seeds, np.resize(rates, RUNS), variants[i])[0]
+        return score(losses).reshape(-1, RATES).mean(axis=0).tolist()
 
     return grow(evaluate, variants, trainer.method.start, RATES)
 
@@ -106,7 +111,9 @@ def study(task: Task, method: Method, seeds: list[int], adam: dict | None) -> di
     start = time.perf_counter()
     trainer = Trainer(task, method)
     tuned = tune(trainer)
-    losses, test = trainer(seeds, tuned["rate"], tuned["settings"])
+    runs = np.resize(seeds, max(len(seeds), RUNS))
+    losses, test = trainer(runs, tuned["rate"], tuned["settings"])
+    losses, test = losses[: len(seeds)], test[: len(seeds)]
     targets = final(losses) if adam is None else np.array(adam["train_loss"], float)
     points = np.array_split(np.arange(task.steps), min(POINTS, task.steps))
     return {

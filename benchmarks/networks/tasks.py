@@ -219,12 +219,25 @@ class Size(NamedTuple):
     batch_size: int
 
 
+class Transformer(NamedTuple):
+    length: int  # Of a window of text.
+    layers: int
+    heads: int
+
+
 SIZES = {
     "mlp": Size((256, 128), 200, 32),
     "conv": Size((16, 32, 32), 200, 32),
     "autoencoder": Size((96, 48, 12), 600, 32),
     "transformer": Size((32,), 250, 16),  # A window of text is many examples.
-    "files": Size((32, 64, 128), 300, 64),
+    "transformer_large": Size((512,), 300, 16),
+    "mnist": Size((32, 64, 128), 300, 64),
+    "cifar10": Size((32, 64, 128), 300, 64),
+    "cifar10_large": Size((256, 512, 1024), 300, 64),
+}
+TRANSFORMERS = {
+    "transformer": Transformer(32, 2, 4),
+    "transformer_large": Transformer(64, 4, 8),
 }
 SMALL = {"mlp": (6,), "autoencoder": (4,), "transformer": (8,)}  # Else (4, 4).
 MLPS = {
@@ -235,28 +248,30 @@ MLPS = {
 }
 TASKS = (*MLPS, "conv", "conv_norm", "autoencoder", "transformer")
 FILES = ("mnist", "cifar10")  # Conv nets, on data that needs a folder.
+LARGE = ("transformer_large", "cifar10_large")  # Nets for a GPU.
 
 
 def make(name: str, data_dir: Path | None, small: bool, times: int = 1) -> Task:
-    """A task of TASKS or FILES, with so many times its steps."""
-    family = "files" if name in FILES else name.split("_")[0]
-    size = SIZES[family]
+    """A task of TASKS, FILES or LARGE, with so many times its steps."""
+    family = name.split("_")[0]
+    size = SIZES[name if name in SIZES else family]
     if small:
         size = Size(SMALL.get(family, (4, 4)), 12, 8)
     budget = size.steps * times, size.batch_size
     if family == "transformer":
-        length = 6 if small else 32
+        length, layers, heads = TRANSFORMERS[name]
+        length = 6 if small else length
         train, test = text(4000 if small else 400_000, length)
-        init = functools.partial(transformer_init, length, *size.widths, 2)
-        loss = functools.partial(transformer_loss, 4)
+        init = functools.partial(transformer_init, length, *size.widths, layers)
+        loss = functools.partial(transformer_loss, heads)
         return Task(init, loss, (train,), (test,), *budget)
     scaling, activation = MLPS.get(name, ("global", None))
     x, labels, test_x, test_labels = images(
-        name if name in FILES else "digits",
+        family if family in FILES else "digits",
         "raw" if name == "autoencoder" else scaling,
         data_dir,
     )
-    if family in ("conv", "files"):
+    if family in ("conv", *FILES):
         norm = name.endswith("_norm")
         init = functools.partial(conv_init, x.shape[1:], size.widths, norm)
         return Task(init, conv_loss, (x, labels), (test_x, test_labels), *budget)
