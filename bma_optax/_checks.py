@@ -17,7 +17,7 @@ import numpy as np
 
 
 def is_integer(value: Any) -> bool:
-    """Whether ``value`` is a Python or NumPy integer; booleans are none."""
+    """Whether ``value`` is a Python or NumPy integer; a boolean is not one."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

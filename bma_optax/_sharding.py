@@ -15,7 +15,7 @@ try:
 except ImportError:  # JAX 0.12.0.1 has it no more.
 
     def shard_alike(x, y):
-        """``x`` and ``y``. XLA shards alike what it chooses from, unforeseen."""
+        """Returns ``x`` and ``y``. XLA shards alike what a select takes."""
         first = jax.lax.optimization_barrier(True)
         return jax.lax.select(jax.lax.broadcast(first, x.shape), x, y), y
 

@@ -251,7 +251,7 @@ def check_statistics(params, statistics) -> None:
                 f"{name_of(path)!r}: the state has {x.dtype}, which jax_enable_x64 "
                 "does not allow. Pass a state that is cast to the one that init makes."
             )
-    if len(leaves) != len(like):  # An ``update`` without use for params takes any.
+    if len(leaves) != len(like):  # Not parameters, and ``update`` does not use them.
         return
     for position, (p, x) in enumerate(zip(leaves, like, strict=True)):
         if (dtype := statistic_dtype(p)) != _at_least_32_bits(x.dtype):

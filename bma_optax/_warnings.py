@@ -1,6 +1,6 @@
 """Warnings: at the user's line while JAX traces, or at run time about values.
 
-``warn`` is for what shapes and settings tell: it points at the user's line, in whose
+``warn`` is for what shapes and settings tell. It points at the user's line, in whose
 terms the message is. ``raise_or_warn`` is for what only values tell, a boolean of shape
 (): it raises an error outside ``jax.jit``. Inside, values are not known and nothing can
 be raised, so it warns at run time, through ``jax.debug.callback``.

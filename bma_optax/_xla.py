@@ -124,9 +124,13 @@ def after(x, source):
     does, and costs as much as x is long.
 
     Args:
-      x: an array, small.
-      source: finite, and with as many axes. Where it is longer, x has length 1.
+      x: a number, or a small array with as many axes as ``source``.
+      source: an array. Where it is longer, x has length 1.
     """
+    source = jnp.where(jnp.isfinite(source), source, 0)
+    x = jnp.asarray(x, None if jnp.ndim(x) else source.dtype)
+    if x.ndim == 0:
+        return x + 0 * jnp.sum(source)
     pairs = enumerate(zip(x.shape, source.shape, strict=True))
     axes = tuple(i for i, (n, m) in pairs if n < m)
     return x + 0 * jnp.sum(source, axis=axes, keepdims=True).astype(x.dtype)
@@ -263,8 +267,8 @@ def total_in_two_steps(x, axes):
 def product(a, b):
     """The product of matrices, or of a matrix and a vector, to the last bit.
 
-    On GPU and TPU XLA would round the factors to 10 or 7 bits. What decides a root or
-    an inverse cannot bear that: it would not even stay symmetric.
+    On GPU and TPU XLA would round the factors to 10 or 7 bits. A matrix whose root or
+    inverse is taken cannot bear that: it would not even stay symmetric.
     """
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 

@@ -234,10 +234,11 @@ def scale_by_bma(
 
         # Apply them to r = Z^-1 g: the update is r + E (M^-½ - I) Eᵀ r.
         power = -0.5 if form == "left" else -0.25
-        later = columns.after_sums(eps, g, u)
+        # With learned weights XLA would copy g, unless its sums come before r.
+        later = eps if weights == "constant" else _xla.after(eps, u)
 
         def scaled(g, h):
-            return jax.tree.map(lambda g, h, e: g * _scale(h, e, power), g, h, later)
+            return jax.tree.map(lambda g, h: g * _scale(h, later, power), g, h)
 
         r = scaled(g, h)
         sums = columns.sums(r)
@@ -248,7 +249,9 @@ def scale_by_bma(
             g, old, along = _xla.second_pass((g, old, along))
             h = jax.tree.map(_add_square, g, old)
             r = scaled(g, h)
-        correction = columns.expand(along, r, after=direction)
+        # The update takes the memory of r, which the next directions are made of.
+        y = jax.tree.map(_xla.after, state.direction, direction)
+        correction = _columns.Columns(blocks, y).expand(along, r)
         start = initial_accumulator_value
         result = jax.tree.map(
             lambda r, c, h: r + jnp.where(h > jnp.asarray(start, h.dtype), c, 0),

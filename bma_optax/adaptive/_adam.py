@@ -217,14 +217,16 @@ def scale_by_adam_bma(
         )
 
         # Apply them to r = Z^-1 m: the update is r + E (M^-½ - I) Eᵀ r.
-        def scale(m, h, g, eps):
+        # With learned weights XLA would copy g, unless its sums come before r.
+        later = eps if weights == "constant" else _xla.after(eps, u)
+
+        def scale(m, h, g):
             m = m / _moments.bias_correction(count, b1, m.dtype)
             h = h / _moments.bias_correction(count, b2, h.dtype)
-            r = _moments.over_root(m, h, eps, eps_root)
+            r = _moments.over_root(m, h, later, eps_root)
             return jnp.where(jnp.isfinite(g), r, g)
 
-        later = columns.after_sums(eps, raw, u)
-        r = jax.tree.map(scale, mu, nu, raw, later)
+        r = jax.tree.map(scale, mu, nu, raw)
         sums = columns.sums(r)
         direction = columns.turned(r, sums)
         along = _inverse_root.correction(blocks, inverse_root, sums)
@@ -232,8 +234,10 @@ def scale_by_adam_bma(
         if _refresh.at_each_step(update_interval):
             raw, old, along = _xla.second_pass((raw, old, along))
             mu, nu = moments(raw, *old)
-            r = jax.tree.map(scale, mu, nu, raw, later)
-        correction = columns.expand(along, r, after=direction)
+            r = jax.tree.map(scale, mu, nu, raw)
+        # The update takes the memory of r, which the next directions are made of.
+        y = jax.tree.map(_xla.after, state.direction, direction)
+        correction = _columns.Columns(blocks, y).expand(along, r)
         result = jax.tree.map(
             lambda r, c, h: r + jnp.where(h > 0, c, 0), r, correction, nu
         )

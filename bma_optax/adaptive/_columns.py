@@ -118,17 +118,16 @@ class Columns:
 
         return self.blocks.join_arrays([one(*each) for each in self._each(h)], h)
 
-    def expand(self, values, like, after=None):
-        """W times the value of its block, for each element.
-
-        Args:
-          values: shape (L,).
-          like: a tree like the parameters.
-          after: the next directions, to be computed before. What the result goes into
-            can then take the memory of what they are computed from.
-        """
+    def expand(self, values, like):
+        """W times the value of its block, for each element of a tree ``like``."""
         filled = self.blocks.expand(values, like)
-        return self._scaled(filled, after)
+        if self.y is None:
+            return filled
+        scaled = [
+            x if units is None else units.join(units.split(x) * W.astype(x.dtype), x)
+            for _, units, x, W in self._each(filled)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(filled), scaled)
 
     def turned(self, r, sums):
         """The next directions: y moves towards Rᵀ R q in each array of a tree r.
@@ -150,36 +149,6 @@ class Columns:
                 y = _direction.turn(units, y, units.split(r_array), a, KEPT)
             turned.append(y)
         return jax.tree.unflatten(treedef, turned)
-
-    def after_sums(self, x, like, sums):
-        """A number x for each array of a tree, computed after sums over blocks.
-
-        What is computed from the gradient and this number can then take the memory of
-        the gradient.
-        """
-        x = jnp.asarray(x, sums.dtype)
-        if self.y is None:
-            return jax.tree.map(lambda _: x, like)
-        parts = self.blocks.split_arrays(jnp.where(jnp.isfinite(sums), sums, 0))
-        numbers = []
-        for part, (_, units, leaf, _) in zip(parts, self._each(like), strict=True):
-            number = x.astype(leaf.dtype)
-            if units is not None and units.view == units.shape:
-                number = number + 0 * part.reshape(units.unit_shape).astype(leaf.dtype)
-            numbers.append(number)
-        return jax.tree.unflatten(jax.tree.structure(like), numbers)
-
-    def _scaled(self, tree, after=None):
-        if self.y is None:
-            return tree
-        later = [None] * len(self.units) if after is None else jax.tree.leaves(after)
-        scaled = []
-        for y, (_, units, x, W) in zip(later, self._each(tree), strict=True):
-            if units is not None:
-                W = W if y is None else _xla.after(W, y)
-                x = units.join(units.split(x) * W.astype(x.dtype), x)
-            scaled.append(x)
-        return jax.tree.unflatten(jax.tree.structure(tree), scaled)
 
     def _each(self, tree):
         leaves = jax.tree.leaves(tree)

@@ -91,7 +91,7 @@ def _of_roots(blocks, state, estimator):
     """
     U, v, inverse_root = state.U, state.v, state.inverse_root
     if state.direction is not None:
-        estimator = "projection"  # Learned weights have no other.
+        estimator = "projection"  # Learned weights have no other estimator.
     M = [
         _inverse_root.small_matrix(*parts)
         for parts in zip(

@@ -47,7 +47,7 @@ def backtrack(f, params, step, value, slope, new):
 
 
 def _judged(t, value, slope, new):
-    """Returns whether t is accepted for the loss ``new``, and the t to try else."""
+    """Returns whether the loss ``new`` accepts t, and the t to try next if not."""
     accepted = new <= value + _SUFFICIENT_DECREASE * t * slope + _slack(value)
     bend = new - value - t * slope
     best = -slope * jnp.square(t) / (2 * jnp.where(bend > 0, bend, 1))

@@ -114,7 +114,7 @@ class ByPath(Rule):
 
     @functools.cached_property
     def _matches(self) -> dict[Path, int]:
-        """What ``match`` has found."""
+        """The positions that ``match`` has found, by path."""
         return {}
 
     def match(self, path: Path) -> int:

@@ -35,7 +35,7 @@ class Tiles:
     tile: Shape | None  # None: no blocks.
     owner: Path
     start: int = 0  # The position of its first block.
-    stacked_axes: tuple[int, ...] = ()  # Their entries are arrays of their own.
+    stacked_axes: tuple[int, ...] = ()  # Each entry along these axes is an array.
     group: Path = ()  # Blocks of arrays with the same group see each other.
     alone: bool = False  # Whether none of its blocks sees another.
     reach: Shape | None = None  # Along each axis; None: all entries may meet.

@@ -30,7 +30,7 @@ class Units:
     """
 
     shape: Shape  # the array's.
-    view: Shape  # with an axis that tiles cut in two as two axes.
+    view: Shape  # the array's, where an axis that tiles cut is two axes.
     units: tuple[int, ...]  # axes of the view.
     inputs: tuple[int, ...]
 
@@ -51,7 +51,7 @@ class Units:
 
     @property
     def num_statistics(self) -> int:
-        """Two numbers a unit and one an input."""
+        """The numbers that mini-BMA stores: two a unit and one an input."""
         return self.num_matrices * (2 * self.num_units + self.num_inputs)
 
     @property

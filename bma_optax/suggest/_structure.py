@@ -17,7 +17,7 @@ from bma_optax.partitions._rules import Path, Shape
 Vector = list[np.ndarray]
 Product = Callable[[Vector], Vector]
 
-_SHORTEST = 5  # Of a shorter axis nothing tells neighbours from fields.
+_SHORTEST = 5  # Along a shorter axis neighbours cannot be told from fields.
 
 
 @dataclasses.dataclass(frozen=True)

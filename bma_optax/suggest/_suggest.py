@@ -185,7 +185,7 @@ def _order(tried: Trial) -> float:
 
 def _pays(tried: Trial) -> bool:
     if not tried.convex:
-        return True  # It is not known; the table says so.
+        return True  # The number of steps is not known. The table says so.
     if tried.coarse_ratio > _SMOOTH:
         return False
     if tried.steps is None:
