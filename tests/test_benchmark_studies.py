@@ -243,6 +243,17 @@ def test_step_cost(tmp_path):
 
 
 @pytest.mark.benchmark
+def test_accelerator(tmp_path):
+    arguments = "--shapes 8x8 --roots 4 --rounds 1"
+    content, printed = run(tmp_path, "costs.accelerator", arguments)
+    assert set(content["roots"]) > {"eigh 4", "scale_by_bma"}
+    race = content["fields"]["8x8"]["race"]
+    for name, row in race["methods"].items():
+        assert row["reached"] and row["loss"] <= race["target"], name
+        assert f"| {name} | {row['steps']} |" in printed
+
+
+@pytest.mark.benchmark
 def test_min_eigenvalue(tmp_path):
     content, printed = run(tmp_path, "costs.min_eigenvalue", "--steps 3 --seeds 1")
     assert len(content["rows"]) == 4

@@ -83,9 +83,9 @@ def mature(tx: Any, like: Any) -> Any:
     return state._replace(U=sums @ sums.T)
 
 
-def measure(name: str, steps: int) -> dict[str, Any]:
+def measure(name: str, chosen: list[str], steps: int) -> dict[str, Any]:
     """Seconds of a step of each method on one tree, and bytes."""
-    methods = {k: m for k, m in METHODS.items() if name in (m.trees or TREES)}
+    methods = {k: METHODS[k] for k in chosen if name in (METHODS[k].trees or TREES)}
     like = {
         f"array{i:03}.{'kernel' if len(shape) > 1 else 'bias'}": jnp.zeros(shape)
         for i, shape in enumerate(TREES[name])
@@ -132,14 +132,17 @@ def measure(name: str, steps: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     rows, d = result["methods"], result["parameters"]
     lines = []
+
+    def of(row, peer):
+        return f"{row['seconds'] / rows[peer]['seconds']:.2f}" if peer in rows else ""
+
     for key, row in rows.items():
         low, high = (1e3 * x for x in row["range"])
         lines.append(
             [
                 METHODS[key].label,
                 f"{1e3 * row['seconds']:.3g} ({low:.3g} to {high:.3g})",
-                f"{row['seconds'] / rows['adagrad']['seconds']:.2f}",
-                f"{row['seconds'] / rows['adam']['seconds']:.2f}",
+                *(of(row, peer) for peer in ("adagrad", "adam")),
                 f"{row['state'] / d:.2f}, {row['temporary'] / d:.2f}",
                 f"{row['compile_seconds']:.2f}",
             ]
@@ -154,11 +157,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("benchmarks.costs.step_cost", __doc__)
     add = parser.add_argument
     add("--trees", nargs="+", choices=TREES, default=list(TREES))
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--steps", type=positive, default=40, help="at least so many; default: 40")
     options = parser.parse(arguments)
     results = Results(options, {"steps": options.steps}, jax, optax, bma)
     for name in tqdm(options.trees, unit="tree", disable=None):
-        found = results.cell(lambda n=name: measure(n, options.steps), "trees", name)
+        found = results.cell(
+            lambda n=name: measure(n, options.methods, options.steps), "trees", name
+        )
         tqdm.write(table(found))
     results.finish()
 
