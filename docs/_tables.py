@@ -10,15 +10,59 @@ from benchmarks.costs import step_cost
 from benchmarks.figures import figure2
 from benchmarks.grids import gallery as operators
 from benchmarks.grids.__main__ import OTHERS
+from benchmarks.harness import tables
 from benchmarks.harness.race import summary
 from benchmarks.networks import report
 
 Content = dict[str, Any]
 
+# What the cells of the tables are called on the site, in place of names in the files.
+WORDS = {
+    "newton_bma": "`newton_bma`",
+    "bma_heavy_ball": "heavy ball on `scale_by_newton_bma`",
+    "newton_bma_per_leaf": "`newton_bma`, a block an array",
+    "newton_bma_finer": "`newton_bma`, finer blocks",
+    "newton_bma_diagonal": "`newton_bma`, no blocks",
+    "natural_bma": "`natural_bma`",
+    "sgd": "SGD with momentum",
+    "adam": "Adam",
+    "adagrad": "AdaGrad",
+    "lbfgs": "L-BFGS",
+    "cg": "conjugate gradients",
+    "direct": "sparse direct solver",
+    "pyamg": "PyAMG",
+    "newton_cg": "Newton-CG",
+    **{f"paint_{n}": f"{n}²" for n in (64, 128, 256, 512, 1024, 2048)},
+    **{f"volume_{n}": f"{n}³" for n in (32, 64, 128)},
+    "photo": "photograph, 5 % seen",
+    "plasma": "Poisson-Boltzmann",
+    "deblur": "deblurring",
+    "spline": "smoothing spline",
+    "heat": "conductivity of a plate",
+    "softmax": "softmax regression",
+    "factorisation": "factors of images",
+    "net": "net with one hidden layer",
+    **report.TITLES,
+}
+
 
 def of_machine(content: Content) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in content["versions"].items())
-    return f"\n\n*{content['device']}, {content['cores']} cores; {versions}.*\n"
+    device = content["device"].replace("cpu", "CPU")
+    cores = f"{content['cores']} core{'s' * (content['cores'] > 1)}"
+    return f"\n\n*{device}, {cores}; {versions}.*\n"
+
+
+def in_words(markdown: str) -> str:
+    """The cells of a table that are a name of the files, in words."""
+
+    def cells(line: str) -> str:
+        return " | ".join(WORDS.get(x, x) for x in line.split(" | "))
+
+    lines = markdown.splitlines()
+    return "\n".join(
+        f"| {cells(x[2:-2])} |" if x.startswith("| ") else x for x in lines
+    )
 
 
 def without_heading(markdown: str) -> str:
@@ -51,23 +95,36 @@ def gallery(content: Content) -> str:
 
 
 def networks(content: Content) -> str:
-    tables = without_heading(report.summary(content["tasks"]))
-    return tables + of_machine(content)
+    return without_heading(report.summary(content["tasks"])) + of_machine(content)
+
+
+def longer(content: Content) -> str:
+    """Training and test loss after ten times the steps."""
+    (task,) = content["tasks"].values()
+    rows = [
+        [
+            report.METHODS[name].label,
+            *(tables.number(report.mean(row[x])) for x in ("train_loss", "test_loss")),
+        ]
+        for name, row in task["methods"].items()
+    ]
+    columns = ["method", "training loss", "test loss"]
+    return tables.table(columns, rows) + of_machine(content)
 
 
 def convex(content: Content) -> str:
-    tables = [bold_heading(linear.table(x, content[x])) for x in linear.REGIMES]
-    return "\n\n".join(tables) + of_machine(content)
+    found = [bold_heading(linear.table(x, content[x])) for x in linear.REGIMES]
+    return "\n\n".join(found) + of_machine(content)
 
 
 def costs(content: Content) -> str:
-    tables = [bold_heading(step_cost.table(x)) for x in content["trees"].values()]
-    return "\n\n".join(tables) + of_machine(content)
+    found = [bold_heading(step_cost.table(x)) for x in content["trees"].values()]
+    return "\n\n".join(found) + of_machine(content)
 
 
 def nets(content: Content) -> str:
-    tables = [bold_heading(figure2.table(k, x)) for k, x in content["nets"].items()]
-    return "\n\n".join(tables) + of_machine(content)
+    found = [bold_heading(figure2.table(k, x)) for k, x in content["nets"].items()]
+    return "\n\n".join(found) + of_machine(content)
 
 
 # The file of each table, and what makes it.
@@ -81,6 +138,7 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "curvature": ("curvature/results/curvature.json", everything),
     "networks": ("networks/results/networks.json", networks),
     "networks_gpu": ("networks/results/gpu.json", networks),
+    "longer": ("networks/results/longer.json", longer),
     "convex": ("convex/results/convex.json", convex),
     "costs": ("costs/results/step_cost.json", costs),
     "digits": ("figures/results/figure2_digits.json", nets),
@@ -94,4 +152,4 @@ def write(benchmarks: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, (file, make) in TABLES.items():
         content = json.loads((benchmarks / file).read_text())
-        (folder / f"{name}.md").write_text(make(content))
+        (folder / f"{name}.md").write_text(in_words(make(content)) + "\n")

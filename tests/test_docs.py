@@ -3,7 +3,9 @@
 import ast
 import doctest
 import inspect
+import json
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -12,9 +14,16 @@ import pytest
 import bma_optax as bma
 
 DOCS = Path(__file__).parent.parent / "docs"
-PROGRAMS = re.findall(
-    r"```python\n(.*?)```", (DOCS / "training.md").read_text(), re.DOTALL
-)
+PAGES = sorted(DOCS.glob("*.md"))
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
+PROGRAMS = [
+    pytest.param(program, id=f"{page.stem}-{i}")
+    for page in PAGES
+    if page.stem != "troubles"  # Its recipes are in test_troubles.py.
+    for i, program in enumerate(
+        re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    )
+]
 
 
 def test_every_public_name_has_a_page():
@@ -64,8 +73,42 @@ def test_aliases_take_what_their_transformations_take_and_document_it():
             assert f"\n  {name}: " in inspect.getdoc(alias), (alias, name)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_page_says_first_who_it_is_for(page):
+    _, first = re.findall(r"^(?!\().+", page.read_text(), re.M)[:2]
+    assert first.startswith("For those ")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_says_first_who_it_is_for_and_in_which_precision(notebook):
+    first = "".join(json.loads(notebook.read_text())["cells"][0]["source"])
+    title, text = first.split("\n\n", 1)
+    assert title.startswith("# ") and text.startswith("For those ")
+    assert re.search("float(32|64)", text)
+
+
+def test_every_page_and_notebook_is_in_the_index():
+    listed = re.findall(r"^[\w/]+$", (DOCS / "index.md").read_text(), re.M)
+    names = [f"notebooks/{x.stem}" for x in NOTEBOOKS] + [x.stem for x in PAGES]
+    assert sorted([*listed, "index"]) == sorted(names)
+
+
+@pytest.mark.benchmark
+def test_tables_have_words_in_the_place_of_names_of_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(DOCS)])
+    import _tables
+
+    _tables.write(DOCS.parent / "benchmarks", tmp_path)
+    for table in tmp_path.glob("*.md"):
+        cells = re.findall(r"(?<=\| )[^|]+?(?= \|)", table.read_text())
+        assert cells and not [x for x in cells if re.fullmatch(r"[a-z]+_\w+", x)]
+
+
 @pytest.mark.benchmark
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_program_of_the_docs_runs(program):
+def test_every_program_of_the_docs_runs(program, monkeypatch):
+    # Sums over shards of hundreds of steps can wait for each other on two cores.
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         exec(program, {})

@@ -5,7 +5,8 @@ import io
 import re
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_examples_print_what_is_shown_and_minimise_their_loss():
@@ -26,6 +27,12 @@ def test_each_heading_opens_with_one_command():
         section = README.split(f"\n## {heading}\n")[1]
         assert section.lstrip().startswith("```bash\n")
         assert len(section.split("```")[1].strip().splitlines()) == 2  # "bash", command
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    local = [link for link in links if "://" not in link]
+    assert local and all((ROOT / link).exists() for link in local)
 
 
 def test_it_stays_short():

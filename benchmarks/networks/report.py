@@ -19,6 +19,18 @@ COLUMNS = [
     "test loss",
     "steps to Adam's loss",
 ]
+TITLES = {
+    "mlp_raw": "MLP, pixels from 0 to 1",
+    "mlp_global": "MLP, standardised",
+    "mlp_pixel": "MLP, standardised by pixel",
+    "mlp_sigmoid": "MLP, sigmoids",
+    "conv": "conv net",
+    "conv_norm": "conv net, normalised",
+    "mnist": "MNIST",
+    "cifar10": "CIFAR-10",
+    "transformer_large": "large transformer",
+    "cifar10_large": "CIFAR-10, large net",
+}
 SHOWN = ("adam", "adagrad", "units_learned", "adam_bma_units", "soap", "muon_rms")
 
 
@@ -117,7 +129,7 @@ def draw(tasks: dict[str, Any], path: Path) -> None:
                 width = 2 if method == "units_learned" else 1
                 style = {"color": f"C{color}", "label": METHODS[method].label}
                 axes.semilogy(curve["step"], loss, linewidth=width, **style)
-        axes.set(title=name, xlabel="step")
+        axes.set(title=TITLES.get(name, name), xlabel="step")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("training loss")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -39,9 +39,9 @@ def adagrad_bma(
 
     Args:
       learning_rate: η, a number >= 0 or a schedule.
-      partition: the rule that cuts the parameters into blocks. The default
-        ``bma.per_leaf`` makes each array one block. An array without blocks gets
-        AdaGrad.
+      partition: a :class:`Rule`, which cuts the parameters into blocks. The default
+        ``bma.per_leaf`` makes each array one block; ``bma.units`` is for networks. An
+        array without blocks gets AdaGrad.
       initial_accumulator_value: the initial value of diag H, a number >= 0; 0, because
         a large start keeps M at the identity.
       eps: a number >= 0, added to diag H inside the root.
@@ -49,13 +49,14 @@ def adagrad_bma(
         block means can shrink but not grow; 0 is AdaGrad-Full to the letter. None
         stands for 1 with "projection", and for 0.3 with "report", which bounds the
         growth by 1.8.
-      form: "left" for the update :math:`F^{-1/2} Z^{-1} g`; "symmetric" for
+      form: a string, "left" for the update :math:`F^{-1/2} Z^{-1} g`; "symmetric" for
         :math:`Z^{-1/2} F^{-1/2} Z^{-1/2} g`, always a descent direction, but large
         where gradients were tiny and blocks are fine.
-      estimator: "report" for the M of Lu et al. 2018; "projection" for M by eq. 2, with
-        a diagonal. None selects "projection" for a block alone, "report" for others.
-      weights: "constant" sums blocks as they are; "learned" along the direction that
-        the units of an array share, see :func:`scale_by_bma`.
+      estimator: a string, "report" for the M of Lu et al. 2018; "projection" for M by
+        eq. 2, with a diagonal. None selects "projection" for a block alone, "report"
+        for others.
+      weights: a string, "constant" to sum blocks as they are; "learned" to sum along
+        the direction that the units of an array share, see :func:`scale_by_bma`.
       update_interval: an integer >= 1, the steps from one computation of M^-½ to the
         next. The default 1 computes it at every step; 10 is cheaper with many blocks.
 
@@ -134,12 +135,14 @@ def adam_bma(
       weight_decay_mask: a tree of booleans like the parameters, or a function that
         returns one from the parameters: where weights decay. None stands for
         everywhere.
-      partition: the rule that cuts the parameters into blocks. The default
-        ``bma.per_leaf`` makes each array one block. An array without blocks gets Adam.
-      estimator: "report" for the M of Lu et al. 2018; "projection" for M by eq. 2, with
-        a diagonal. None selects "projection" for a block alone, "report" for others.
-      weights: "constant" sums blocks as they are; "learned" along the direction that
-        the units of an array share, see :func:`scale_by_bma`.
+      partition: a :class:`Rule`, which cuts the parameters into blocks. The default
+        ``bma.per_leaf`` makes each array one block; ``bma.units`` is for networks. An
+        array without blocks gets Adam.
+      estimator: a string, "report" for the M of Lu et al. 2018; "projection" for M by
+        eq. 2, with a diagonal. None selects "projection" for a block alone, "report"
+        for others.
+      weights: a string, "constant" to sum blocks as they are; "learned" to sum along
+        the direction that the units of an array share, see :func:`scale_by_bma`.
       min_eigenvalue: the floor of M's eigenvalues, a number >= 0. At 1 the update along
         block means can shrink but not grow. None stands for 1 with "projection", and
         for 0.3 with "report", which bounds the growth by 1.8.
@@ -224,10 +227,10 @@ def mini_bma(
       weight_decay_mask: a tree of booleans like the parameters, or a function that
         returns one from the parameters: where weights decay. None stands for
         everywhere.
-      partition: the rule whose blocks are the units. The default ``bma.per_unit`` knows
-        their axis from the names of arrays and warns where a name does not tell: pass
-        ``bma.per_column`` (last axis) or ``bma.per_row`` (first axis) then. Adam
-        updates an array without blocks.
+      partition: a :class:`Rule`, whose blocks are the units. The default
+        ``bma.per_unit`` knows their axis from the names of arrays and warns where a
+        name does not tell: pass ``bma.per_column`` (last axis) or ``bma.per_row``
+        (first axis) then. Adam updates an array without blocks.
       b3: the decay of the direction q, a number in [0, 1); the default averages over
         about 20 steps.
 
