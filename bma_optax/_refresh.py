@@ -5,6 +5,8 @@ and kept in the state between: its arrays have the same shapes and dtypes at eve
 ``count``, int32 of shape (), numbers the steps from 0.
 """
 
+import jax
+
 from bma_optax import _control_flow
 
 
@@ -26,7 +28,8 @@ def every(interval, count, refresh, last, young=False, also=False):
     due = count == 0 if interval is None else count % interval == 0
     if young:
         due |= (count & (count + 1) == 0) & (count + 1 < interval)
-    return _control_flow.cond(due | also, refresh, lambda: last)
+    with jax.named_scope("refresh"):
+        return _control_flow.cond(due | also, refresh, lambda: last)
 
 
 def at_each_step(interval):

@@ -93,10 +93,10 @@ def of(tree):
     return jax.tree.map(one, tree)
 
 
-def on_all_devices(like, tree):
+def replicated(like, tree):
     """For each array of ``like`` the sharding that has it on all devices of a tree."""
-    replicated = jax.sharding.NamedSharding(_explicit_mesh(tree), jax.P())
-    return jax.tree.map(lambda _: replicated, like)
+    everywhere = jax.sharding.NamedSharding(_explicit_mesh(tree), jax.P())
+    return jax.tree.map(lambda _: everywhere, like)
 
 
 def of_cells(like, sharding, shape):
@@ -115,7 +115,7 @@ def of_cells(like, sharding, shape):
     def one(x):
         first = len(x.shape) - dim
         kept = [
-            axis if n % (2 * _num_shards(mesh, axis)) == 0 else None
+            axis if n % (2 * num_shards(mesh, axis)) == 0 else None
             for axis, n in zip(spec, x.shape[first:], strict=True)
         ]
         return jax.sharding.NamedSharding(mesh, jax.P(*[None] * first, *kept))
@@ -123,7 +123,7 @@ def of_cells(like, sharding, shape):
     return jax.tree.map(one, like)
 
 
-def _num_shards(mesh, axis) -> int:
+def num_shards(mesh, axis) -> int:
     """Into how many parts an entry of a sharding's ``spec`` cuts an axis."""
     names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
     return math.prod(mesh.shape[name] for name in names)
@@ -164,24 +164,55 @@ def is_whole(x: jax.Array) -> bool:
     return jax.device_count() == 1 and all(axis is None for axis in sharding.spec)
 
 
-def everywhere(x: jax.Array) -> jax.Array:
-    """Returns ``x`` as held by every device, where XLA would choose by itself.
+def replicate(x: jax.Array) -> jax.Array:
+    """Returns ``x`` as held by every device.
 
-    It does so on automatic axes, and may shard a vector of few numbers, whose parts
-    devices then exchange one by one. It can be told better if a mesh is set, as by
-    ``jax.set_mesh``.
+    On automatic axes XLA would choose by itself, and may shard a vector of few numbers,
+    whose parts devices then exchange one by one. It can be told better if a mesh is
+    set, as by ``jax.set_mesh``.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    x, mesh = reshard(x), jax.sharding.get_abstract_mesh()
     traced = isinstance(x, jax.core.Tracer)
     if not traced or mesh.empty or not mesh.are_all_axes_auto:
         return x
     return jax.lax.with_sharding_constraint(x, jax.P())
 
 
-def replicated(x: jax.Array) -> jax.Array:
-    """Returns ``x`` on every device, if its type says that an axis is sharded."""
+def reshard(x: jax.Array, spec=()) -> jax.Array:
+    """``x``, sharded by ``spec`` where its type tells a sharding: on explicit axes.
+
+    Without ``spec``, every device holds it.
+    """
+    sharding = jax.typeof(x).sharding
+    wanted = (*spec, *[None] * (x.ndim - len(spec)))
+    if tuple(sharding.spec) == wanted:
+        return x
+    return jax.sharding.reshard(
+        x, jax.sharding.NamedSharding(sharding.mesh, jax.P(*wanted))
+    )
+
+
+def reshape(x: jax.Array, shape: tuple[int, ...], spec) -> jax.Array:
+    """``x`` in another shape, sharded by ``spec`` where the type tells a sharding.
+
+    On explicit axes JAX does not reshape an axis that is sharded unless it is told what
+    becomes of the shards.
+    """
     sharding = jax.typeof(x).sharding
     if all(axis is None for axis in sharding.spec):
-        return x
-    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.P())
-    return jax.sharding.reshard(x, everywhere)
+        return x.reshape(shape)
+    out = jax.sharding.NamedSharding(sharding.mesh, jax.P(*spec))
+    return jax.lax.reshape(x, shape, out_sharding=out)
+
+
+def shard_shape(x) -> tuple[int, ...]:
+    """The shape of what one device has of ``x``, as far as that is known.
+
+    Under ``jax.jit`` no type tells how automatic axes are sharded: it is then the shape
+    of all of ``x``.
+    """
+    traced = isinstance(x, jax.core.Tracer)
+    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
+    if sharding is None or (traced and sharding.mesh.empty):
+        return x.shape
+    return sharding.shard_shape(x.shape)

@@ -158,7 +158,8 @@ def test_bytes_of_state_and_the_report():
         (bma.per_unit, (8, 5), ("x", None), (None, None)),
         (bma.per_row, (8, 5), ("x", None), ("x", None)),
         (bma.stacked(bma.per_unit), (8, 4, 3), ("x", None, None), ("x", None, None)),
-        (bma.per_tile((2, 2)), (8, 6), ("x", None), (None,) * 4),
+        (bma.per_tile((2, 2)), (8, 6), ("x", None), ("x", None, None, None)),
+        (bma.per_tile((4, 2)), (8, 6), ("x", None), (None,) * 4),  # A tile is cut.
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """What an update costs on many devices: the collectives of the compiled program."""
 
+import contextlib
 import functools
 import math
 import re
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType
 from reference import compiled
@@ -87,6 +89,15 @@ def test_an_update_sums_once_along_each_axis_of_the_mesh(name, layout, kind):
         np.testing.assert_allclose(updates[key], wanted, rtol=1e-4, atol=1e-6)
 
 
+SHARDS = r"elements along axis \d, and tiles of \d do not divide"
+
+
+def optional_warning(message):
+    if message is None:
+        return contextlib.nullcontext()
+    return pytest.warns(UserWarning, match=message)
+
+
 def springs(fields):
     """Neighbours hold each other, along every axis, and fields their like."""
     total = 0.0
@@ -109,7 +120,11 @@ def springs(fields):
     ids=["1-D without jit", "2-D", "3-D"],
 )
 def test_newton_with_a_reach_on_explicit_axes(shape, tile, mesh, specs, jit):
-    """Tiles and levels that do not fit the shards, fields that are sharded unlike."""
+    """Tiles and levels that do not fit the shards, fields that are sharded unlike.
+
+    ``init`` warns where a shard is not whole tiles.
+    """
+    many = math.prod(mesh) > 1
     axes = ("x", "y")[: len(mesh)]
     # Without jit one device: see test_sharding_is_stable.
     mesh = jax.make_mesh(
@@ -134,7 +149,9 @@ def test_newton_with_a_reach_on_explicit_axes(shape, tile, mesh, specs, jit):
             return tx.update(grads, state, params, value_fn=lambda p: loss(p))
 
         may_jit = jax.jit if jit else lambda f: f
-        traces, state, steps = [], may_jit(tx.init)(params), []
+        with optional_warning(SHARDS if many and loss is not springs else None):
+            state = may_jit(tx.init)(params)
+        traces, steps = [], []
         for step in range(2 if jit else 3):
             compiled.clear()
             updates, new = may_jit(update)(grads, state, params)
@@ -197,29 +214,47 @@ def ten_steps_on_one_device():
     return np.asarray(params["u"])
 
 
-@pytest.mark.parametrize(
-    ("lengths", "kind"),
-    [((4,), AxisType.Auto), ((2, 2), AxisType.Auto), ((2, 2), AxisType.Explicit)],
-    ids=str,
-)
-def test_a_step_on_a_grid_sends_halos_alone(lengths, kind):
+@functools.cache
+def grid_program(lengths, kind):
+    """The mesh, a compiled step, and the parameters and the state that it starts at."""
     tx, step = grid_step(kind)
     mesh, sharding = meshed(lengths, kind)
     with jax.set_mesh(mesh):
         params = {"u": jax.device_put(grid_start(), sharding)}
-        state = jax.jit(tx.init)(params)
-        compiled_step = jax.jit(step).lower(params, state).compile()
-        # No gather of a number for each block, in any branch: they are 1/16 of a grid.
-        sizes = [
-            4 * math.prod(map(int, re.findall(r"\d+", lengths)))
-            for shapes, kind in COLLECTIVE.findall(compiled_step.as_text())
-            for lengths in re.findall(r"\w+\[([\d,]*)\]", shapes)
-            if kind != "collective-permute"
-        ]
-        assert max(sizes) < params["u"].nbytes / 16
-        # Two rows of the grid and as many columns are a halo.
-        without_refresh = hlo.collectives(compiled_step)
-        assert hlo.total(without_refresh) < 20 * 2 * 256 * 4
+        start = params, jax.jit(tx.init)(params)
+        return mesh, jax.jit(step).lower(*start).compile(), start
+
+
+every_mesh = pytest.mark.parametrize(
+    ("lengths", "kind"),
+    [((4,), AxisType.Auto), ((2, 2), AxisType.Auto), ((2, 2), AxisType.Explicit)],
+    ids=str,
+)
+
+
+@every_mesh
+def test_a_step_on_a_grid_sends_halos_alone(lengths, kind):
+    mesh, step, start = grid_program(lengths, kind)
+    # No gather of a number for each block, in any branch: they are 1/16 of a grid.
+    sizes = [
+        4 * math.prod(map(int, re.findall(r"\d+", lengths)))
+        for shapes, kind in COLLECTIVE.findall(step.as_text())
+        for lengths in re.findall(r"\w+\[([\d,]*)\]", shapes)
+        if kind != "collective-permute"
+    ]
+    assert max(sizes) < grid_start().nbytes / 16
+    # Two rows of the grid and as many columns are a halo.
+    halo = 2 * 256 * 4
+    seldom = "refresh", "more_probes"
+    sent = hlo.total(hlo.collectives(step, without=seldom))
+    assert sent < 20 * halo
+    # A refresh sends what its products do and a quarter: each takes one halo and gives
+    # one.
+    both = hlo.total(hlo.collectives(step, without=("more_probes",)))
+    (grid,) = bma.partition(start[0], bma.per_tile((4, 4), reach=1)).grids
+    assert both - sent < 1.25 * grid.num_products * 2 * halo
+    with jax.set_mesh(mesh):
+        params, state = start
         # A fourth of everything that has the size of a level is on each device.
         shares = {
             "K": state[0].K[0].smoother,
@@ -230,9 +265,8 @@ def test_a_step_on_a_grid_sends_halos_alone(lengths, kind):
         for name, x in shares.items():
             assert x.addressable_shards[0].data.size * 4 == x.size, name
         # One compilation: a step leaves everything where it was.
-        start = params, state
         for _ in range(10):
-            params, state = compiled_step(params, state)
+            params, state = step(params, state)
         for x, y in zip(*map(jax.tree.leaves, (start, (params, state))), strict=True):
             assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
             assert jax.typeof(x) == jax.typeof(y)
@@ -240,6 +274,22 @@ def test_a_step_on_a_grid_sends_halos_alone(lengths, kind):
     np.testing.assert_allclose(
         params["u"], ten_steps_on_one_device(), rtol=1e-4, atol=1e-5
     )
+
+
+@every_mesh
+def test_a_saved_step_goes_on_where_it_was(lengths, kind, tmp_path):
+    mesh, step, pair = grid_program(lengths, kind)
+    with jax.set_mesh(mesh), ocp.StandardCheckpointer() as checkpointer:
+        pair = step(*pair)
+        checkpointer.save(tmp_path / "state", pair)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(
+            tmp_path / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, pair)
+        )
+        after, again = step(*pair), step(*restored)
+    for x, y in zip(*map(jax.tree.leaves, (after, again)), strict=True):
+        assert x.sharding == y.sharding
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -285,15 +335,32 @@ def test_an_exported_step_goes_on_where_it_was():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["scale_by_bma", "scale_by_adam_bma"])
+TILED = {
+    "AdaGrad": bma.scale_by_bma(bma.per_tile((64, 64))),
+    "Adam": bma.scale_by_adam_bma(partition=bma.per_tile((64, 64))),
+    "learned": bma.scale_by_bma(
+        bma.within("block", bma.per_tile((64, 32))), weights="learned"
+    ),
+    "mini": bma.scale_by_mini_bma(partition=bma.per_tile((64, 32))),
+}
+
+
+@pytest.mark.parametrize("name", TILED)
 def test_tiles_on_explicit_axes_gather_block_sums_alone(name):
-    tx = getattr(bma, name)(partition=bma.per_tile((64, 64)))
+    tx = TILED[name]
     mesh, sharding = meshed((4,), AxisType.Explicit)
+    grads = {"u": jnp.asarray(grid_start())}
+    expected = jax.jit(lambda grads: tx.update(grads, tx.init(grads)))(grads)
     with jax.set_mesh(mesh):
-        grads = {"u": jax.device_put(grid_start(), sharding)}
-        state = tx.init(grads)
-        found = hlo.collectives(jax.jit(tx.update).lower(grads, state).compile())
-    assert max(x.bytes for x in found) <= 4 * 16
+        grads = jax.device_put(grads, sharding)
+        state = jax.jit(tx.init)(grads)
+        update = jax.jit(tx.update).lower(grads, state).compile()
+        updates, new = update(grads, state)
+    gathers = [x for x in hlo.collectives(update) if x.kind == "all-gather"]
+    assert max((x.bytes for x in gathers), default=0) <= 4 * 32
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+    for x, y in zip(*map(jax.tree.leaves, ((updates, new), expected)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
 
 
 PROCESS = """

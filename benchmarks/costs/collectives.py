@@ -7,11 +7,15 @@ Compiled for simulated devices; nothing is run. Each axis of a mesh cuts one axi
 grid. Bytes are those that one device receives. A step of heavy ball has one gradient, a
 refresh some products; both are there alone as well, as what cannot be saved. Memory is
 what XLA plans for one device: arguments, which are parameters and state, and
-temporaries. "moved" counts arrays of the state that the first step leaves elsewhere
+temporaries. "largest" is the largest array that devices gather or reduce, in any branch
+of the program. "moved" counts arrays of the state that the first step leaves elsewhere
 than `init` made them: a second compilation follows, and the numbers are that program's.
+
+A halo is all faces of a device's part of the grid, once from each side.
 """
 
 import math
+import os
 from typing import Any
 
 import jax
@@ -43,24 +47,18 @@ def fields_loss(fields: dict[str, jax.Array]) -> jax.Array:
     return total + sum(jnp.sum((a - b) ** 2) for b in others)
 
 
-def heavy_ball(rule: Any, interval: int) -> Any:
-    return optax.chain(
-        bma.scale_by_newton_bma(rule, update_interval=interval),
-        optax.trace(0.45),
-        optax.scale(-1.3),
-    )
+def heavy_ball(rule: Any) -> Any:
+    direction = bma.scale_by_newton_bma(rule)
+    return optax.chain(direction, optax.trace(0.45), optax.scale(-1.3))
 
 
-def newton(rule: Any, interval: int) -> Any:
-    return bma.newton_bma(rule, update_interval=interval)
+METHODS = {"heavy ball": heavy_ball, "newton_bma": bma.newton_bma}
 
 
-METHODS = {"heavy ball": heavy_ball, "newton_bma": newton}
-
-
-def numbers(program: Any) -> dict[str, Any]:
-    found = hlo.collectives(program)
-    worst = hlo.collectives(program, dearest=True)
+def numbers(program: Any, refresh: bool = False) -> dict[str, Any]:
+    seldom = "more_probes", *(() if refresh else ("refresh",))
+    found = hlo.collectives(program, without=seldom)
+    every = hlo.collectives(program)
     memory = program.memory_analysis()
     gathers = [x for x in found if x.kind != "collective-permute"]
     return {
@@ -68,7 +66,9 @@ def numbers(program: Any) -> dict[str, Any]:
         "permutes": sum(x.times for x in found if x.kind == "collective-permute"),
         "gathered": hlo.total(gathers),
         "gathers": sum(x.times for x in gathers),
-        "largest": max((x.bytes for x in worst), default=0),
+        "largest": max(
+            (x.largest for x in every if x.kind != "collective-permute"), default=0
+        ),
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
     }
@@ -95,13 +95,18 @@ def measure(shape, lengths, kind, method, fields) -> dict[str, Any]:
         return jax.jvp(jax.grad(f), (x,), (v,))[1]
 
     with jax.set_mesh(mesh):
+        program, info = step_program(METHODS[method](rule), f, params)
         found = {
             "gradient": numbers(compiled(jax.grad(f), params)[0]),
             "product": numbers(compiled(product, params, params)[0]),
+            "step": numbers(program) | info,
+            "step with refresh": numbers(program, refresh=True),
         }
-        for name, interval in (("step", 10), ("step with refresh", 1)):
-            program, info = step_program(METHODS[method](rule, interval), f, params)
-            found[name] = numbers(program) | info
+    part = [n // k for n, k in zip(shape, (*lengths, *[1] * len(shape)), strict=False)]
+    faces = [math.prod(part) // part[i] for i, k in enumerate(lengths) if k > 1]
+    found["step"]["halo"] = 4 * 2 * sum(faces) * fields
+    (grid,) = bma.partition(params, rule).grids
+    found["step with refresh"]["products"] = grid.num_products
     return found
 
 
@@ -117,7 +122,7 @@ def step_program(tx: Any, f: Any, params: Any) -> tuple[Any, dict[str, Any]]:
     def compile_for(state):
         return compiled(step, params, state, donate_argnums=(0, 1))
 
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     program, seconds = compile_for(state)
     _, left = program.output_shardings
     moved = jax.tree.map(
@@ -154,7 +159,39 @@ def table(shape, cells: dict[str, Any]) -> str:
     columns += ["gathered or reduced (number)", "largest", "arguments", "temporaries"]
     columns += ["arrays moved"]
     head = f"\n### {' x '.join(map(str, shape))}, {4 * math.prod(shape):,} bytes\n\n"
-    return head + tables.table(columns, lines)
+    return head + tables.table(columns, lines) + "\n\n" + ratios(shape, cells)
+
+
+def ratios(shape, cells: dict[str, Any]) -> str:
+    """The same numbers relative to what they are compared with."""
+    lines, alone = [], {}
+    for where, programs in cells.items():
+        devices, *_ = where.split()
+        step, refresh = programs["step"], programs["step with refresh"]
+        held = step["arguments"] + step["temporaries"]
+        if devices == "1":
+            alone[where[1:]] = held
+            continue
+        share = alone.get(where.removeprefix(devices).replace("explicit", "auto"))
+        more = refresh["permuted"] - step["permuted"]
+        lines.append(
+            [
+                where,
+                f"{100 * step['largest'] / (4 * math.prod(shape)):.1f}",
+                f"{step['permuted'] / step['halo']:.1f}",
+                f"{more / products_of(programs):.2f}",
+                f"{held * math.prod(lengths(devices)) / share:.2f}" if share else "",
+            ]
+        )
+    columns = ["devices", "largest, % of a field", "a step permutes, halos"]
+    columns += ["a refresh, of its products", "memory, of the share of one device"]
+    return tables.table(columns, lines)
+
+
+def products_of(programs: dict[str, Any]) -> int:
+    """The bytes that the products of a refresh permute."""
+    products = programs["step with refresh"]["products"]
+    return products * programs["product"]["permuted"]
 
 
 def lengths(text: str) -> tuple[int, ...]:
@@ -164,7 +201,7 @@ def lengths(text: str) -> tuple[int, ...]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser("benchmarks.costs.collectives", __doc__)
-    add, default = parser.add_argument, [(512, 512), (64, 64, 64)]
+    add, default = parser.add_argument, [(512, 512), (1024, 1024), (64, 64, 64)]
     add("--shapes", nargs="+", type=lengths, default=default)
     meshes = [(1,), (2,), (4,), (8,), (4, 2)]
     add("--meshes", nargs="+", type=lengths, default=meshes)
@@ -174,6 +211,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse(arguments)
     number = max(map(math.prod, options.meshes))
     jax.config.update("jax_num_cpu_devices", number)
+    # Machine code that is never run need not be fast.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
     results = Results(options, {}, jax, optax, bma)
     for shape in options.shapes:
         cells = {}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _names, _sharding, _xla
+from bma_optax import _names, _xla
 from bma_optax.adaptive import _direction
 from bma_optax.partitions import _units
 
@@ -90,13 +90,12 @@ class Columns:
                 def in_two_steps(x, W):
                     return _xla.total_in_two_steps(x * W, units.inputs)
 
-                sums = jax.lax.platform_dependent(
+                return jax.lax.platform_dependent(
                     units.split(x),
                     W.astype(x.dtype),
                     cpu=units.times,
                     default=in_two_steps,
                 )
-                return _sharding.replicated(sums)
             return array.sums(x, _xla.total) if array.num_blocks else None
 
         return self.blocks.join_arrays([one(*each) for each in self._each(tree)], tree)
@@ -112,8 +111,7 @@ class Columns:
 
         def one(array, units, x, W):
             if units is not None:
-                sums = _xla.total_of(weighted, units.inputs, units.split(x), W)
-                return _sharding.replicated(sums)
+                return _xla.total_of(weighted, units.inputs, units.split(x), W)
             return array.sums(x, total) if array.num_blocks else None
 
         return self.blocks.join_arrays([one(*each) for each in self._each(h)], h)

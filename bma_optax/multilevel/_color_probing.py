@@ -59,7 +59,7 @@ def numbers(key, axes, dtype) -> list[Numbers]:
     sizes = [n for axis in axes for n in (axis.num_cells, axis.num_cells, axis.n)]
     # Draw all numbers in one call: each call takes 0.1 s to compile.
     uniform = jax.random.uniform(key, (sum(sizes),), dtype, minval=-1.0, maxval=1.0)
-    parts = jnp.split(uniform, np.cumsum(sizes)[:-1])
+    parts = jnp.split(_sharding.replicate(uniform), np.cumsum(sizes)[:-1])
     return [
         Numbers(_signs(signs), tests, _signs(weights))
         for signs, tests, weights in zip(
@@ -180,7 +180,7 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
                 x = probe * rest
                 y = response(field, x, probe)
                 diagonal = [d + own(field, a, x * y[a]) for a, d in enumerate(diagonal)]
-                inner = [{(): stacked(y)} for _ in kinds]
+                inner = [{(): jnp.stack(y)} for _ in kinds]
             else:
                 inner, diagonal = along(axis - 1, field, probe * rest, diagonal)
             parts = [
@@ -255,8 +255,3 @@ def _block_sums(x, weights, axis, tile, positions):
             part = jnp.pad(part, [(0, int(i == axis)) for i in range(x.ndim)])
         total = total + part
     return total
-
-
-def stacked(fields):
-    """Stacks arrays of one shape as one array, which lies on every device."""
-    return jnp.stack([_sharding.replicated(x) for x in fields])

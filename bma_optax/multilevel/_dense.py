@@ -56,7 +56,7 @@ class Dense:
 
     def shardings(self, leaves) -> tuple[Any, Any, Any]:
         """The shardings of N, K and Λ over explicit axes: all are on all devices."""
-        return _sharding.on_all_devices(self.like(jnp.float32), leaves)
+        return _sharding.replicated(self.like(jnp.float32), leaves)
 
     def sums(self, leaves) -> jax.Array:
         """Sums over the elements of each block, shape (L_dense,)."""

@@ -103,6 +103,7 @@ class Hierarchy:
             _, S = stencil.coarsen(S, tile)
             operators.append(S)
             n2 = _restrict(n2, tile)
+        S, n2 = map(_sharding.replicate, (S, n2))  # Few numbers, as are those below.
         root = jnp.sqrt(_or_one(n2).reshape(-1))
         outer = root[:, None] * jnp.broadcast_to(root, (root.size, root.size))
         M = self.bottom.dense(S) / outer
@@ -130,7 +131,7 @@ class Hierarchy:
         if not below:
             return inverse
         # Few numbers, which shards would exchange at each of many steps.
-        below = jax.tree.map(_sharding.everywhere, below)
+        below = jax.tree.map(_sharding.replicate, below)
         last, first = self._last, self.num_cycled
         levels = [
             self._level(i, smoother, functools.partial(self.levels[i][0].matvec, S))
@@ -140,9 +141,9 @@ class Hierarchy:
         def column(r):
             return _cycles.solve(levels, inverse, r, (below, r))
 
-        units = jnp.eye(last.num_cells, dtype=inverse.dtype)
+        units = _sharding.replicate(jnp.eye(last.num_cells, dtype=inverse.dtype))
         columns = jax.vmap(column)(units.reshape(-1, last.fields, *last.grid))
-        columns = columns.reshape(units.shape)
+        columns = _sharding.replicate(columns.reshape(units.shape))
         return (columns + columns.T) / 2
 
     def solve(self, product, levels: Levels, r):

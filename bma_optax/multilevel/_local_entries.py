@@ -114,11 +114,12 @@ def _measure(
         passes = error <= least
         # A product with a multiple of a vector differs from that multiple of its
         # product by rounding, in whatever dtype the user's function computes.
-        rounding = _control_flow.cond(
-            passes,
-            lambda: error,
-            lambda: _relative_error(image / units, test(axes, _SCALE) / units),
-        )
+        with jax.named_scope("more_probes"):
+            rounding = _control_flow.cond(
+                passes,
+                lambda: error,
+                lambda: _relative_error(image / units, test(axes, _SCALE) / units),
+            )
         tolerance = jnp.where(passes, least, jnp.clip(16 * rounding, least, _MOST))
         spent = spent + jnp.where(passes, 0, num_tests).astype(jnp.int32)
     else:
@@ -139,7 +140,8 @@ def _measure(
         check = Check(error, tolerance)
         return Entries(N, values, check, rounding, spent + jnp.int32(count))
 
-    return _control_flow.cond(error <= tolerance, lambda: found, again)
+    with jax.named_scope("more_probes"):
+        return _control_flow.cond(error <= tolerance, lambda: found, again)
 
 
 def _as_stencil(sums):

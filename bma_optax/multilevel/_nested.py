@@ -74,7 +74,7 @@ class Nested:
     def shardings(self, leaves) -> tuple[Any, Any, Any]:
         """The shardings of N, K and Λ over explicit axes: as the first field's."""
         N, K, Lambda = self.like(jnp.float32)
-        inverse = _sharding.on_all_devices(K.levels.inverse, leaves)
+        inverse = _sharding.replicated(K.levels.inverse, leaves)
         K = K._replace(levels=K.levels._replace(inverse=None))
         first = _sharding.of(leaves)[self.fields.positions[0]]
         N, K, Lambda = _sharding.of_cells(

@@ -78,7 +78,7 @@ class CoarseSystems:
         """Those of N, K and Λ over explicit axes; :meth:`like` tells their shapes."""
         leaves = jax.tree.leaves(params)
         if not self.systems:
-            return _sharding.on_all_devices(self.like(jnp.float32), leaves)
+            return _sharding.replicated(self.like(jnp.float32), leaves)
         parts = [system.shardings(leaves) for system in self.systems]
         N, K, Lambda = zip(*parts, strict=True)
         return N, K, Lambda

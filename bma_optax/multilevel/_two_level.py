@@ -24,7 +24,7 @@ from bma_optax.curvature._probing import LinearOperator, Probed
 from bma_optax.multilevel import _coarse_system, _local_entries
 from bma_optax.multilevel._smoother import positive
 from bma_optax.multilevel._systems import CoarseSystems
-from bma_optax.partitions import _build
+from bma_optax.partitions import _build, _sizes
 from bma_optax.partitions._rules import Rule
 
 
@@ -145,9 +145,10 @@ class TwoLevel(CoarseSystems):
                     found, more = _diagonal.probed(curvature, G, every, key_diagonal)
                     return found, products + more
 
-                diagonal, products = _control_flow.cond(
-                    local, lambda: (diagonal, products), without_a_reach
-                )
+                with jax.named_scope("more_probes"):
+                    diagonal, products = _control_flow.cond(
+                        local, lambda: (diagonal, products), without_a_reach
+                    )
         diagonal = jax.tree.map(jnp.abs, diagonal)
         n2 = self.block_sums(positive(self, diagonal))
         rounding = [
@@ -240,7 +241,7 @@ class TwoLevel(CoarseSystems):
     def _shardings(self, params) -> tuple[Any, Factor]:
         """The shardings of what :meth:`initial` returns, over explicit axes."""
         N, K, Lambda = self.shardings(params)
-        one = _sharding.on_all_devices(jax.ShapeDtypeStruct((), bool), params)
+        one = _sharding.replicated(jax.ShapeDtypeStruct((), bool), params)
         return N, Factor(_sharding.of(params), Lambda, K, one, one)
 
     def _smoother(self, Lambda, like, damping):
@@ -263,9 +264,12 @@ def two_level(params, rule: Rule) -> TwoLevel:
 def checked_two_level(params, rule: Rule) -> TwoLevel:
     """The two-level method of a rule on these parameters, for use in ``init``.
 
-    Raises an error for matrices that are too large, and warns of guesses.
+    Raises an error for matrices that are too large, and warns of guesses and of shards
+    that are not whole tiles.
     """
-    return TwoLevel(_build.partition(params, rule))
+    blocks = _build.partition(params, rule)
+    _sizes.warn_of_shards(blocks, params)
+    return TwoLevel(blocks)
 
 
 def _whole_diagonal(curvature, G, parts, key) -> Probed:

@@ -138,13 +138,13 @@ class Partition:
         sums: dict[int, jax.Array] = {}
         for array, numbers in zip(self.arrays, parts, strict=True):
             if array.num_blocks and numbers is not None:
-                part = numbers.reshape(-1).astype(dtype)
+                part = _sharding.reshard(numbers).reshape(-1).astype(dtype)
                 start = array.start
                 sums[start] = sums[start] + part if start in sums else part
         ordered = [sums[start] for start in sorted(sums)]
         if not ordered:
             return jnp.zeros(0, dtype)
-        return _sharding.everywhere(jnp.concatenate(ordered))
+        return _sharding.replicate(jnp.concatenate(ordered))
 
     def expand(
         self,
@@ -203,7 +203,7 @@ class Partition:
             finite = [jnp.where(jnp.isfinite(x), x, 0) for x in vectors]
             vectors = _xla.materialize(vectors, finite)
         return {
-            start: _sharding.everywhere(
+            start: _sharding.replicate(
                 vector[start - batch[0] : ends[start] - batch[0]]
             )
             for batch, vector in zip(batches, vectors, strict=True)

@@ -4,7 +4,11 @@ A dense group of L blocks holds L² numbers and costs O(L³) a solve. A grid hol
 numbers a block and costs some products for each of its fields, see ``_systems``.
 """
 
-from bma_optax import _names, _warnings
+from typing import Any
+
+import jax
+
+from bma_optax import _names, _sharding, _warnings
 from bma_optax.partitions._blocks import Partition
 
 _MANY_BLOCKS = 1000
@@ -65,3 +69,27 @@ def check_grids(blocks: Partition) -> None:
             _warnings.warn(
                 f"{found}each refresh costs {grid.num_products:,} products. {advice}"
             )
+
+
+def warn_of_shards(blocks: Partition, params: Any) -> None:
+    """A UserWarning for an array on a grid whose shards do not end where tiles do.
+
+    Args:
+      blocks: the partition.
+      params: its parameters, whose shards ``jax.jit`` hides on automatic axes.
+    """
+    for array, leaf in zip(blocks.arrays, jax.tree.leaves(params), strict=True):
+        if not array.is_grid:
+            continue
+        parts = _sharding.shard_shape(leaf)
+        lengths = zip(array.shape, parts, array.tile or (), strict=True)
+        for axis, (n, part, t) in enumerate(lengths):
+            if part < n and part % t:
+                _warnings.warn(
+                    f"{_names.name_of(array.path)!r} of shape {array.shape}: a device "
+                    f"has {part:,} of its {n:,} elements along axis {axis}, and tiles "
+                    f"of {t} do not divide these. Devices then exchange more than what "
+                    f"is next to their borders. Pass a tile of a length that divides "
+                    f"{part:,} instead, or shard another axis."
+                )
+                return

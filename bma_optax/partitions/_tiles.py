@@ -99,7 +99,7 @@ class Tiles:
         whole = [g == 1 for g in self.grid]
         x = total(x, tuple(i for i, w in enumerate(whole) if w))
         if all(w or t == 1 for w, t in zip(whole, tile, strict=True)):
-            return _sharding.replicated(x)
+            return x
 
         def cut(x):
             for axis, (w, t) in enumerate(zip(whole, tile, strict=True)):
@@ -107,7 +107,7 @@ class Tiles:
                     x = axis_sums(x, axis, t)
             return x
 
-        return _sharding.automatic(cut, x, out=lambda: _sharding.on_all_devices(x, x))
+        return _sharding.automatic(cut, x, out=lambda: _sharding.replicated(x, x))
 
     def fill_like(self, values: jax.Array, leaf: jax.Array) -> jax.Array:
         """As :meth:`fill`, in the dtype and the sharding of ``leaf``."""

@@ -66,15 +66,34 @@ class Units:
 
     def split(self, x: jax.Array) -> jax.Array:
         """An array in the shape of the view."""
-        return (
-            x if self.view == self.shape else _sharding.replicated(x).reshape(self.view)
-        )
+        if self.view == self.shape:
+            return x
+        kept, spec = self._spec(x)
+        return _sharding.reshape(_sharding.reshard(x, kept), self.view, spec)
 
     def join(self, x: jax.Array, like: jax.Array) -> jax.Array:
         """The inverse of :meth:`split`, sharded as the array is."""
         if self.view == self.shape:
             return x
-        return _sharding.typed_like(x.reshape(self.shape), like)
+        kept, _ = self._spec(like)
+        return _sharding.typed_like(_sharding.reshape(x, self.shape, kept), like)
+
+    def _spec(self, x: jax.Array) -> tuple[list[Any], list[Any]]:
+        """What stays of the explicit sharding of an array, and that of its view.
+
+        An axis that tiles cut in two keeps its shards if they are whole tiles.
+        """
+        sharding = jax.typeof(x).sharding
+        kept: list[Any] = []
+        spec: list[Any] = []
+        for n, axis in zip(self.shape, sharding.spec, strict=True):
+            first, last = len(spec), len(spec) + 1
+            while math.prod(self.view[first:last]) < n:
+                last += 1
+            whole = self.view[first] % _sharding.num_shards(sharding.mesh, axis) == 0
+            kept.append(axis if whole else None)
+            spec += [kept[-1], *[None] * (last - first - 1)]
+        return kept, spec
 
     def over_inputs(self, x: jax.Array) -> jax.Array:
         """Sums over each block."""
