@@ -17,7 +17,8 @@ except ImportError:  # JAX 0.12.0.1 has it no more.
     def shard_alike(x, y):
         """Returns ``x`` and ``y``. XLA shards alike what a select takes."""
         first = jax.lax.optimization_barrier(True)
-        return jax.lax.select(jax.lax.broadcast(first, x.shape), x, y), y
+        like = y.astype(x.dtype)
+        return jax.lax.select(jax.lax.broadcast(first, x.shape), x, like), y
 
 
 def typed_like(x, leaf):
