@@ -326,6 +326,30 @@ def test_masks_after_the_optimiser(dtype):
         np.testing.assert_allclose(found["b"], -0.9 / 0.19, rtol=10 * tolerance)
 
 
+def test_an_array_whose_changes_cancel_is_not_masked():
+    """From equal elements, one moves up by as much as the other moves down."""
+
+    def f(p):
+        difference = p["a"][0] - p["a"][1] - 0.4
+        return difference**2 + 50 * difference**4 + jnp.sum((p["b"] - 1) ** 2)
+
+    solver = bma.newton_bma()
+
+    @jax.jit
+    def run(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = solver.update(
+                jax.grad(f)(params), state, params, value_fn=f
+            )
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, solver.init(params)), length=20)[0][0]
+
+    found = run({"a": jnp.full(2, 1.5, "float32"), "b": jnp.zeros(3, "float32")})
+    assert f(found) < 1e-10
+
+
 def test_dead_parameters_and_no_curvature_at_all():
     """A zero row of G, or G = 0, gives finite steps, and none for a zero gradient."""
     params = jnp.ones(4)
@@ -560,6 +584,11 @@ def test_refreshes_on_demand_and_every_tenth_step_with_a_rate():
         return jax.lax.scan(step, state, length=11)[0]
 
     assert eleven(tx.init(params))[0].refreshes == 2
+    tx = bma.newton_bma()  # Here the step rule asks for refreshes, and the user may.
+    update = jax.jit(functools.partial(tx.update, value_fn=moving, scale=1.0))
+    _, state = update(params, tx.init(params), params, refresh=False)
+    _, state = update(params, state, params, refresh=True)
+    assert state[0].refreshes == 2 and state[2].drift == state[2].model_error
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,21 @@ def test_arguments_reach_the_loss():
 def test_a_nonfinite_curvature_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         bma.suggest_partition(lambda u: jnp.sum(jnp.sqrt(u)), -jnp.ones((9, 9)))
+    with pytest.raises(ValueError, match="not finite"):  # Finite nearby is not enough.
+        bma.suggest_partition(
+            lambda u: smooth(u) + jnp.sum(jnp.abs(u) ** 1.5), jnp.zeros((9, 9))
+        )
+
+
+def test_steps_that_solve_exactly_are_counted(capsys):
+    """Here differences have no curvature yet, and the diagonal is all of G."""
+
+    def loss(u):
+        fourth = [jnp.sum(jnp.diff(u, axis=axis) ** 4) for axis in (0, 1)]
+        return sum(fourth) + jnp.sum((u[::5, ::7] - 1) ** 2)
+
+    assert bma.suggest_partition(loss, jnp.zeros((N, N))) == bma.per_leaf
+    assert "with blocks, 1 without" in capsys.readouterr().out
 
 
 def test_under_jit_it_is_refused():

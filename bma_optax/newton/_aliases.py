@@ -10,6 +10,7 @@ for parameters θ and gradients g of one structure and shapes. C comes from
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from bma_optax import _checks, _rates
@@ -73,7 +74,8 @@ def newton_bma(
 
     Returns:
       A chain of :func:`scale_by_newton_bma` and the step rule. ``update`` takes
-      ``value_fn``, the loss, and the other arguments of the loss. It saves a gradient
+      ``value_fn``, the loss, and the other arguments of the loss, and ``refresh``, a
+      boolean that asks for a refresh at this step. It saves a gradient
       a step in the loop that Optax has for L-BFGS, with
       ``optax.value_and_grad_from_state(value_fn)`` and ``update(..., value=value,
       grad=grad, value_fn=value_fn)``, if nothing changes the updates afterwards and
@@ -232,15 +234,15 @@ def _descend(
         )
         chain = optax.chain(direction, optax.scale(-1.0), rule)
 
-        def update_fn(updates, state, params=None, **extra_args):
+        def update_fn(updates, state, params=None, *, refresh=False, **extra_args):
             if on_demand:
                 made, taken = state[0], state[-1]
                 steps = taken.products
                 pays = (made.products <= _PRODUCTS_A_STEP * steps) | (
                     _STEPS * made.refreshes <= steps
                 )
-                extra_args |= {"refresh": (taken.drift > _STALE) & pays}
-            return chain.update(updates, state, params, **extra_args)
+                refresh = jnp.asarray(refresh, bool) | (taken.drift > _STALE) & pays
+            return chain.update(updates, state, params, refresh=refresh, **extra_args)
 
         return _masks.heed(optax.GradientTransformationExtraArgs(chain.init, update_fn))
     parts: list[Any] = [direction, _rates.scale(learning_rate)]

@@ -86,13 +86,17 @@ def _vector(f, tree, dtype):
 def _checksum(x):
     """A checksum of all bits of x, uint32 of shape ().
 
-    It always changes if one element of x changes.
+    Words are hashed before they are summed, or changes of opposite sign, as those of
+    [1.5, 1.5] to [1.75, 1.25], would cancel.
     """
     bits = 8 * x.dtype.itemsize
     words = jax.lax.bitcast_convert_type(x, f"uint{bits}")
     if bits == 64:
         words = words ^ (words >> jnp.uint64(32))
-    return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+    words = words.astype(jnp.uint32)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        words = (words ^ (words >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return jnp.sum(words ^ (words >> jnp.uint32(16)), dtype=jnp.uint32)
 
 
 def _nudge(g, p):

@@ -129,15 +129,18 @@ def _probe(product, params) -> _structure.Probe:
         y = product(point, jax.tree.unflatten(treedef, v))
         return [np.asarray(x, float) for x in jax.tree.leaves(y)]
 
-    ones = [np.ones(x.shape) for x in leaves]
-    point = near
-    if not all(np.all(np.isfinite(x)) for x in at(near, ones)):
-        point = params
-        if not all(np.all(np.isfinite(x)) for x in at(params, ones)):
-            raise ValueError(
-                "The curvature of `value_fn` is not finite at these parameters. Pass "
-                "parameters at which the loss has finite second derivatives."
-            )
+    def is_finite(point):
+        return all(
+            np.all(np.isfinite(x))
+            for x in at(point, [np.ones(x.shape) for x in leaves])
+        )
+
+    if not is_finite(params):
+        raise ValueError(
+            "The curvature of `value_fn` is not finite at these parameters. Pass "
+            "parameters at which the loss has finite second derivatives."
+        )
+    point = near if is_finite(near) else params
     eps = max((float(jnp.finfo(x.dtype).eps) for x in leaves), default=1e-7)
     return _structure.Probe(lambda v: at(point, v), eps)
 

@@ -67,7 +67,8 @@ def trial(method, refresh, product, params, noise) -> Trial:
     converged = len(falls) < MOST_STEPS
     # Both sums are as exact as the numbers in them, and no more.
     rounding = 1e3 * float(jnp.finfo(_tree.common_statistic_dtype(params)).eps)
-    as_far = np.sum(others) >= (1 - rounding) * whole and _is_flat(others)
+    done = len(others) < most or _is_flat(others)
+    as_far = np.sum(others) >= (1 - rounding) * whole and done
     left, left_without = (
         float(1 - np.sum(x) / whole) if whole else 0.0 for x in (falls, others)
     )
