@@ -33,6 +33,24 @@ ANY_LOSS = bma.GaussNewton(lambda p: p, lambda y, loss_of: loss_of(y))
 # The units of arrays that have no name to go by, as in many tests.
 UNITS = bma.within("block", bma.per_column)
 
+# The losses of the tests couple all elements of an array.
+GRID = bma.per_tile((2,), reach=15)
+OTHERS = [(name,) for name in ("0", "b", "bias", "embedding")]
+
+
+@dataclasses.dataclass(frozen=True)
+class GridsAndOthers(bma.Rule):
+    """Arrays with some names have one block and no reach: a grid is a long program."""
+
+    def tile(self, path, shape):
+        return shape if self.is_other(path) else GRID.tile(path, shape)
+
+    def reach(self, path, shape):
+        return None if self.is_other(path) else GRID.reach(path, shape)
+
+    def is_other(self, path):
+        return "c" in path[:1] or path[-1:] in OTHERS
+
 
 METHODS = [
     row("adagrad_bma", bma.adagrad_bma, learning_rate=1.0),
@@ -83,8 +101,7 @@ METHODS = [
         bma.newton_bma,
         trees=4,
         learning_rate=None,
-        # The losses of the tests couple all elements of an array.
-        partition=bma.per_tile((2,), reach=15),
+        partition=GridsAndOthers(),
     ),
     row(
         "natural_bma per_column by layer damped",
@@ -102,9 +119,9 @@ METHODS = [
 ]
 BY_NAME = {m.id: m.values[0] for m in METHODS}
 every_method = pytest.mark.parametrize("method", METHODS)
-# One of each kind, for what is told of a wrapper: first order, and Newton with a dense
-# coarse matrix and with nested ones.
-KINDS = ("adagrad_bma", "newton_bma", "newton_bma with a reach")
+# One of each kind, for what is told of a wrapper: first order; and Newton, whose state
+# holds a dense coarse matrix and nested ones.
+KINDS = ("adagrad_bma", "newton_bma with a reach")
 every_kind = pytest.mark.parametrize("method", [m for m in METHODS if m.id in KINDS])
 # Those with a rate, which need neither parameters nor a loss.
 RATED = [m for m in METHODS if m.values[0].kwargs["learning_rate"] is not None]

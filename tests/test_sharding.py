@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import os
 import re
 import socket
 import subprocess
@@ -417,10 +418,11 @@ def test_two_processes_make_the_update_of_one():
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     script = textwrap.dedent(PROCESS)
+    flags = re.sub("device_count=[0-9]+", "device_count=1", os.environ["XLA_FLAGS"])
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", script, address, str(number)],
-            env={"JAX_PLATFORMS": "cpu", "PATH": ""},
+            env={"JAX_PLATFORMS": "cpu", "PATH": "", "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
