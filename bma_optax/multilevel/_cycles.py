@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from bma_optax import _control_flow, _xla
 
-# So many levels are written step by step, where they are not loops: the program of one
-# has two or three times that of the next.
+# The number of levels that are written step by step off the CPU. Each one makes the
+# program two or three times larger.
 _UNROLLED = 2
 
 
@@ -48,7 +48,7 @@ def solve(levels: Sequence[Level], inverse, r, operands=()):
 
 
 def _solve(levels, inverse, r, operands, loops):
-    """The same, with loops for so many of the first levels."""
+    """Solves as :func:`solve` does, with loops for so many of the first levels."""
     if not levels:
         return _xla.product(inverse, r.reshape(-1)).reshape(r.shape)
     (multiply, smooth, restrict, prolong, coefficients), *below = levels

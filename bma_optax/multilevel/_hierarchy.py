@@ -51,7 +51,7 @@ class Hierarchy:
 
     levels: tuple[tuple[Stencil, Shape], ...]  # with the tiles that are the next cells.
     bottom: Stencil
-    num_cycled: int  # So many levels have cycles. On the one below is a matrix.
+    num_cycled: int  # The number of levels with cycles. The next one has a matrix.
 
     @property
     def share(self) -> float:
@@ -103,7 +103,7 @@ class Hierarchy:
             _, S = stencil.coarsen(S, tile)
             operators.append(S)
             n2 = _restrict(n2, tile)
-        S, n2 = map(_sharding.replicate, (S, n2))  # Few numbers, as are those below.
+        S, n2 = map(_sharding.replicate, (S, n2))  # These are few numbers.
         root = jnp.sqrt(_or_one(n2).reshape(-1))
         outer = root[:, None] * jnp.broadcast_to(root, (root.size, root.size))
         M = self.bottom.dense(S) / outer

@@ -75,7 +75,7 @@ class CoarseSystems:
         return N, K, Lambda
 
     def shardings(self, params) -> tuple[Any, Any, Any]:
-        """Those of N, K and Λ over explicit axes; :meth:`like` tells their shapes."""
+        """The shardings of N, K and Λ, see :meth:`like`, over explicit axes."""
         leaves = jax.tree.leaves(params)
         if not self.systems:
             return _sharding.replicated(self.like(jnp.float32), leaves)

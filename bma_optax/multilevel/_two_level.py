@@ -64,7 +64,7 @@ class TwoLevel(CoarseSystems):
 
     @_control_flow.compiled
     def _initial(self, zeros) -> tuple[Any, Factor]:
-        """The same, for zeros like the parameters.
+        """Does what :meth:`initial` does, from zeros like the parameters.
 
         Everything is made of them as a refresh makes it of the parameters, so that it
         lies where a refresh leaves it.
@@ -113,7 +113,7 @@ class TwoLevel(CoarseSystems):
         return _sharding.automatic(gather, *arrays, out=shardings)
 
     def _gather(self, curvature, G, given, key, known_far) -> Gathered:
-        """The same, with the diagonal that is given, or None."""
+        """Gathers as :meth:`gather` does, with the diagonal that is given, or None."""
         key_diagonal, key_rounding = (
             jax.random.fold_in(key, len(self.systems) + i) for i in (0, 1)
         )

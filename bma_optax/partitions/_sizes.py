@@ -46,7 +46,7 @@ def check_dense(blocks: Partition) -> None:
 
 
 def check_grids(blocks: Partition) -> None:
-    """The same for grids, whose fields all see each other."""
+    """Checks grids as :func:`check_dense` does; their fields all see each other."""
     for grid in blocks.grids:
         array, more = grid.arrays[0], len(grid.arrays) - 1
         bottom, held = grid.levels[1].num_cells, grid.num_statistics
