@@ -306,6 +306,7 @@ WAYS = {"jit": BY_NAME, "jit outside the mesh": KINDS, "no jit": FEW}
     ("name", "how"),
     [(name, how) for name in BY_NAME for how in WAYS if name in WAYS[how]],
 )
+@pytest.mark.filterwarnings("ignore:'kernel'.*a device has 1 of its 2 elements")
 def test_sharding_is_stable(name, how):
     """Explicit axes; a sharded array's state is sharded as it is.
 
