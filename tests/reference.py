@@ -185,25 +185,36 @@ class DenseMiniBMA:
         return update
 
 
-def newton_inverse(G, labels, groups=None, damping=0.0):
+def newton_inverse(G, labels, groups=None, damping=0.0, positions=None):
     """The inverse C that Newton-BMA applies, for a curvature G of d x d.
 
     It takes the absolute diagonal of G, floors Λ, and takes absolute eigenvalues of M.
     ``labels`` names the block of each element, -1 where it has none. ``groups`` names
-    the group of each label; blocks of two groups do not see each other.
+    the group of each label; blocks of two groups do not see each other. With
+    ``positions``, d x axes, a block has all linear functions of them for columns.
     """
     labels, d = np.asarray(labels), len(G)
-    E = 1.0 * (labels[:, None] == np.unique(labels[labels >= 0]))
-    s, z = E.sum(axis=0), np.sqrt(np.abs(np.diag(G)))
-    E *= z[:, None]
-    E /= np.linalg.norm(E, axis=0)
-    M = E.T @ (G / np.outer(z, z)) @ E
+    z = np.sqrt(np.abs(np.diag(G)))
+    F = G / np.outer(z, z)
+    positions = np.zeros((d, 0)) if positions is None else np.asarray(positions)
+    functions = np.column_stack([np.ones(d), positions]) * z[:, None]
+    E, blocks, Lambda = [np.zeros((d, 0))], [], np.ones(d)
+    for block in np.unique(labels[labels >= 0]):
+        own = labels == block
+        left, values, _ = np.linalg.svd(functions[own], full_matrices=False)
+        columns = np.zeros((d, np.sum(values > 1e-9 * values[0])))
+        columns[own] = left[:, : columns.shape[1]]
+        s, rank = np.sum(own), columns.shape[1]
+        if s > rank:
+            rest = s - np.trace(columns.T @ F @ columns)
+            Lambda[own] = max(rest / (s - rank), 1e-3)
+        E.append(columns)
+        blocks += [block] * rank
+    E = np.concatenate(E, axis=1)
+    M = E.T @ F @ E
     if groups is not None:
-        groups = np.asarray(groups)
+        groups = np.asarray(groups)[blocks]
         M = M * (groups[:, None] == groups)
-    of_block = np.maximum((s - np.diag(M)) / np.maximum(s - 1, 1), 1e-3)
-    Lambda = np.where(E != 0, np.where(s > 1, of_block, 1), 0).sum(axis=1)
-    Lambda = np.where(labels >= 0, Lambda, 1)
     values, vectors = np.linalg.eigh(M + damping * np.eye(len(M)))
     inverse_M = (vectors / np.maximum(np.abs(values), damping)) @ vectors.T
     middle = np.diag(1 / (Lambda + damping)) @ (np.eye(d) - E @ E.T)

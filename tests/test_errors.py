@@ -253,6 +253,8 @@ RULES = [
     (lambda: bma.per_tile((True, 2)), ValueError, "positive"),
     (lambda: bma.per_tile(()), ValueError, "`tile` must hold positive integers"),
     (lambda: bma.per_tile("4"), TypeError, r"bma.per_tile\(\(4, 4\)\)"),
+    (lambda: bma.per_tile((4,), slopes=True), ValueError, "`slopes` need a `reach`"),
+    (lambda: bma.per_tile((4,), reach=2, slopes=1), TypeError, "True or False"),
     (lambda: bma.stacked(bma.per_unit, axis=True), TypeError, "`axis`"),
     (lambda: bma.stacked(bma.per_unit, axis=None), TypeError, "integer"),
     (

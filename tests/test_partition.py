@@ -498,6 +498,7 @@ def test_one_tree_with_fields_and_a_network():
         (bma.per_tile((4, 4), reach=1), (256, 256)),
         (bma.per_tile((4, 4), reach=1), (1024, 1024)),
         (bma.stacked(bma.per_tile((4, 4), reach=2)), (2, 50, 60)),
+        (bma.stacked(bma.per_tile((4, 4), reach=2, slopes=True)), (2, 50, 60)),
         (bma.per_tile((2, 2, 2), reach=1), (16, 16, 16)),
         (bma.per_leaf, (16, 16)),
         (bma.per_column, (16, 16)),

@@ -134,7 +134,11 @@ CASES = {
         bma.per_tile((1, 4), reach=1),
     ),
     "stiff along a diagonal": (rotated, jnp.zeros((N, N)), TILE),
-    "plate": (plate, jnp.zeros((N, N)), bma.per_tile((4, 4), reach=2)),
+    "plate": (
+        plate,
+        jnp.zeros((N, N)),
+        bma.per_tile((4, 4), reach=2, slopes=True),
+    ),
     "total variation": (total_variation, jnp.zeros((N, N)), TILE),
     "prime": (lambda u: smooth(u) + (u[5, 5] - 1) ** 2, jnp.zeros((31, 37)), TILE),
     "2 × 1000": (

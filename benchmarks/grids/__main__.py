@@ -28,6 +28,7 @@ from benchmarks.harness.solver import Method, Problem, from_optax
 OTHERS = {
     "photo": problems.photo,
     "plasma": problems.plasma,
+    "gridding": problems.gridding,
     "deblur": problems.deblur,
     "spline": problems.spline,
     "heat": problems.heat,

@@ -3,8 +3,9 @@
     python -m benchmarks.grids.gallery
 
 On n × n points inside a fixed boundary, from 0 to 1e-8 of the residual, for a random
-right side: with tiles of 4 × 4, and with the rule that `suggest_partition` finds; where
-PyAMG is installed, its smoothed aggregation beside them. In float64.
+right side: with tiles of 4 × 4, with slopes in these, and with the rule that
+`suggest_partition` finds; where PyAMG is installed, its smoothed aggregation beside
+them. In float64.
 """
 
 import functools
@@ -43,6 +44,27 @@ def along_an_axis(ratio: float) -> np.ndarray:
     return np.array([[0, -1, 0], [-ratio, 2 + 2 * ratio, -ratio], [0, -1, 0]])
 
 
+def elasticity(poisson: float) -> np.ndarray:
+    """Plane strain in bilinear finite elements: two fields, shape (2, 2, 3, 3)."""
+    corners = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    law = np.array(
+        [[1 - poisson, poisson, 0], [poisson, 1 - poisson, 0], [0, 0, 0.5 - poisson]]
+    ) / ((1 + poisson) * (1 - 2 * poisson))
+    element = np.zeros((4, 2, 4, 2))
+    for point in itertools.product((0.5 - 12**-0.5, 0.5 + 12**-0.5), repeat=2):
+        strain = np.zeros((3, 4, 2))
+        for node, corner in enumerate(corners):
+            value, slope = 1 - np.abs(corner - point), 2.0 * corner - 1
+            dx, dy = slope[0] * value[1], value[0] * slope[1]
+            strain[:, node] = [[dx, 0], [0, dy], [dy, dx]]
+        element += np.einsum("inb,ij,jma->nbma", strain, law, strain) / 4
+    stencil = np.zeros((2, 2, 3, 3))
+    for n, m in itertools.product(range(4), repeat=2):
+        i, j = 1 + corners[m] - corners[n]
+        stencil[:, :, i, j] += element[n, :, m]
+    return stencil
+
+
 THIN_PLATE = np.array(
     [[0, 0, 1, 0, 0], [0, 2, -8, 2, 0], [1, -8, 20, -8, 1], [0, 2, -8, 2, 0]]
     + [[0, 0, 1, 0, 0]]
@@ -52,17 +74,25 @@ OPERATORS = {
     "at pi/8, 0.01": rotated(0.01, np.pi / 8),
     "at pi/4, 0.01": rotated(0.01, np.pi / 4),
     "thin plate": THIN_PLATE,
+    "elasticity, ν = 0.3": elasticity(0.3),
 }
 
 
 def product(stencil: np.ndarray, u):
-    """The stencil at every point; beyond the boundary u is 0."""
-    reach, n = len(stencil) // 2, len(u)
-    padded = jnp.pad(u, reach)
+    """The stencil at every point; beyond the boundary u is 0.
+
+    Args:
+      stencil: shape (m, m), or (fields, fields, m, m) for u of shape (n, n, fields).
+    """
+    m, n = stencil.shape[-1], len(u)
+    padded = jnp.pad(u, [(m // 2, m // 2)] * 2 + [(0, 0)] * (u.ndim - 2))
     total = jnp.zeros_like(u)
-    for i, j in itertools.product(range(len(stencil)), repeat=2):
-        if stencil[i, j]:
-            total += float(stencil[i, j]) * padded[i : i + n, j : j + n]
+    for i, j in itertools.product(range(m), repeat=2):
+        part, weights = padded[i : i + n, j : j + n], stencil[..., i, j]
+        if u.ndim == 2 and weights:
+            total += float(weights) * part
+        elif u.ndim > 2:
+            total += jnp.einsum("ba,xya->xyb", weights, part)
     return total
 
 
@@ -92,15 +122,18 @@ def aggregation(A, stencil: np.ndarray, n: int, b) -> int:
 
 def measure(stencil: np.ndarray, n: int) -> dict[str, int | str]:
     A = functools.partial(product, stencil)
-    b = jnp.asarray(np.random.default_rng(0).standard_normal((n, n)))
-    reach = len(stencil) // 2
+    shape = (n, n) if stencil.ndim == 2 else (n, n, len(stencil))
+    b = jnp.asarray(np.random.default_rng(0).standard_normal(shape))
+    reach = stencil.shape[-1] // 2
     plain = bma.per_tile((4, 4), reach=reach)
+    sloped = bma.per_tile((4, 4), reach=reach, slopes=True)
     rule = bma.suggest_partition(lambda u: jnp.vdot(u, A(u)) / 2, 0 * b, verbose=False)
     found: dict[str, int | str] = {"rule": repr(rule)}
-    for name, partition in {"tiles of 4 × 4": plain, "suggested": rule}.items():
+    rules = {"tiles of 4 × 4": plain, "with slopes": sloped, "suggested": rule}
+    for name, partition in rules.items():
         C = jax.jit(lambda p=partition: bma.preconditioner(A, b, p))()
         found[name] = int(iterations(A, C, b))
-    if pyamg:
+    if pyamg and stencil.ndim == 2:
         found["smoothed aggregation"] = aggregation(A, stencil, n, np.asarray(b))
     return found
 
@@ -126,7 +159,7 @@ def report(content: dict[str, Any]) -> str:
     rows = [
         (
             name,
-            *(" / ".join(str(row[key]) for row in rows) for key in keys),
+            *(" / ".join(str(row.get(key, "-")) for row in rows) for key in keys),
             f"`{rows[-1]['rule']}`",
         )
         for name, rows in found.items()

@@ -173,6 +173,57 @@ def plasma(n: int = 128) -> Problem:
     )
 
 
+def bending(n: int) -> scipy.sparse.csr_array:
+    """The Hessian of ``bends``: squared second differences, the mixed ones twice."""
+    one = scipy.sparse.eye_array(n)
+    step, bend = (
+        scipy.sparse.diags_array(
+            row, offsets=range(len(row)), shape=(n + 1 - len(row), n)
+        )
+        for row in ([-1.0, 1.0], [1.0, -2.0, 1.0])
+    )
+    twist = 2**0.5 * scipy.sparse.kron(step, step)
+    parts = [scipy.sparse.kron(bend, one), scipy.sparse.kron(one, bend), twist]
+    return scipy.sparse.csr_array(sum(D.T @ D for D in parts))
+
+
+def bends(u: jax.Array) -> jax.Array:
+    twist = jnp.diff(jnp.diff(u, axis=0), axis=1)
+    along = sum(jnp.sum(jnp.diff(u, 2, axis=axis) ** 2) for axis in (0, 1))
+    return (along + 2 * jnp.sum(twist**2)) / 2
+
+
+def gridding(n: int = 256) -> Problem:
+    """A surface of minimum curvature near scattered soundings, as geophysicists do."""
+    prior = bending(n)
+
+    def make(seed: int):
+        rng = np.random.default_rng(seed)
+        x = np.linspace(0, 1, n)
+        centers, heights = rng.uniform(0, 1, (2, 12, 1)), rng.standard_normal(12)
+        near = np.exp(-(((x - centers) / 0.15) ** 2) / 2)
+        true = np.einsum("k,kx,ky->xy", heights, *near)
+        mask = seen_pixels((n, n), n * n // 50, rng)
+        noisy = true + 0.01 * rng.standard_normal((n, n))
+        return np.zeros((n, n)), (mask, mask * noisy)
+
+    def direct(data):
+        mask, y = data
+        matrix = scipy.sparse.csc_matrix(prior + scipy.sparse.diags_array(mask.ravel()))
+        order = {"permc_spec": "MMD_AT_PLUS_A", "options": {"SymmetricMode": True}}
+        return lambda _: splu(matrix, diag_pivot_thresh=0.0, **order).solve(y.ravel())
+
+    return quadratic(
+        name="gridding",
+        title=f"minimum curvature, {n} x {n}, 2 % seen",
+        make=make,
+        loss=lambda u, data: bends(u) + jnp.sum(data[0] * (u - data[1]) ** 2) / 2,
+        diagonal=lambda u, data: prior.diagonal().reshape(u.shape) + data[0],
+        partition=bma.per_tile((4, 4), reach=2, slopes=True),
+        experts={"direct": ("sparse LU", direct)},
+    )
+
+
 # What Newton-BMA, or any iteration, does not suit ------------------------------------
 
 
@@ -244,7 +295,7 @@ def spline(n: int = 4096, weight: float = 1e4) -> Problem:
         make=make,
         loss=loss,
         diagonal=lambda u, data: prior.diagonal() + data[0],
-        partition=bma.per_tile((4,), reach=2),
+        partition=bma.per_tile((4,), reach=2, slopes=True),
         experts={"direct": ("banded Cholesky", banded_cholesky)},
     )
 

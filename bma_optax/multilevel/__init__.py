@@ -7,9 +7,12 @@ _two_level          products -> N = 1ᵀ G 1 and diag G -> C, and C times a vect
 _smoother           the diagonal part of C
 _coarse_system      the coarse correction in C, as far as both of its kinds share it
 _dense, _nested     dense groups of blocks; arrays on grids, by nested levels
-_hierarchy          the levels: operators, restriction, prolongation, the inverse
+_hierarchy          the levels: their operators and smoothers, the inverse
 _cycles             a solve with these: smoothing cycles, Chebyshev steps
+_transfers          restriction and prolongation between levels
+_cell_matrices      small matrices, one a cell, between the columns of a block
 _stencil            G or N on a grid where only near neighbours meet
 _local_entries      N and the diagonal on a grid from few products, and a check of them
 _color_probing      these products, one color at a time, and sums of them
+_color_vectors      their vectors, and the weights of the sums
 """

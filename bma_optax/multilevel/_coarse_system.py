@@ -6,7 +6,8 @@ correction
 
     K r = (N^-1 - (Λ n²)^-1) r
 
-of block sums r costs little; n² are the block sums of z². Two kinds have the same
+of block sums r costs little; n² are the block sums of z² (with slopes small matrices
+take its place). Two kinds have the same
 methods: ``_dense`` for all groups with a dense matrix, where numbers of blocks have the
 shape (l,), and ``_nested`` for arrays on one grid whose curvature has a reach, where
 they have the shape of the grid, (fields, *grid).
@@ -47,15 +48,16 @@ class Inverted(NamedTuple):
     floored: jax.Array  # shape (), int32: how many eigenvalues were replaced.
 
 
-def smoother_mean(s, M_diagonal):
-    """Λ = (s - M_ii) / (s - 1), the mean eigenvalue of F on a block beside M_ii.
+def smoother_mean(s, trace, rank=1):
+    """Λ = (s - trace) / (s - rank), the mean eigenvalue of F on a block beside M's.
 
     Args:
-      s: the numbers of elements of the blocks. Λ is 1 where s is 1.
-      M_diagonal: the diagonal of M, in the shape of s.
+      s: the numbers of elements of the blocks. Λ is 1 where s is the rank.
+      trace: that of M within each block, in the shape of s: M_ii for one column.
+      rank: the number of columns of each block.
     """
-    Lambda = (s - M_diagonal) / np.maximum(s - 1, 1)
-    return jnp.where(s == 1, 1, jnp.maximum(Lambda, _MIN_LAMBDA))
+    Lambda = (s - trace) / np.maximum(s - rank, 1)
+    return jnp.where(s == rank, 1, jnp.maximum(Lambda, _MIN_LAMBDA))
 
 
 def spectrum(eigenvalues, damping, floor, null):

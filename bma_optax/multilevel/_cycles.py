@@ -1,7 +1,7 @@
 """A solve with nested levels, from their operations: cycles, and Chebyshev steps.
 
 A cycle is symmetric: smooth, correct by the level below, smooth. A few Chebyshev steps
-use it as preconditioner. Vectors of a level have shape (fields, *grid).
+use it as preconditioner. Vectors of a level have shape (components, *grid).
 """
 
 from collections.abc import Callable, Sequence

@@ -69,6 +69,10 @@ class Dense:
         )
         return {i: x for i, (array, x) in enumerate(filled) if array.num_blocks}
 
+    # There are no slopes: a block has a single column, its indicator.
+    restrict = metric = sums
+    prolong = fill
+
     def measure(self, G: LinearOperator, key, diagonal: bool) -> Measured:
         """Gathers N by one product with the indicator of each block.
 

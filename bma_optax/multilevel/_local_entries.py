@@ -22,7 +22,7 @@ import numpy as np
 
 from bma_optax import _control_flow, _tree
 from bma_optax.curvature._probing import LinearOperator
-from bma_optax.multilevel import _color_probing
+from bma_optax.multilevel import _color_probing, _color_vectors
 from bma_optax.multilevel._stencil import Stencil
 from bma_optax.partitions import _coloring
 from bma_optax.partitions._systems import GridFields
@@ -38,7 +38,7 @@ class Check(NamedTuple):
 class Entries(NamedTuple):
     """Entries of G, or sums of them, and what their check shows."""
 
-    N: jax.Array | None  # a stencil, shape (fields, fields, *offsets, *grid).
+    N: jax.Array | None  # a stencil.
     diagonal: list[jax.Array]  # one like each array, or none.
     check: Check
     rounding: jax.Array  # shape (): the rounding error of products, relative.
@@ -86,19 +86,19 @@ def _measure(
     """
     leaves = [jax.tree.leaves(G.params)[i] for i in arrays]
     dtype = _tree.common_statistic_dtype(leaves)
-    drawn = _color_probing.numbers(key, axes, dtype)
+    drawn = _color_vectors.numbers(key, axes, dtype)
     num_tests = len(leaves) * _coloring.num_tests(axes)
 
     def respond(axes, diagonal=diagonal):
         pairs = zip(axes, drawn, strict=True)
-        vectors = [_color_probing.color_vectors(*pair) for pair in pairs]
+        vectors = [_color_vectors.color_vectors(*pair) for pair in pairs]
         found = _color_probing.respond(G, arrays, axes, vectors, diagonal=diagonal)
         N = _as_stencil(found.sums[0]) if known is None else known.N
         return N, found.diagonal, found.sums[-1]
 
     def test(axes, scale=1.0):
         pairs = zip(axes, drawn, strict=True)
-        vectors = [_color_probing.test_vectors(*pair) for pair in pairs]
+        vectors = [_color_vectors.test_vectors(*pair) for pair in pairs]
         vectors[0] = vectors[0]._replace(probes=scale * vectors[0].probes)
         found = _color_probing.respond(G, arrays, axes, vectors, diagonal=False)
         return found.sums[0] / scale
@@ -151,12 +151,12 @@ def _as_stencil(sums):
 
 
 def _units(N, stencil, axes, sums):
-    """The size of sums like ``sums`` if every field had curvature 1.
+    """The size of sums of a check, ``sums``, if every field had curvature 1.
 
     In other units, a field of large curvature would hide the errors of the rest.
     Entries along an axis of fields are fields of their own.
     """
-    size = jnp.abs(stencil.diagonal(N))
+    size = jnp.abs(stencil.diagonal(N)[:: stencil.num_columns])  # That of means.
     mean = jnp.mean(
         size,
         axis=[1 + i for i, axis in enumerate(axes) if not axis.fields],

@@ -3,8 +3,11 @@
     K = B - (Λ n²)^-1,   B the approximate inverse of N + damping n²
 
 N is a block stencil S[b, a, *offset, *cell], gathered by products with vectors on cells
-of one color. ``_hierarchy`` gives B. Vectors over the blocks have shape
-(fields, *grid).
+of one color. ``_hierarchy`` gives B. Numbers of blocks have the shape (fields, *grid).
+
+With slopes a block has k columns φ in the place of its indicator: 1, and along each
+axis a linear function. Then N = φᵀ G φ, and the small matrix W = φᵀ Z² φ of each block
+stands in the place of n². Vectors have the shape (fields k, *grid).
 """
 
 import dataclasses
@@ -15,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _sharding, _tree
+from bma_optax import _control_flow, _sharding, _tree, _xla
 from bma_optax.curvature._probing import LinearOperator, Probed
-from bma_optax.multilevel import _coarse_system, _local_entries
+from bma_optax.multilevel import _cell_matrices, _coarse_system, _local_entries
 from bma_optax.multilevel._coarse_system import Inverted, Measured
 from bma_optax.multilevel._hierarchy import Hierarchy, Levels
 from bma_optax.multilevel._stencil import Stencil
@@ -29,8 +32,9 @@ from bma_optax.partitions._systems import GridFields
 class Correction(NamedTuple):
     """What K r needs, apart from the operator of the first level, which is N."""
 
-    smoother: jax.Array  # shape (fields, *grid): Λ n² with the damped Λ.
-    damping: jax.Array  # shape (fields, *grid): damping n², to add to N's diagonal.
+    # Small matrices for k columns, shape (fields k k, *grid), see _cell_matrices.
+    smoother: jax.Array  # (Λ W)^-1 with the damped Λ.
+    damping: jax.Array  # damping W, to add to N.
     levels: Levels
 
 
@@ -59,17 +63,22 @@ class Nested:
 
     def like(self, dtype) -> tuple[Any, Any, Any]:
         """The shapes of N, of K and of Λ."""
-        vector: Any = jax.ShapeDtypeStruct(self.sizes.shape, dtype)
+        k, (fields, *grid) = self.stencil.num_columns, self.sizes.shape
+        small: Any = jax.ShapeDtypeStruct((fields * k * k, *grid), dtype)
         return (
             jax.ShapeDtypeStruct(self.stencil.shape, dtype),
-            Correction(vector, vector, self.hierarchy.like(dtype)),
-            vector,
+            Correction(small, small, self.hierarchy.like(dtype)),
+            jax.ShapeDtypeStruct(self.sizes.shape, dtype),
         )
 
     def initial(self, zeros) -> tuple[Any, Any, Any]:
         """N = 0, K = 0 and Λ = 1, from zeros like numbers of blocks."""
-        N = self.stencil.spread(zeros)
-        return N, Correction(zeros, zeros, self.hierarchy.initial(zeros)), zeros + 1
+        k = self.stencil.num_columns
+        vector = _cell_matrices.repeat(zeros, k)
+        small = _cell_matrices.repeat(vector, k)
+        levels = self.hierarchy.initial(vector)
+        N = self.stencil.spread(vector)
+        return N, Correction(small, small, levels), zeros + 1
 
     def shardings(self, leaves) -> tuple[Any, Any, Any]:
         """The shardings of N, K and Λ over explicit axes: as the first field's."""
@@ -97,6 +106,45 @@ class Nested:
             for i, x in zip(self.fields.positions, values, strict=True)
         }
 
+    def restrict(self, leaves) -> jax.Array:
+        """φᵀ times arrays: a vector, shape (fields k, *grid)."""
+        dtype = _tree.common_statistic_dtype(leaves)
+        sums = self.fields.arrays[0].sums
+        arrays = (leaves[i].astype(dtype) for i in self.fields.positions)
+        return jnp.stack([sums(w * x) for x in arrays for w in self._columns(dtype)])
+
+    def prolong(self, values, leaves) -> dict[int, jax.Array]:
+        """The arrays φ times a vector, by their positions."""
+        k, tiles = self.stencil.num_columns, self.fields.arrays[0]
+        filled = {}
+        for field, i in enumerate(self.fields.positions):
+            x = values[field * k : (field + 1) * k].astype(leaves[i].dtype)
+            parts = [
+                w * tiles.fill(y)
+                for w, y in zip(self._columns(x.dtype), x, strict=True)
+            ]
+            filled[i] = sum(parts[1:], parts[0])
+        return filled
+
+    def metric(self, leaves) -> jax.Array:
+        """φᵀ times diagonal matrices times φ: small matrices."""
+        dtype = _tree.common_statistic_dtype(leaves)
+        sums, columns = self.fields.arrays[0].sums, self._columns(dtype)
+        arrays = [leaves[i].astype(dtype) for i in self.fields.positions]
+        return jnp.stack(
+            [sums(w * (v * x)) for x in arrays for w in columns for v in columns]
+        )
+
+    def _columns(self, dtype) -> list:
+        """Each column φ of all blocks side by side: an array of few numbers, or 1."""
+        array = self.fields.arrays[0]
+        slopes = []
+        for slope in self.stencil.slopes:
+            shape = [1] * len(array.shape)
+            shape[slope.axis] = slope.n
+            slopes.append(jnp.asarray(slope.values.reshape(shape), dtype))
+        return [1, *slopes]
+
     def measure(self, G: LinearOperator, key, diagonal: bool) -> Measured:
         """Gathers N and the diagonal by products with one color each."""
         found = _local_entries.gather(
@@ -107,61 +155,69 @@ class Nested:
         diagonals = dict(zip(positions, values, strict=True))
         return Measured(N, diagonals, check, rounding, products)
 
-    def rounding(self, G, found, n2, key) -> Probed:
+    def rounding(self, G, found, W, key) -> Probed:
         """How far rounding moves eigenvalues of M on the last level, shape ().
 
         An entry there is a sum of many entries of N, whose errors are independent.
         """
-        del G, n2, key
+        del G, W, key
         eps = float(jnp.finfo(found.N.dtype).eps)
         rounding = jnp.maximum(found.evidence.astype(found.N.dtype), eps)
         return Probed(rounding * self.hierarchy.share**0.5, jnp.int32(0))
 
     @_control_flow.compiled
-    def invert(self, N, n2, damping, floor, rounding) -> Inverted:
+    def invert(self, N, W, damping, floor, rounding) -> Inverted:
         """K by nested levels, and the eigenvalues of M on the last one.
 
         Args:
           N: a stencil.
-          n2: n², shape (fields, *grid).
+          W: small matrices; without slopes n².
           damping, floor, rounding: numbers of shape ().
         """
-        stencil, s = self.stencil, self.sizes.astype(n2.dtype)
-        diagonal, shift = stencil.diagonal(N), damping * n2
-        Lambda = _coarse_system.smoother_mean(s, diagonal / n2)
+        stencil, k = self.stencil, self.stencil.num_columns
+        diagonal, shift = stencil.diagonal(N), damping * W
+        T = _cell_matrices.orthonormal(W, k)
+        s, rank = (x.astype(W.dtype) for x in (self.sizes, self.fields.ranks))
+        inverse = _cell_matrices.gram(T, jnp.ones_like(diagonal))
+        trace = _cell_matrices.inner(stencil.within_cells(N), inverse, k)
+        Lambda = _coarse_system.smoother_mean(s, trace, rank)
         # Leave a block without any curvature out of the metric of coarser levels.
-        metric = jnp.where(diagonal == 0, 0, n2)
+        metric = _cell_matrices.without(W, diagonal == 0, k)
         levels, eigenvalues = self.hierarchy.setup(
-            stencil.add_diagonal(N, shift), metric, floor, rounding
+            stencil.add(N, shift), metric, floor, rounding
         )
+        damped = jnp.maximum(Lambda + damping, floor)
+        inverse = _cell_matrices.gram(T, _cell_matrices.repeat(damped**-0.5, k))
         return Inverted(
-            Correction(jnp.maximum(Lambda + damping, floor) * n2, shift, levels),
+            Correction(inverse, shift, levels),
             Lambda,
             *_coarse_system.spectrum(eigenvalues - damping, damping, floor, rounding),
         )
 
     @_control_flow.compiled
     def correct(self, N, K: Correction, r):
-        """K r for block sums r, (fields, *grid), or 0 where -C g might not descend.
+        """K r for a vector r = φᵀ g, or 0 where -C g might not descend.
 
-        It might not where rᵀ N^-1 r < 0, for an indefinite N. For the block sums r of
-        g, gᵀ C g = rᵀ (N^-1 - (Λn²)^-1) r + gᵀ (Λ̄z²)^-1 g is at least rᵀ N^-1 r, by
+        It might not where rᵀ N^-1 r < 0, for an indefinite N. For r = φᵀ g,
+        gᵀ C g = rᵀ (N^-1 - (Λ W)^-1) r + gᵀ (Λ̄z²)^-1 g is at least rᵀ N^-1 r, by
         Cauchy and Schwarz.
         """
 
         def product(x):
-            return self.stencil.matvec(N, x) + K.damping * x
+            return self.stencil.matvec(N, x) + _cell_matrices.times(K.damping, x)
 
         x = self.hierarchy.solve(product, K.levels, r)
+        k = self.stencil.num_columns
         # The smoother is 0 where the declared reach is wrong.
-        used = (jnp.sum(r * x) >= 0) & (K.smoother > 0)
-        # Write x - r / smoother so that it ends in a division: XLA would compute
-        # anything cheaper, and with it the sums r, again for each element of a block.
-        return jnp.where(used, K.smoother * x - r, 0) / jnp.where(used, K.smoother, 1)
+        known = _cell_matrices.diagonal(K.smoother, k)[::k] > 0
+        used = (jnp.sum(r * x) >= 0) & _cell_matrices.repeat(known, k)
+        x = jnp.where(used, x - _cell_matrices.times(K.smoother, r), 0)
+        # Stored: XLA would compute it, and with it the sums r, for each element again.
+        return _xla.materialize(x, r)
 
-    def small_matrices(self, N, n2) -> list[jax.Array]:
+    def small_matrices(self, N, W) -> list[jax.Array]:
         """No matrix: the eigenvalues of N are not known."""
-        del N, n2
+        del N, W
         return []
 
 
@@ -171,4 +227,4 @@ def nested_systems(blocks: Partition) -> tuple[Nested, ...]:
 
 
 def _stencil(grid: Grid) -> Stencil:
-    return Stencil(grid.fields, grid.grid, grid.reach)
+    return Stencil(grid.fields, grid.grid, grid.reach, grid.slopes)

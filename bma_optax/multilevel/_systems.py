@@ -50,10 +50,34 @@ class CoarseSystems:
           like: a tree whose structure, shapes and dtypes the result takes.
           default: a number for arrays without blocks.
         """
+        leaves = jax.tree.leaves(like)
+        pairs = zip(self.systems, parts, strict=True)
+        return self._joined([s.fill(x, leaves) for s, x in pairs], like, default)
+
+    def restrict(self, tree) -> list[jax.Array]:
+        """φᵀ times a tree, φ the columns of all blocks: block sums without slopes."""
+        leaves = jax.tree.leaves(tree)
+        dtype = _tree.common_statistic_dtype(leaves)
+        return [system.restrict(leaves).astype(dtype) for system in self.systems]
+
+    def prolong(self, parts, like) -> Any:
+        """φ times vectors, a part for each system: a tree like ``like``."""
+        leaves = jax.tree.leaves(like)
+        pairs = zip(self.systems, parts, strict=True)
+        return self._joined([s.prolong(x, leaves) for s, x in pairs], like, 0)
+
+    def metric(self, z2) -> list[jax.Array]:
+        """φᵀ Z² φ within each block, for a tree z²; block sums without slopes."""
+        leaves = jax.tree.leaves(z2)
+        dtype = _tree.common_statistic_dtype(leaves)
+        return [system.metric(leaves).astype(dtype) for system in self.systems]
+
+    def _joined(self, parts, like, default) -> Any:
+        """The arrays of all systems, by position, as a tree like ``like``."""
         leaves, treedef = jax.tree.flatten(like)
         filled: dict[int, jax.Array] = {}
-        for system, values in zip(self.systems, parts, strict=True):
-            filled |= system.fill(values, leaves)
+        for part in parts:
+            filled |= part
         return jax.tree.unflatten(
             treedef,
             [

@@ -150,10 +150,10 @@ class TwoLevel(CoarseSystems):
                         local, lambda: (diagonal, products), without_a_reach
                     )
         diagonal = jax.tree.map(jnp.abs, diagonal)
-        n2 = self.block_sums(positive(self, diagonal))
+        metrics = self.metric(positive(self, diagonal))
         rounding = [
-            system.rounding(G, part, m2, key_rounding)
-            for system, part, m2 in zip(self.systems, parts, n2, strict=True)
+            system.rounding(G, part, metric, key_rounding)
+            for system, part, metric in zip(self.systems, parts, metrics, strict=True)
         ]
         return Gathered(
             N,
@@ -183,11 +183,11 @@ class TwoLevel(CoarseSystems):
         damping = damping.astype(dtype)
         floor = jnp.maximum(min_eigenvalue.astype(dtype), damping)
         of_systems = zip(
-            self.systems, found.N, self.block_sums(z2), found.rounding, strict=True
+            self.systems, found.N, self.metric(z2), found.rounding, strict=True
         )
         parts = [
-            system.invert(N, n2, damping, floor, rounding)
-            for system, N, n2, rounding in of_systems
+            system.invert(N, metric, damping, floor, rounding)
+            for system, N, metric, rounding in of_systems
         ]
         if not parts:
             factor = self._initial(z2)[1]
@@ -222,8 +222,8 @@ class TwoLevel(CoarseSystems):
 
     def _apply(self, inverse_diagonal, N, K, g):
         # Without systems N and K are empty arrays.
-        parts = zip(self.systems, N, K, self.block_sums(g), strict=False)
-        shift = self.expand([system.correct(*part) for system, *part in parts], g)
+        parts = zip(self.systems, N, K, self.restrict(g), strict=False)
+        shift = self.prolong([system.correct(*part) for system, *part in parts], g)
         return jax.tree.map(lambda d, g, c: d * g + c, inverse_diagonal, g, shift)
 
     def diagonal(self, inverse_diagonal, Lambda, damping):
@@ -251,7 +251,7 @@ class TwoLevel(CoarseSystems):
 
     def small_matrices(self, N, z2) -> list[jax.Array]:
         """M of each bucket of dense groups, shape (groups, blocks, blocks)."""
-        parts = zip(self.systems, N, self.block_sums(z2), strict=False)
+        parts = zip(self.systems, N, self.metric(z2), strict=False)
         matrices = [system.small_matrices(*part) for system, *part in parts]
         return list(itertools.chain(*matrices))
 

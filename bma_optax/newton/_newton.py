@@ -35,7 +35,8 @@ class ScaleByNewtonBMAState(NamedTuple):
     - One part follows for each grid. For f fields on a grid of cells, with o offsets
       between cells that meet, N is a stencil of shape ``(f, f, *o, *cells)``. K is a
       named tuple of arrays of shape ``(f, *cells)`` and of the levels below. Λ has
-      shape ``(f, *cells)``.
+      shape ``(f, *cells)``. With k columns a block (slopes beside the mean), N has f k
+      in the place of f, and K f k k.
 
     ``optax.tree.map_params`` gives each of the three as a whole to
     ``transform_non_params``, which must then map over a tree.

@@ -112,7 +112,7 @@ def _layout(leaves, rule) -> Partition:
     grids: dict[Any, list[int]] = {}
     for position, array in enumerate(arrays):
         if array.is_grid:
-            kind = (array.group, array.shape, array.tile, array.reach)
+            kind = (array.group, array.shape, array.tile, array.reach, array.slopes)
             grids.setdefault((*kind, array.stacked_axes), []).append(position)
         elif array.num_blocks:
             dense.setdefault(array.group, {})[array.owner] = array.num_blocks
@@ -217,7 +217,8 @@ def _tiles(rule: Rule, path: Path, shape: Shape) -> Tiles:
     every = (
         n if g == 1 or i in stacked else int(k) for i, (n, g, k) in enumerate(axes)
     )
-    return dataclasses.replace(array, reach=tuple(every))
+    slopes = bool(rule.slopes(path, shape))
+    return dataclasses.replace(array, reach=tuple(every), slopes=slopes)
 
 
 def _tile(rule: Rule, path: Path, shape: Shape) -> Shape | None:

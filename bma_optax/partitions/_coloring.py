@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bma_optax.partitions._slopes import Slope
+
 
 class Colors(NamedTuple):
     """The colors of the cells along an axis of n elements; static."""
@@ -42,6 +44,7 @@ class Axis:
     cell: int = 1  # the length of a cell: 1, or that of a block.
     share: bool = False
     around: bool = False
+    slope: Slope | None = None  # of the blocks, if they have one along this axis.
 
     @property
     def num_blocks(self) -> int:

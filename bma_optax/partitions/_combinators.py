@@ -1,8 +1,8 @@
 """Rules made of other rules: by path, for stacked arrays, and within bounds.
 
 A combinator passes everything on that its rule says of an array (tile, owner, stacked
-axes, scope and reach), so that one tree can hold an image with one reach, a volume with
-another and the arrays of a network.
+axes, scope, reach and slopes), so that one tree can hold an image with one reach, a
+volume with another and the arrays of a network.
 """
 
 import dataclasses
@@ -37,6 +37,9 @@ class _Wrapped(Rule):
 
     def reach(self, path, shape):
         return self.rule.reach(path, shape)
+
+    def slopes(self, path, shape):
+        return self.rule.slopes(path, shape)
 
     def _guesses(self, path, shape):
         return self.rule._guesses(path, shape)
@@ -74,6 +77,9 @@ class Stacked(_Wrapped):
         axis = self._axis(path, shape)
         reach = self.rule.reach(path, self._entry(path, shape))
         return None if reach is None else (*reach[:axis], shape[axis], *reach[axis:])
+
+    def slopes(self, path, shape):
+        return self.rule.slopes(path, self._entry(path, shape))
 
     def _guesses(self, path, shape):
         return self.rule._guesses(path, self._entry(path, shape))
@@ -151,6 +157,10 @@ class ByPath(Rule):
     def reach(self, path, shape):
         rule = self._rule(path)
         return None if rule is None else rule.reach(path, shape)
+
+    def slopes(self, path, shape):
+        rule = self._rule(path)
+        return rule is not None and rule.slopes(path, shape)
 
     def _guesses(self, path, shape):
         rule = self._rule(path)

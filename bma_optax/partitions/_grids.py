@@ -11,9 +11,11 @@ import math
 from typing import Self
 
 from bma_optax.partitions._rules import Shape
+from bma_optax.partitions._slopes import Slope
 
 _MAX_DENSE = 64  # Cells of the last level, whose matrix is dense.
 _COARSENING = 4  # The length of a tile of cells, along each axis.
+_COARSENING_WITH_SLOPES = 2  # With 4, fourth-order operators are not independent of n.
 _MAX_EXACT = 1000  # Cells of a dense last level where tiles have one element.
 
 
@@ -21,15 +23,17 @@ _MAX_EXACT = 1000  # Cells of a dense last level where tiles have one element.
 class Grid:
     """The layout of a stencil S[b, a, *offset, *cell], for cells of several fields.
 
-    S holds the entry of the matrix between field b at a cell and field a at the cell +
-    offset. Offsets along an axis of g cells run from -reach to reach, modulo their
-    number m = min(2 reach + 1, g). Cells wrap around: entries across the edge are zero
-    unless the grid is periodic.
+    S holds the entry of the matrix between component b at a cell and component a at the
+    cell + offset. A component is a column of a field: its mean, or one of its slopes;
+    those of the first field come first. Offsets along an axis of g cells run from
+    -reach to reach, modulo their number m = min(2 reach + 1, g). Cells wrap around:
+    entries across the edge are zero unless the grid is periodic.
     """
 
     fields: int
     grid: Shape  # The number of cells along each axis.
     reach: Shape  # In cells, along each axis.
+    slopes: tuple[Slope, ...] = ()  # The columns of a cell beside its mean.
 
     @property
     def width(self) -> Shape:
@@ -41,12 +45,27 @@ class Grid:
     @property
     def shape(self) -> Shape:
         """The shape of S."""
-        return (self.fields, self.fields, *self.width, *self.grid)
+        return (self.components, self.components, *self.width, *self.grid)
+
+    @property
+    def num_columns(self) -> int:
+        """k, the number of columns of each cell."""
+        return 1 + len(self.slopes)
+
+    @property
+    def components(self) -> int:
+        """The number of columns of all fields."""
+        return self.fields * self.num_columns
 
     @property
     def num_cells(self) -> int:
-        """The number of rows of the matrix."""
+        """The number of cells of all fields."""
         return self.fields * math.prod(self.grid)
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of the matrix."""
+        return self.components * math.prod(self.grid)
 
     def offset(self, axis: int, index: int) -> int:
         """The offset at a position of the stencil."""
@@ -62,7 +81,8 @@ class Grid:
             -(-k // t) + (0 < g % t < k)
             for k, t, g in zip(self.reach, tile, self.grid, strict=True)
         )
-        return type(self)(self.fields, grid, reach)
+        slopes = tuple(slope.coarse(tile[slope.axis]) for slope in self.slopes)
+        return type(self)(self.fields, grid, reach, slopes)
 
 
 def levels_below(
@@ -70,9 +90,9 @@ def levels_below(
 ) -> tuple[tuple[tuple[Grid, Shape], ...], Grid]:
     """From the first level down to at most 64 blocks, by tiles of 4 or the reach.
 
-    Axes that tiles of one element cut stay as they are while the dense matrix at the
-    bottom has no more than 1000 rows: with one-element tiles alone that is Newton's
-    method.
+    With slopes tiles are half as long. Axes that tiles of one element cut stay as they
+    are while the dense matrix at the bottom has no more than 1000 rows: with tiles of
+    one element alone that is Newton's method.
 
     Args:
       grid: the layout of the first level.
@@ -97,8 +117,9 @@ def levels_below(
 
 
 def _coarsening(grid: Grid, axes: list[int]) -> Shape:
-    """Tiles of 4 or the reach along some axes."""
+    """Tiles of 4 or the reach along some axes, or of 2 with slopes."""
+    least = _COARSENING_WITH_SLOPES if grid.slopes else _COARSENING
     return tuple(
-        min(max(_COARSENING, k), g) if axis in axes else 1
+        min(max(least, k), g) if axis in axes else 1
         for axis, (k, g) in enumerate(zip(grid.reach, grid.grid, strict=True))
     )

@@ -122,6 +122,23 @@ class Rule:
         """
         return None
 
+    def slopes(self, path: Path, shape: Shape) -> bool:
+        """Whether blocks on a grid have slopes beside means, see :func:`per_tile`.
+
+        Args:
+          path: the keys to the array, as strings.
+          shape: its shape.
+
+        Returns:
+          By default False.
+
+        Example:
+          >>> import bma_optax as bma
+          >>> bma.per_tile((4, 4), reach=2, slopes=True).slopes(("u",), (64, 64))
+          True
+        """
+        return False
+
     def _guesses(self, path: Path, shape: Shape) -> bool:
         """Whether the tile is a guess, of which the user is told."""
         return False

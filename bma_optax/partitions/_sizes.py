@@ -49,7 +49,7 @@ def check_grids(blocks: Partition) -> None:
     """Checks grids as :func:`check_dense` does; their fields all see each other."""
     for grid in blocks.grids:
         array, more = grid.arrays[0], len(grid.arrays) - 1
-        bottom, held = grid.levels[1].num_cells, grid.num_statistics
+        bottom, held = grid.levels[1].num_rows, grid.num_statistics
         found = (
             f"{_names.name_of(array.path)!r} of shape {array.shape}"
             + (f" and {more:,} more like it" if more else "")

@@ -16,6 +16,7 @@ from bma_optax.partitions import _grids
 from bma_optax.partitions._coloring import Axis, num_products
 from bma_optax.partitions._grids import Grid
 from bma_optax.partitions._rules import Shape
+from bma_optax.partitions._slopes import Slope
 from bma_optax.partitions._tiles import Tiles
 
 _MAX_MATRIX = 1024  # Rows of an inverse that is held as a matrix.
@@ -43,10 +44,24 @@ class GridFields:
         return np.broadcast_to(one, (len(self.arrays), *array.grid))
 
     @functools.cached_property
+    def ranks(self) -> np.ndarray:
+        """The number of columns of each block that do not vanish, as ``sizes``."""
+        ranks = np.ones(self.sizes.shape, int)
+        for slope in self.tiles.slopes:
+            shape = [1] * ranks.ndim
+            shape[1 + slope.axis] = -1
+            ranks += (slope.lengths > 1).reshape(shape)
+        return ranks
+
+    @functools.cached_property
     def elements(self) -> Grid:
         """The grid whose cells are the elements."""
         array = self.arrays[0]
-        return Grid(len(self.arrays), array.shape, array.reach or ())
+        lengths = enumerate(zip(array.shape, array.tile or (), strict=True))
+        slopes = tuple(
+            Slope(axis, n, 1) for axis, (n, t) in lengths if array.slopes and t > 1
+        )
+        return Grid(len(self.arrays), array.shape, array.reach or (), slopes)
 
     @functools.cached_property
     def tiles(self) -> Grid:
@@ -68,12 +83,13 @@ class GridFields:
         """
         levels, _ = self.levels
         most = min(_MAX_MATRIX, math.isqrt(self.elements.num_cells) // 2)
-        small = [grid.num_cells <= most for grid, _ in levels]
+        small = [grid.num_rows <= most for grid, _ in levels]
         return [*small, True].index(True)
 
     def axes(self, *, elements: bool, share: bool = False) -> tuple[Axis, ...]:
         """The axes with the colors of elements, or those of blocks."""
         array, tiles = self.arrays[0], self.tiles
+        slopes = {slope.axis: slope for slope in tiles.slopes}
         lengths = zip(array.shape, array.tile or (), array.reach or (), strict=True)
         return tuple(
             Axis(
@@ -85,6 +101,7 @@ class GridFields:
                 fields=axis in array.stacked_axes,
                 cell=1 if elements else tile,
                 share=share,
+                slope=slopes.get(axis),
             )
             for axis, (n, tile, reach) in enumerate(lengths)
         )
@@ -94,8 +111,11 @@ class GridFields:
 
         Elements give both, if no element is near two of one color. Blocks give N, and
         elements that share neighbours the diagonal; then there are two kinds of probes.
+        With slopes elements give both.
         """
         one = (self.axes(elements=True),)
+        if self.tiles.slopes:
+            return one
         two: tuple[tuple[Axis, ...], ...] = (self.axes(elements=False),)
         if diagonal:
             two = (*two, self.axes(elements=True, share=True))
@@ -113,9 +133,11 @@ class GridFields:
         levels, bottom = self.levels
         last = [*(grid for grid, _ in levels), bottom][self.num_cycled]
         cycled = [grid for grid, _ in levels[: self.num_cycled]]
-        # Two vectors on the first level, and the smoothers of all levels with cycles.
+        # Small matrices: two on the first level, and the smoothers of all levels with
+        # cycles.
+        small = (self.tiles, self.tiles, *cycled)
         return (
             sum(math.prod(grid.shape) for grid in (self.tiles, *cycled[1:]))
-            + sum(grid.num_cells for grid in (self.tiles, self.tiles, *cycled))
-            + last.num_cells**2
+            + sum(grid.num_rows * grid.num_columns for grid in small)
+            + last.num_rows**2
         )

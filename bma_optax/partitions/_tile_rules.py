@@ -41,6 +41,7 @@ class _PerElement(Rule):
 class _PerTile(Rule):
     leading: Shape
     distance: Shape | None  # The reach along each of the leading axes.
+    linear: bool = False  # Whether blocks have slopes beside means.
 
     def tile(self, path, shape):
         if math.prod(shape) <= 1:  # A number has no neighbours; or there is none.
@@ -67,13 +68,16 @@ class _PerTile(Rule):
             return None
         return (*self.distance, *shape[len(self.leading) :])
 
+    def slopes(self, path, shape):
+        return self.linear
+
     def __repr__(self):
         if self.distance is None:
             return f"per_tile({self.leading})"
         one = len(set(self.distance)) == 1
-        return (
-            f"per_tile({self.leading}, reach={self.distance[0 if one else slice(9)]})"
-        )
+        reach = self.distance[0] if one else self.distance
+        more = ", slopes=True" if self.linear else ""
+        return f"per_tile({self.leading}, reach={reach}{more})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +96,10 @@ without_parentheses(per_element)
 
 
 def per_tile(
-    tile: int | tuple[int, ...], *, reach: int | tuple[int, ...] | None = None
+    tile: int | tuple[int, ...],
+    *,
+    reach: int | tuple[int, ...] | None = None,
+    slopes: bool = False,
 ) -> Rule:
     """Blocks are tiles of the leading axes of each array.
 
@@ -118,15 +125,21 @@ def per_tile(
         grids may be of any size; where 2 r + 1 does not divide it, the first products
         fail their check, and as many or more follow. Methods check the declaration, see
         :func:`scale_by_newton_bma`. None where all entries may meet.
+      slopes: whether a block has slopes beside its mean, one along each axis where the
+        tile is longer than 1; it needs a reach. For losses of second differences (thin
+        plates, minimum curvature, smoothing splines), whose curvature is of fourth
+        order: with means alone the number of steps doubles with the size. M is
+        (1 + axes)² times as large, and so is what a step costs beside the gradient.
 
     Returns:
       A :class:`Rule`. Partitioning raises a ValueError for an array with fewer axes
       than the tile, or with an axis shorter than it.
 
     Raises:
-      TypeError: if ``tile`` or ``reach`` is not an integer or a tuple of them.
+      TypeError: if ``tile`` or ``reach`` is not an integer or a tuple of them, or if
+        ``slopes`` is not a bool.
       ValueError: if a number of ``tile`` is not positive or one of ``reach`` negative,
-        or their numbers differ.
+        or their numbers differ, or if there are slopes without a reach.
 
     Example:
       >>> import jax, bma_optax as bma
@@ -146,7 +159,15 @@ def per_tile(
     if not lengths or not all(is_integer(t) and t > 0 for t in lengths):
         raise ValueError(f"`tile` must hold positive integers, got {tile}.")
     lengths = tuple(map(int, lengths))
-    return _PerTile(lengths, None if reach is None else _distance(reach, lengths))
+    if not isinstance(slopes, bool):
+        raise TypeError(f"`slopes` must be True or False, got {slopes!r}.")
+    if slopes and reach is None:
+        raise ValueError(
+            "`slopes` need a `reach`: without one M is dense. Pass how far apart "
+            "elements are that meet, as bma.per_tile((4, 4), reach=2, slopes=True)."
+        )
+    distance = None if reach is None else _distance(reach, lengths)
+    return _PerTile(lengths, distance, slopes)
 
 
 def _distance(reach: Any, tile: Shape) -> Shape:

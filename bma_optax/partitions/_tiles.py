@@ -39,6 +39,7 @@ class Tiles:
     group: Path = ()  # Blocks of arrays with the same group see each other.
     alone: bool = False  # Whether none of its blocks sees another.
     reach: Shape | None = None  # Along each axis; None: all entries may meet.
+    slopes: bool = False  # Whether blocks of a grid have slopes beside their means.
 
     @property
     def grid(self) -> Shape:

@@ -1,7 +1,5 @@
 """The table that :func:`suggest_partition` prints."""
 
-import numpy as np
-
 from bma_optax import _names
 from bma_optax.partitions import _build
 from bma_optax.partitions._rules import Rule, per_leaf
@@ -80,11 +78,10 @@ def _remarks(found: list[Structure]) -> list[str]:
                 f"Constants have next to no curvature in {name}: its mean is slow, or "
                 "free."
             )
-        most = None if array.stiffness is None else np.max(np.abs(array.stiffness))
-        if most is not None and most < 1e-2:
+        if array.is_fourth_order:
             lines.append(
                 f"Slopes have no curvature in {name}: the loss is of fourth order. "
-                "Block means are too rough there to make steps independent of size."
+                "Block means alone are too rough there; blocks have slopes as well."
             )
         outside = [i for i in array.meets if found[i].shape != array.shape]
         if array.space and outside:

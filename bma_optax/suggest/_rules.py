@@ -1,8 +1,8 @@
 """The rule of arrays whose structure is known, spelled as a person would write it.
 
 Tiles have four elements, or the reach, along the axes that are to be coarsened, and one
-along the others. Axes before and after those are fields: ``stacked`` and the axes that
-a tile does not name.
+along the others. Where the loss is of fourth order, blocks have slopes. Axes before and
+after those are fields: ``stacked`` and the axes that a tile does not name.
 """
 
 import math
@@ -56,7 +56,11 @@ def _array_rule(array: Structure, strong: bool) -> Rule:
         tile.append(max(_TILE, k) if i in coarsened else 1)
         reach.append(k if i in space else 0 if axes[i].is_apart else axes[i].length - 1)
     one = len(set(reach)) == 1
-    rule = per_tile(tuple(tile), reach=reach[0] if one else tuple(reach))
+    rule = per_tile(
+        tuple(tile),
+        reach=reach[0] if one else tuple(reach),
+        slopes=array.is_fourth_order,
+    )
     for _ in range(first):
         rule = stacked(rule)
     return rule

@@ -17,6 +17,8 @@ from bma_optax.partitions._rules import Path, Shape
 Vector = list[np.ndarray]
 Product = Callable[[Vector], Vector]
 
+# Below this, of 1 for a loss of differences, the second moments of G are noise.
+_STIFF = 1e-2
 _SHORTEST = 5  # Along a shorter axis neighbours cannot be told from fields.
 
 
@@ -55,6 +57,17 @@ class Structure:
     empty: float  # the share of elements without curvature.
     stiffness: np.ndarray | None  # see :func:`_stiffness`, shape (spatial axes,).
     constant: float  # |G 1| over |G|, row by row: 0 where constants have no curvature.
+
+    @property
+    def is_fourth_order(self) -> bool:
+        """Whether slopes have next to no curvature, as in losses of second differences.
+
+        These reach two elements; a weight on each element alone reaches none.
+        """
+        far = any((self.axes[i].reach or 0) > 1 for i in self.space)
+        if self.stiffness is None or not far:
+            return False
+        return float(np.max(np.abs(self.stiffness), initial=0)) < _STIFF
 
     @property
     def space(self) -> tuple[int, ...]:

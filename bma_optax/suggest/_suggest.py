@@ -43,7 +43,8 @@ def suggest_partition(
     .. math:: -\tfrac12 \sum_o o_i^2 \, G_{p + o, p} / |G_{pp}|
 
     how stiff the coupling along axis i is. Where it is far stiffer along some axes,
-    tiles along those alone are tried as well. Conjugate gradients on the quadratic
+    tiles along those alone are tried as well. Where it is 0 along all, the loss is of
+    second differences, and blocks have slopes. Conjugate gradients on the quadratic
     model, with the blocks and with the diagonal alone, then tell whether blocks pay.
 
     It runs outside ``jax.jit``, and its products are compiled. It takes a few products

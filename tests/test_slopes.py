@@ -1,0 +1,185 @@
+"""Slopes beside block means, against dense float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from reference import newton_inverse
+from test_local import case, columns, product
+
+import bma_optax as bma
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def sloped(rule):
+    """The rule of tiles with slopes, below ``stacked``."""
+    if hasattr(rule, "axis"):
+        return bma.stacked(sloped(rule.rule), rule.axis)
+    return bma.per_tile(rule.leading, reach=rule.distance, slopes=True)
+
+
+def positions(like):
+    """The coordinates of every element, one column for each axis."""
+    most = max(x.ndim for x in jax.tree.leaves(like))
+    parts = []
+    for x in jax.tree.leaves(like):
+        where = np.indices(x.shape, float).reshape(x.ndim, x.size).T
+        parts.append(np.pad(where, [(0, 0), (0, most - x.ndim)]))
+    return np.concatenate(parts)
+
+
+def matrices(name, **sizes):
+    """C with slopes, C by its definition, G, and the number of blocks of a case."""
+    f, like, rule, local = case(name, **sizes)
+    blocks = bma.partition(like, rule)
+
+    @jax.jit
+    def run():
+        G = product(f, like)
+        C = bma.preconditioner(G, like, sloped(local))
+        numbers = blocks.expand(np.arange(1.0, blocks.num_blocks + 1), like)
+        return columns(C, like), columns(G, like), ravel_pytree(numbers)[0]
+
+    C, G, numbers = (np.asarray(x).T for x in run())
+    expected = newton_inverse(G, numbers.astype(int) - 1, positions=positions(like))
+    return C, expected, G, blocks.num_blocks
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reach 2",
+        "2 dimensions",
+        "sizes that do not divide",  # Tiles of one element along the first axis.
+        "periodic, an odd number of elements",
+        "3 dimensions",
+        "fields first",
+        "channels in one block",
+        "two fields",
+        "beside scalars",
+    ],
+)
+def test_products_give_what_the_entries_of_G_give(name):
+    """Up to 64 blocks the coarse matrix is dense: C must be the same to rounding."""
+    got, expected, _, count = matrices(name)
+    assert count <= 64
+    np.testing.assert_allclose(got, expected, atol=1e-10 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("reach 2", (140,)),
+        ("sizes that do not divide", (17, 31)),
+        ("two fields", (12, 14)),
+    ],
+)
+def test_nested_operator_is_symmetric_and_positive_definite(name, shape):
+    matrix, wanted, G, count = matrices(name, most=2, shape=shape)
+    assert count > 64
+    scale = np.abs(matrix).max()
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * scale)
+    root = np.linalg.cholesky(G)
+    values, best = (np.linalg.eigvalsh(root.T @ C @ root) for C in (matrix, wanted))
+    assert values[0] > 0
+    assert values[-1] / values[0] < 2 * best[-1] / best[0]
+
+
+def plate(u):
+    """A thin plate inside a clamped boundary."""
+    padded = jnp.pad(u, 2)
+    laplacian = (
+        sum(jnp.roll(padded, s, k) for s in (1, -1) for k in (0, 1)) - 4 * padded
+    )
+    return jnp.sum(laplacian**2) / 2
+
+
+RULE = bma.per_tile((4, 4), reach=2, slopes=True)
+
+
+@functools.cache
+def preconditioned(n, rule, dtype="float64"):
+    """G and C of a plate, jitted."""
+    like = jnp.zeros((n, n), dtype)
+    C = jax.jit(lambda: bma.preconditioner(product(plate, like), like, rule))()
+    return jax.jit(lambda x: product(plate, like)(x)), jax.jit(lambda x: C(x)), C
+
+
+def iterations(n, rule):
+    """Steps of conjugate gradients to 1e-8."""
+    G, C, _ = preconditioned(n, rule)
+    r = np.random.default_rng(0).standard_normal((n, n))
+    first, z = np.linalg.norm(r), np.asarray(C(jnp.asarray(r)))
+    p, rz, count = z, np.vdot(r, z), 0
+    while np.linalg.norm(r) > 1e-8 * first:
+        Gp = np.asarray(G(jnp.asarray(p)))
+        r = r - rz / np.vdot(p, Gp) * Gp
+        z = np.asarray(C(jnp.asarray(r)))
+        new = np.vdot(r, z)
+        p, rz, count = z + new / rz * p, new, count + 1
+    return count
+
+
+def test_steps_on_a_plate_do_not_grow_with_its_size():
+    small, large = iterations(32, RULE), iterations(96, RULE)
+    assert large < 1.2 * small, (small, large)
+    assert large < 100
+    assert iterations(32, bma.per_tile((4, 4), reach=2)) > 2 * small
+
+
+def test_float32_and_elements_without_curvature():
+    """A hole, and a plate that nothing holds: linear functions have no curvature."""
+    seen = np.ones((33, 33), np.float32)
+    seen[5:16, 9:30] = 0
+
+    def f(u):
+        seconds = [jnp.diff(u * seen, n=2, axis=k) for k in (0, 1)]
+        return sum(jnp.sum(x**2) for x in seconds)
+
+    with jax.enable_x64(False):
+        like = jnp.zeros((33, 33))
+        C = jax.jit(lambda: bma.preconditioner(product(f, like), like, RULE))()
+        assert C.local
+        g = np.random.default_rng(0).standard_normal((33, 33)).astype(np.float32)
+        x = jax.jit(lambda g: C(g))(g)
+        assert x.dtype == jnp.float32
+        assert np.all(np.isfinite(x)) and np.vdot(g, x) > 0
+
+
+def test_the_state_keeps_its_structure():
+    u = jnp.ones((19, 22))
+    tx = bma.scale_by_newton_bma(RULE)
+    state = jax.jit(tx.init)(u)
+    update = jax.jit(functools.partial(tx.update, value_fn=plate))
+    updates, after = update(jax.grad(plate)(u), state, u)
+    assert jax.tree.structure(state) == jax.tree.structure(after)
+    for x, y in zip(*map(jax.tree.leaves, (state, after)), strict=True):
+        assert jax.typeof(x) == jax.typeof(y)
+    assert np.vdot(updates, jax.grad(plate)(u)) > 0
+
+
+def test_slopes_along_axes_of_no_tile_change_nothing():
+    """Tiles of one element have no slopes: their rule is that of means."""
+    f, like, _, local = case("reach beyond a tile")
+    G = product(f, like)
+    with_slopes, means = (
+        jax.jit(lambda x, r=rule: bma.preconditioner(G, like, r)(x))(jnp.ones(50))
+        for rule in (sloped(local), local)
+    )
+    np.testing.assert_allclose(with_slopes, means, rtol=1e-12)
+
+
+def test_combinators_carry_slopes_along():
+    image = {"u": jax.ShapeDtypeStruct((3, 64, 64), "float32")}
+    rule = bma.per_tile((4, 4), reach=2, slopes=True)
+    assert repr(rule) == "per_tile((4, 4), reach=2, slopes=True)"
+    assert rule != bma.per_tile((4, 4), reach=2)
+    for inner in (rule, bma.within("array", rule)):
+        whole = bma.by_path({"u": bma.stacked(inner)}, default=None)
+        assert whole.slopes(("u",), (3, 64, 64)) and not whole.slopes(("v",), (9,))
+        (grid,) = bma.partition(image, whole).grids
+        assert [slope.axis for slope in grid.tiles.slopes] == [1, 2]
