@@ -158,6 +158,24 @@ def test_grids(tmp_path):
 
 
 @pytest.mark.benchmark
+def test_energies_in_float32(tmp_path):
+    options = "--sizes --volume-sizes --problems torsion --float32 --repeats 1"
+    options += " --max-steps 200 --methods newton_bma lbfgs newton_cg"
+    content, _ = run(tmp_path, "grids", options)
+    assert content["options"]["dtype"] == "float32"
+    for row in content["problems"]["torsion"]["methods"].values():
+        assert row["reached"] and abs(row["gap"]) <= 1e-6  # Told in float64.
+
+
+@pytest.mark.benchmark
+def test_sheet(tmp_path):
+    out = tmp_path / "sheet.png"
+    command = [sys.executable, "-m", "benchmarks.grids.sheet", "--out", str(out)]
+    subprocess.run([*command, "--problems", "torsion"], cwd=ROOT, check=True)
+    assert out.stat().st_size > 0
+
+
+@pytest.mark.benchmark
 def test_curvature(tmp_path):
     options = "--problems net --repeats 1 --max-steps 3"
     content, printed = run(tmp_path, "curvature", options)

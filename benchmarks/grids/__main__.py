@@ -9,7 +9,8 @@ come; the rates and momentum of the others are tuned on another instance, on a g
 that grows until the best point is inside. Experts' tools are given the assembled
 matrix; PyAMG takes part if it is installed. What does not get there on a grid is left
 out on finer ones. A photograph of which much is seen, deblurring, a spline and the
-conductivity of a plate are what Newton-BMA does not suit.
+conductivity of a plate are what Newton-BMA does not suit. The energies of
+`benchmarks.grids.energies` are others that people minimise.
 """
 
 import itertools
@@ -20,6 +21,7 @@ import optax
 
 import bma_optax as bma
 from benchmarks.grids import pictures, problems
+from benchmarks.grids.energies import ENERGIES
 from benchmarks.harness.peers import PEERS, newton_bma
 from benchmarks.harness.race import Race, Starts, begin, report, summary
 from benchmarks.harness.results import Parser, positive
@@ -32,7 +34,7 @@ OTHERS = {
     "deblur": problems.deblur,
     "spline": problems.spline,
     "heat": problems.heat,
-}
+} | ENERGIES
 
 
 def heavy_ball(problem: Problem) -> optax.GradientTransformation:

@@ -58,7 +58,7 @@ def conjugate_gradients(problem: Problem, data: Any):
 
     def init(params):
         value, g = jax.value_and_grad(problem.loss)(params, data)
-        inverse = 1 / problem.diagonal(params, data)
+        inverse = (1 / problem.diagonal(params, data)).astype(g.dtype)
         state = (
             CG.start(-g, partial(jnp.multiply, inverse))._replace(x=params),
             value,

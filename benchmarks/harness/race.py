@@ -20,7 +20,13 @@ import optax
 import bma_optax as bma
 from benchmarks.harness.peers import PEERS
 from benchmarks.harness.results import Parser, Results, positive
-from benchmarks.harness.solver import Method, Problem, Solver
+from benchmarks.harness.solver import (
+    Method,
+    Problem,
+    Solver,
+    as_floats,
+    exact_loss,
+)
 from benchmarks.harness.tables import middle, table
 from benchmarks.harness.timing import clock, in_turns
 from benchmarks.harness.tuning import descend
@@ -39,8 +45,10 @@ def begin(
     add("--methods", nargs="+", choices=every, default=every)
     add("--repeats", type=positive, default=5)
     add("--max-steps", type=positive, default=max_steps)
+    add("--float32", action="store_true", help="the goal is still told in float64")
     options = parser.parse(arguments)
     shared = {"repeats": options.repeats, "max_steps": options.max_steps}
+    shared |= {"dtype": "float32"} if options.float32 else {}
     return options, Results(options, shared, jax, optax, np, bma)
 
 
@@ -70,8 +78,9 @@ class Race:
             if starts.get(name, ()) is not None
         }
         self.experts = [name for name in problem.experts if name in options.methods]
+        dtype = jnp.float32 if options.float32 else jnp.float64
         self.instance, self.other = (
-            jax.tree.map(jnp.asarray, problem.make(seed)) for seed in (0, 1)
+            as_floats(problem.make(seed), dtype) for seed in (0, 1)
         )
         self.goal, self.other_goal = map(self.goal_of, (self.instance, self.other))
         self.solver = functools.cache(
@@ -80,7 +89,8 @@ class Race:
 
     def goal_of(self, instance: Any) -> dict[str, float]:
         """f* directly, or by conjugate gradients until the loss stays."""
-        problem, (params, data) = self.problem, instance
+        problem, instance = self.problem, as_floats(instance, jnp.float64)
+        params, data = instance
         start, best = float(problem.loss(params, data)), problem.level
         if best is not None:
             return {"start": start, "optimum": best, "target": best}
@@ -101,7 +111,7 @@ class Race:
 
     def loss_of(self, solution: np.ndarray, instance: Any) -> float:
         params, data = instance
-        return float(self.problem.loss(solution.reshape(params.shape), data))
+        return float(exact_loss(self.problem, solution.reshape(params.shape), data))
 
     def run(self) -> dict[str, Any]:
         """The goal and `methods`, a row each."""

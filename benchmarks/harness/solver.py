@@ -123,7 +123,22 @@ class Solver:
         return Solution(steps, float(loss), reached, int(products), seconds, params)
 
 
+def as_floats(tree: Any, dtype: Any) -> Any:
+    """A tree with its floats in another precision."""
+
+    def cast(x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(lambda x: cast(jnp.asarray(x)), tree)
+
+
+def exact_loss(problem: Problem, params: Any, data: Any) -> jax.Array:
+    """The loss in float64, whatever the precision of the method."""
+    return problem.loss(*as_floats((params, data), jnp.float64))
+
+
 def solve(problem, method, looks: bool, settings, params, data, target, budget):
+    narrow = any(x.dtype != jnp.float64 for x in jax.tree.leaves(params))
     init, step = method.make(problem, data, *settings)
 
     def unfinished(loop):
@@ -134,12 +149,20 @@ def solve(problem, method, looks: bool, settings, params, data, target, budget):
 
     def advance(loop):
         carry, count = loop
-        new = step(carry)
-        return new if looks else new._replace(value=carry.value), count + 1
+        with jax.enable_x64(not narrow):  # As its user would run it.
+            new = step(carry)
+        if not looks:
+            new = new._replace(value=carry.value)
+        elif narrow:  # Its own sum is not exact enough to tell when it is there.
+            new = new._replace(value=exact_loss(problem, carry.params, data))
+        return new, count + 1
 
-    start = init(params), jnp.int32(0)
+    with jax.enable_x64(not narrow):
+        start = init(params), jnp.int32(0)
+    if looks and narrow:
+        start = start[0]._replace(value=jnp.array(jnp.inf)), start[1]
     carry, count = jax.lax.while_loop(unfinished, advance, start)
     counts = optax.tree.get_all_with_path(carry.state, "products")
     products = sum((n for _, n in counts), jnp.int32(0))
-    loss = problem.loss(carry.params, data)
+    loss = exact_loss(problem, carry.params, data)
     return carry.params, loss, products, carry.value, count
