@@ -9,6 +9,7 @@ from benchmarks.convex import __main__ as linear
 from benchmarks.costs import step_cost
 from benchmarks.figures import figure2
 from benchmarks.grids import gallery as operators
+from benchmarks.grids import pictures
 from benchmarks.grids.__main__ import OTHERS
 from benchmarks.harness import tables
 from benchmarks.harness.race import summary
@@ -18,27 +19,13 @@ Content = dict[str, Any]
 
 # What the cells of the tables are called on the site, in place of names in the files.
 WORDS = {
-    "newton_bma": "`newton_bma`",
-    "bma_heavy_ball": "heavy ball on `scale_by_newton_bma`",
+    **pictures.LABELS,
     "newton_bma_per_leaf": "`newton_bma`, a block an array",
     "newton_bma_finer": "`newton_bma`, finer blocks",
     "newton_bma_diagonal": "`newton_bma`, no blocks",
     "natural_bma": "`natural_bma`",
-    "sgd": "SGD with momentum",
-    "adam": "Adam",
-    "adagrad": "AdaGrad",
-    "lbfgs": "L-BFGS",
-    "cg": "conjugate gradients",
-    "direct": "sparse direct solver",
-    "pyamg": "PyAMG",
-    "newton_cg": "Newton-CG",
     **{f"paint_{n}": f"{n}²" for n in (64, 128, 256, 512, 1024, 2048)},
     **{f"volume_{n}": f"{n}³" for n in (32, 64, 128)},
-    "photo": "photograph, 5 % seen",
-    "plasma": "Poisson-Boltzmann",
-    "deblur": "deblurring",
-    "spline": "smoothing spline",
-    "heat": "conductivity of a plate",
     "softmax": "softmax regression",
     "factorisation": "factors of images",
     "net": "net with one hidden layer",

@@ -1,12 +1,30 @@
 """The picture of this study: seconds against the size, and on each other problem."""
 
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 Results = dict[str, dict[str, Any]]  # By the names of the problems.
+LABELS = {
+    "bma_heavy_ball": "heavy ball on `scale_by_newton_bma`",
+    "newton_bma": "`newton_bma`",
+    "sgd": "SGD with momentum",
+    "adam": "Adam",
+    "adagrad": "AdaGrad",
+    "lbfgs": "L-BFGS",
+    "cg": "conjugate gradients",
+    "direct": "sparse direct solver",
+    "pyamg": "PyAMG",
+    "newton_cg": "Newton-CG",
+    "photo": "photograph, 5 % seen",
+    "plasma": "Poisson-Boltzmann",
+    "deblur": "deblurring",
+    "spline": "smoothing spline",
+    "heat": "conductivity of a plate",
+}
 
 
 def draw(scaling: Results, others: Results, path: Path) -> None:
@@ -35,10 +53,11 @@ def draw(scaling: Results, others: Results, path: Path) -> None:
         axes.set_xticks(sides, sides)
         axes.minorticks_off()
     panel(points, "other problems", others, list(range(len(others))), "o")
-    names = [name.replace("_", "\n") for name in others]
-    points.set_xticks(range(len(others)), names)
+    names = [textwrap.fill(LABELS.get(name, name), 12) for name in others]
+    points.set_xticks(range(len(others)), names, fontsize=8)
     for name, color in colors.items():
-        points.plot([], [], "o", color=color, label=name)
+        label = LABELS.get(name, name).replace("`", "")
+        points.plot([], [], "o", color=color, label=label)
     points.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100)
     print(f"Wrote {path}")
