@@ -216,4 +216,6 @@ def shard_shape(x) -> tuple[int, ...]:
     sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
     if sharding is None or (traced and sharding.mesh.empty):
         return x.shape
+    if traced and jax.sharding.AxisType.Manual in sharding.mesh.axis_types:
+        return x.shape  # Inside ``jax.shard_map`` it is that of one device already.
     return sharding.shard_shape(x.shape)
