@@ -277,6 +277,18 @@ def test_a_step_on_a_grid_sends_halos_alone(lengths, kind):
     )
 
 
+@pytest.mark.parametrize("name", ["adagrad_bma", "adam_bma", "newton_bma"])
+def test_after_an_init_without_jit_a_step_compiles_once(name):
+    tx = getattr(bma, name)(learning_rate=0.1)
+    _, sharding = meshed((4,), AxisType.Auto)
+    params = jax.device_put(gradients(0)["a"], sharding)
+    update = jax.jit(functools.partial(tx.update, value_fn=lambda p: jnp.sum(p**2)))
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = update(params, state, params)
+    assert update._cache_size() == 1
+
+
 @every_mesh
 def test_a_saved_step_goes_on_where_it_was(lengths, kind, tmp_path):
     mesh, step, pair = grid_program(lengths, kind)

@@ -183,7 +183,7 @@ def scale_by_bma(
         _inverse_root.by_bucket(estimator, blocks, weights)
         U, v, inverse_root = _inverse_root.start(blocks, sum_of_squares)
         return ScaleByBMAState(
-            count=jnp.zeros((), jnp.int32),
+            count=jnp.sum(v).astype(jnp.int32),
             sum_of_squares=sum_of_squares,
             U=U,
             v=v,

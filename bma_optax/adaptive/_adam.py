@@ -158,7 +158,7 @@ def scale_by_adam_bma(
         _inverse_root.by_bucket(estimator, blocks, weights)
         U, v, inverse_root = _inverse_root.start(blocks, nu)
         return ScaleByAdamBMAState(
-            count=jnp.zeros((), jnp.int32),
+            count=jnp.sum(v).astype(jnp.int32),
             mu=_moments.start_momentum(params, mu_dtype),
             nu=nu,
             U=U,

@@ -180,8 +180,8 @@ def scale_by_newton_bma(
             return jnp.zeros_like(factor.floored)
 
         return ScaleByNewtonBMAState(
-            count=jnp.zeros((), jnp.int32),
-            key=_probing.key_data(key),
+            count=zero(),
+            key=_probing.key_data(key) + zero().astype(jnp.uint32),
             N=N,
             refreshes=zero(),
             damping=jnp.full_like(factor.coarse_ratio, damping),

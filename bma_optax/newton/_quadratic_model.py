@@ -120,7 +120,7 @@ def scale_by_quadratic_model(
             return 0 * _tree.vdot(_tree.zeros_like(params), _tree.zeros_like(params))
 
         return ScaleByQuadraticModelState(
-            key=_probing.key_data(key),
+            key=_probing.key_data(key) + zero().astype(jnp.uint32),
             previous_step=_tree.zeros_like(params),
             previous_product=_tree.zeros_like(params),
             value=zero() + jnp.inf,
