@@ -10,18 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 
 import bma_optax as bma
+from benchmarks.harness.peers import PEERS, newton_bma
+from benchmarks.harness.solver import Method, Problem, Solution, Solver, from_optax
+from benchmarks.harness.tuning import Settings, descend
 
 N, POINTS, EARLY, LATE, LAST = 128, 40, 3, 17, 60
-RATES = tuple(float(x) for x in np.geomspace(0.02, 0.25, 6))
-MOMENTA = (0.5, 0.8, 0.9, 0.95)
 
 
-def instance(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which points are seen, and a smooth field."""
+def make(seed: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Zeros to start from; which points are seen, and a smooth field."""
     rng = np.random.default_rng(seed)
     axis = np.linspace(0, 1, N)
     field = sum(
@@ -32,75 +32,71 @@ def instance(seed: int) -> tuple[np.ndarray, np.ndarray]:
     )
     seen = np.zeros(N * N)
     seen[rng.choice(N * N, POINTS, replace=False)] = 1
-    return seen.reshape(N, N), field
+    return np.zeros((N, N)), (seen.reshape(N, N), field)
 
 
-def loss(u, seen, field):
+def loss(u, data):
+    seen, field = data
     smoothness = sum(jnp.sum(jnp.diff(u, axis=axis) ** 2) for axis in (0, 1))
     return smoothness + jnp.sum(seen * (u - field) ** 2)
 
 
-def run(tx, seed: int, steps: int = LAST) -> tuple[list[np.ndarray], list[float]]:
-    """The fields and the losses at every step."""
-    seen, field = (jnp.asarray(x, jnp.float32) for x in instance(seed))
-
-    def f(u):
-        return loss(u, seen, field)
-
-    @jax.jit
-    def step(u, state):
-        value, grad = jax.value_and_grad(f)(u)
-        updates, state = tx.update(grad, state, u, value=value, grad=grad, value_fn=f)
-        return optax.apply_updates(u, updates), state, value
-
-    u, fields, losses = jnp.zeros((N, N)), [], []
-    state = tx.init(u)
-    for _ in range(steps + 1):
-        fields.append(np.asarray(u))
-        u, state, value = step(u, state)
-        losses.append(float(value))
-    return fields, losses
+PROBLEM = Problem(
+    name="field",
+    title=f"{N} x {N}, {POINTS} points seen",
+    make=make,
+    loss=loss,
+    partition=bma.per_tile((4, 4), reach=1),
+    quadratic=True,
+)
+METHODS = {
+    "SGD, tuned": PEERS["sgd"],
+    "L-BFGS": PEERS["lbfgs"],
+    "newton_bma": Method(from_optax(newton_bma)),
+}
 
 
-def tuned_sgd(seed: int = 1):
-    """The rate and momentum with the least loss after 17 steps, on another field."""
-    found = {
-        (rate, m): run(optax.sgd(rate, m), seed, LATE)[1][-1]
-        for rate in RATES
-        for m in MOMENTA
-    }
-    best = min(found, key=lambda key: np.nan_to_num(found[key], nan=np.inf))
-    print(f"SGD: rate {best[0]:.3g}, momentum {best[1]:g}")
-    return optax.sgd(*best)
+def steps_of(name: str) -> list[Solution]:
+    """Where a method is after each number of steps; tuned for 17 on another field."""
+    method = METHODS[name]
+    instance, other = (jax.tree.map(jnp.asarray, make(seed)) for seed in (0, 1))
+    solver = Solver(PROBLEM, method, instance)
+
+    def score(settings: Settings, _: Any) -> float:
+        if any(x > 1 for x in settings[1:]):
+            return np.inf  # A negative momentum.
+        return np.nan_to_num(solver(settings, other, LATE).loss, nan=np.inf)
+
+    settings, _ = descend(score, method.start, method.strides)
+    print(name, *(f"{k} {x:.2g}" for k, x in zip(method.tuned, settings, strict=True)))
+    return [solver(settings, instance, steps) for steps in range(LAST + 1)]
 
 
+@jax.enable_x64(True)
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--output-dir", type=Path, default=Path(__file__).parent / "results"
     )
     options = parser.parse_args(args)
-    newton = bma.newton_bma(bma.per_tile((4, 4), reach=1))
-    runs: dict[str, Any] = {
-        "SGD, tuned": run(tuned_sgd(), 0),
-        "L-BFGS": run(optax.lbfgs(), 0),
-        "newton_bma": run(newton, 0),
-    }
-    least = min(min(losses) for _, losses in runs.values())
-    for name, (_, losses) in runs.items():
-        early, late = ((losses[k] - least) / (losses[0] - least) for k in (EARLY, LATE))
+    runs = {name: steps_of(name) for name in METHODS}
+    losses = {name: np.array([x.loss for x in run]) for name, run in runs.items()}
+    least, start = min(map(np.min, losses.values())), losses["newton_bma"][0]
+    gaps = {name: (x - least) / (start - least) for name, x in losses.items()}
+    for name, gap in gaps.items():
+        early, late = gap[EARLY], gap[LATE]
         print(f"{name}: gap {early:.1e} after {EARLY} steps, {late:.1e} after {LATE}")
-    draw(runs, least, options.output_dir / "field.png")
+    draw(runs, gaps, options.output_dir / "field.png")
 
 
-def draw(runs: dict[str, Any], least: float, path: Path) -> None:
+def draw(runs: dict[str, list[Solution]], gaps: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8.3, 4.9), layout="constrained")
     grid = figure.subplots(2, 3)
-    seen, field = instance(0)
-    solution = runs["newton_bma"][0][-1]
+    _, (seen, field) = make(0)
+    solution = runs["newton_bma"][-1].params
     low, high = solution.min(), solution.max()
 
-    def show(axes, title: str, u: np.ndarray) -> None:
+    def show(axes, title: str, u: Any) -> None:
         axes.imshow(u, vmin=low, vmax=high, cmap="viridis")
         axes.set_title(title, fontsize=10)
         axes.set_axis_off()
@@ -109,12 +105,14 @@ def draw(runs: dict[str, Any], least: float, path: Path) -> None:
     show(data, f"given: {POINTS} points of {N} × {N}", np.full((N, N), np.nan))
     rows, columns = np.nonzero(seen)
     data.scatter(columns, rows, c=field[rows, columns], vmin=low, vmax=high, s=14)
-    show(grid[0, 1], f"SGD, tuned, {LATE} steps", runs["SGD, tuned"][0][LATE])
-    show(grid[0, 2], f"L-BFGS, {LATE} steps", runs["L-BFGS"][0][LATE])
-    show(grid[1, 1], f"newton_bma, {EARLY} steps", runs["newton_bma"][0][EARLY])
-    show(grid[1, 2], f"newton_bma, {LATE} steps", runs["newton_bma"][0][LATE])
-    for name, (_, losses) in runs.items():
-        gap = (np.asarray(losses) - least) / (losses[0] - least)
+    for axes, name, steps in (
+        (grid[0, 1], "SGD, tuned", LATE),
+        (grid[0, 2], "L-BFGS", LATE),
+        (grid[1, 1], "newton_bma", EARLY),
+        (grid[1, 2], "newton_bma", LATE),
+    ):
+        show(axes, f"{name}, {steps} steps", runs[name][steps].params)
+    for name, gap in gaps.items():
         curve.plot(np.maximum(gap, 1e-7), label=name)
     curve.set(yscale="log", ylim=(1e-6, 1.5), xlabel="step")
     curve.set_title("part of the gap that is left", fontsize=10)
