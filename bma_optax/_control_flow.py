@@ -39,6 +39,44 @@ def cond(predicate, true_fn, false_fn, *operands):
     return jax.lax.cond(predicate, true_fn, false_fn, *operands)
 
 
+def renewed(predicate, f, last):
+    """Returns ``f(last)``, a tree like ``last``, if the predicate holds, else ``last``.
+
+    Inside ``jax.jit`` it is a loop of one step or none. XLA leaves in its place what a
+    loop carries, and copies what a branch passes through. ``f`` must take from its
+    argument what it needs of ``last``. The derivatives are those of a branch.
+    """
+    if not isinstance(predicate, jax.core.Tracer):
+        return f(last) if predicate else last
+    f, operands = jax.closure_convert(f, last)
+    return _renewed(f, predicate, last, operands)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _renewed(f, predicate, last, operands):
+    varying = (
+        functools.partial(jax.tree.map, _sharding.varying_like)
+        if _in_shard_map()
+        else lambda tree, like: tree
+    )
+
+    def step(carry):
+        predicate, last = carry
+        return jnp.zeros_like(predicate), varying(f(last, *operands), last)
+
+    if _in_shard_map():
+        last = varying(last, jax.eval_shape(f, last, *operands))
+    return jax.lax.while_loop(lambda carry: carry[0], step, (predicate, last))[1]
+
+
+@_renewed.defjvp
+def _renewed_jvp(f, primals, tangents):
+    def branch(predicate, last, operands):
+        return cond(predicate, lambda: f(last, *operands), lambda: last)
+
+    return jax.jvp(branch, primals, tangents)
+
+
 def scan(f, init, xs=None, length=None, operands=(), unroll=1):
     """Scans as ``jax.lax.scan`` does: ``f(carry, x)`` returns ``(carry, y)``.
 

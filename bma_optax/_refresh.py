@@ -25,11 +25,23 @@ def every(interval, count, refresh, last, young=False, also=False):
     """
     if at_each_step(interval):
         return refresh()
-    due = count == 0 if interval is None else count % interval == 0
+    due = _due(interval, count)
     if young:
         due |= (count & (count + 1) == 0) & (count + 1 < interval)
     with jax.named_scope("refresh"):
         return _control_flow.cond(due | also, refresh, lambda: last)
+
+
+def in_place(interval, count, refresh, last, also):
+    """The same for large arrays, which are not copied: ``refresh`` is given them."""
+    if at_each_step(interval):
+        return refresh(last)
+    with jax.named_scope("refresh"):
+        return _control_flow.renewed(_due(interval, count) | also, refresh, last)
+
+
+def _due(interval, count):
+    return count == 0 if interval is None else count % interval == 0
 
 
 def at_each_step(interval):

@@ -1,12 +1,14 @@
 """The harness of the benchmarks, and one tiny run of each study."""
 
 import argparse
+import collections
 import functools
 import json
 import math
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 
 from benchmarks.convex import __main__ as convex
 from benchmarks.figures import figure2
-from benchmarks.harness import results, timing, tuning
+from benchmarks.harness import hlo, results, timing, tuning
 
 ROOT = Path(__file__).parent.parent
 
@@ -240,6 +242,48 @@ def test_linear_models():
     for online in (True, False):
         found = convex.measure(task, "units_learned", online)
         assert len(found["loss"]) == 4 and np.all(np.isfinite(found["loss"]))
+
+
+HLO = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %y = f32[8]{0} fusion(%x), kind=kLoop, calls=%f
+  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %y)
+}
+
+%k (q: f32[8]) -> f32[8] {
+  ROOT %q = f32[8]{0} parameter(0)
+}
+
+%c (r: f32[8]) -> f32[8] {
+  %r = f32[8]{0} parameter(0)
+  ROOT %d = f32[8]{0} copy(%r)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %loop = (s32[], f32[8]{0}) while(%t0), body=%body, known_trip_count={"n":"3"}
+  %once = (s32[], f32[8]{0}) while(%t1), body=%body, op="/refresh/while"
+  %b = f32[8]{0} conditional(%p, %a), branch_computations={%k, %c}, op="/refresh/cond"
+  %start = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%a)
+  %done = f32[8]{0:S(1)} copy-done(%start)
+  ROOT %last = f32[8]{0} fusion(%done), kind=kLoop, calls=%f
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("without", "fusions", "copies"), [(("refresh",), 3, 0), ((), 4, 1)]
+)
+def test_kernels_of_a_compiled_program(without, fusions, copies):
+    """A loop's by its trips, of a branch those of one side, none on chip."""
+    found = hlo.kernels(types.SimpleNamespace(as_text=lambda: HLO), without)
+    count = collections.Counter()
+    for kernel in found:
+        count[kernel.kind, kernel.bytes] += kernel.times
+    expected = {("fusion", 64): fusions, ("copy", 64): copies, ("copy-start", 32): 1}
+    assert +count == +collections.Counter(expected | {("fusion", 32): 1})
+    assert hlo.total(found) == 64 * (fusions + copies + 1)
 
 
 def test_bad_data_is_said_in_one_line(tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import lineax
@@ -736,6 +737,33 @@ def test_the_loop_of_optax_for_lbfgs_takes_the_same_steps(dtype):
             np.testing.assert_allclose(stored.value, value, rtol=1e-6)
             np.testing.assert_allclose(stored.grad, grad, rtol=1e-4, atol=1e-5)
     assert not kept[0] and kept[-1]
+
+
+def test_the_loop_of_optax_with_a_mask_after_the_solver():
+    """What is stored belongs to the parameters, from the first masked step on."""
+
+    def f(p):
+        return jnp.sum(jnp.cosh(p["a"] - 1)) + jnp.sum((p["a"] + p["b"]) ** 2)
+
+    solver = bma.newton_bma()
+    mask = optax.masked(optax.set_to_zero(), {"a": False, "b": True})
+
+    @jax.jit
+    def step(params, state):
+        value, grad = optax.value_and_grad_from_state(f)(params, state=state)
+        updates, state = solver.update(
+            grad, state, params, value=value, grad=grad, value_fn=f
+        )
+        updates, _ = mask.update(updates, mask.init(params))
+        return optax.apply_updates(params, updates), state, (value, grad)
+
+    params = {"a": jnp.linspace(-1, 2, 3), "b": jnp.ones(3)}
+    state, evaluate = jax.jit(solver.init)(params), jax.jit(jax.value_and_grad(f))
+    for _ in range(5):
+        expected = evaluate(params)
+        params, state, used = step(params, state)
+        chex.assert_trees_all_close(used, expected, rtol=1e-6, atol=1e-9)
+    assert jnp.isfinite(optax.tree.get(state, "value"))
 
 
 def test_value_and_gradient_are_used_as_they_are_given():

@@ -492,6 +492,14 @@ def test_one_tree_with_fields_and_a_network():
     assert expected[3] == np.sum(filled["volume"]) / 8
 
 
+def test_the_table_warns_of_a_root_that_takes_longer_than_an_update():
+    """On an accelerator `eigh` is latency: .5 ms, and 10 µs more for each row."""
+    few, many = (jax.ShapeDtypeStruct((8, n), "float32") for n in (63, 150))
+    text = repr(bma.partition(many, bma.per_unit))
+    assert "on an H100 `eigh` about 2.0 ms" in text and "update_interval" in text
+    assert "H100" not in repr(bma.partition(few, bma.per_unit))
+
+
 @pytest.mark.parametrize(
     ("rule", "shape"),
     [

@@ -6,13 +6,15 @@ take the trick out.
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bma_optax as bma
-from bma_optax import _sharding, _xla
+from bma_optax import _control_flow, _sharding, _xla
+from bma_optax.algebra import _eigh, _symmetric_power
 
 LARGE = (256, 256)
 LIKE = {"a.kernel": jnp.zeros(LARGE), "b.kernel": jnp.zeros(LARGE)}
@@ -209,3 +211,45 @@ def test_values_stay():
 def test_other_platforms_compute_as_they_see_fit():
     x = jnp.ones(3)
     assert "divide" not in program(_xla.materialize, x, x)
+
+
+def test_a_refresh_copies_no_array():
+    """A step without one leaves the state where it is; derivatives are a branch's."""
+
+    def renewed(predicate, x, y):
+        def f(last):
+            return last[0] * y, last[1] + 1
+
+        return _control_flow.renewed(predicate, f, (x, jnp.int32(1)))[0]
+
+    def expected(predicate, x, y):
+        return jnp.where(predicate, x * y, x)
+
+    x, y = jnp.arange(3.0), jnp.ones(3) / 2
+    for on in (jnp.asarray(True), jnp.asarray(False)):
+        for derivative in (jax.jacfwd, jax.jacrev):
+            found, wanted = (
+                jax.jit(derivative(f, argnums=(1, 2)))(on, x, y)
+                for f in (renewed, expected)
+            )
+            chex.assert_trees_all_close(found, wanted)
+    both = jax.jit(jax.vmap(renewed, in_axes=(0, None, None)))
+    found = both(jnp.asarray([True, False]), x, y)
+    np.testing.assert_array_equal(found, [x / 2, x])
+    text = jax.jit(renewed).lower(jnp.asarray(True), x, y).as_text()
+    assert "stablehlo.while" in text and "stablehlo.case" not in text
+
+
+def test_a_large_root_on_a_tpu_is_one_operation():
+    """JAX's own choice there is a program that takes minutes to compile."""
+    like = jax.ShapeDtypeStruct((300, 300), jnp.float32)
+
+    def both(M):
+        power = _symmetric_power.matrix_power(M, -0.5, jnp.float32(0))
+        return power, _eigh.eigenvalues(M)
+
+    def loops(f):
+        export = jax.export.export(jax.jit(f), platforms=["tpu"])
+        return export(like).mlir_module().count("stablehlo.while")
+
+    assert loops(both) == 0 < loops(jnp.linalg.eigh)

@@ -16,7 +16,7 @@ import numpy as np
 
 from bma_optax import _tree
 from bma_optax.adaptive import _columns, _direction, _inverse_root, _moments
-from bma_optax.algebra import _symmetric_power
+from bma_optax.algebra import _eigh
 from bma_optax.partitions import _units
 
 _MOST_PAIRS = 10
@@ -108,8 +108,8 @@ def _of_roots(blocks, state, estimator):
         for matrix, root in zip(M, blocks.split_matrix(inverse_root), strict=True):
             # The largest eigenvalue of M^-½ gives the least one of M in use: the floor,
             # where it replaced smaller ones.
-            least = _symmetric_power.eigenvalues(root)[:, -1:] ** -2
-            below = _symmetric_power.eigenvalues(matrix) < 0.999 * least
+            least = _eigh.eigenvalues(root)[:, -1:] ** -2
+            below = _eigh.eigenvalues(matrix) < 0.999 * least
             raised = raised + jnp.sum(below, dtype=jnp.int32)
         numbers["floored_share"] = raised / blocks.num_blocks
     return numbers
@@ -124,9 +124,7 @@ def of_matrices(blocks, matrices):
     """
     if not matrices:
         return {}
-    values = jnp.concatenate(
-        [_symmetric_power.eigenvalues(M).reshape(-1) for M in matrices]
-    )
+    values = jnp.concatenate([_eigh.eigenvalues(M).reshape(-1) for M in matrices])
     found, pairs, start = [], [], 0
     for M, (count, n) in zip(matrices, blocks.buckets, strict=True):
         diagonal = jnp.abs(jnp.diagonal(M, axis1=1, axis2=2))

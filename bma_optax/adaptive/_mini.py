@@ -178,13 +178,25 @@ def scale_by_mini_bma(
                 return _Array(r, mu, nu, mean_nu, direction)
 
             # Gather m, h and M of the finite units, and move y towards Gᵀ G q.
-            g, mu = units.split(g), units.split(mu)
+            g, old = units.split(g), units.split(mu)
             q = units.direction(direction)
             squares = units.over_inputs(jnp.square(g))
             finite = jnp.isfinite(squares)
             product = units.times(g, q)
             a = jnp.where(finite, product, 0)
-            mu = jnp.where(finite, _moments.decay(g, mu, b1), mu)
+
+            def momentum(g, old):
+                return jnp.where(finite, _moments.decay(g, old, b1), old)
+
+            mu = momentum(g, old)
+            # Off the CPU all sums are one pass, before mu is written.
+            along = jax.lax.platform_dependent(
+                *(mu, old, product, q),
+                cpu=lambda mu, old, product, q: units.times(mu, q),
+                default=lambda mu, old, product, q: momentum(
+                    product, units.times(old, q)
+                ),
+            )
             nu = jnp.where(finite, _moments.decay(squares, nu, b2), nu)
             mean = _moments.decay(jnp.square(a), mean_nu, b2)
             mean_nu = jnp.where(finite, mean, mean_nu)
@@ -194,13 +206,15 @@ def scale_by_mini_bma(
             # Each number of a unit ends in a division: XLA stores the result of a
             # division, and computes anything cheaper again for each element.
             Lambda = _direction.rest(nu, mean_nu, units.num_inputs)
-            along = (_direction.shrink(mean_nu, Lambda) - 1) * units.times(mu, q)
+            along = (_direction.shrink(mean_nu, Lambda) - 1) * along
             started = _moments.bias_correction(count, b1, g.dtype)
             Lambda = Lambda / _moments.bias_correction(count, b2, g.dtype)
             known = jnp.where(jnp.isfinite(product), 1 / started, jnp.nan)
             # Compute the update after the direction, the last use of the gradient: the
             # update can then take the gradient's memory.
             known = _xla.after(known, direction)
+            g, old, known, along = _xla.second_pass((g, old, known, along))
+            mu = momentum(g, old)
             r = mu * _moments.over_root(known, Lambda, eps)
             r = r + _moments.over_root(known * along, Lambda, eps) * q
             r = units.join(r, gradient).astype(gradient.dtype)

@@ -7,4 +7,5 @@ _block_mean_matrix   the pair (Λ, M): projection, eq. 2; products and the d x d
 _functions           inverse and root, eq. 3 and 4, eigenvalues, determinant, trace
 _expansions          figure 1: one number for each block -> one for each element
 _symmetric_power     powers of small symmetric matrices, with derivatives of any order
+_eigh                their eigenvalues and eigenvectors, by platform
 """

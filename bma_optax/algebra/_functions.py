@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax.algebra import _symmetric_power
+from bma_optax.algebra import _eigh, _symmetric_power
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ class Functions:
           [2. 2. 2. 6.]
         """
         self._check_single()
-        values = jnp.concatenate([_symmetric_power.eigenvalues(self.M), self.Lambda])
+        values = jnp.concatenate([_eigh.eigenvalues(self.M), self.Lambda])
         counts = np.concatenate([np.ones_like(self.sizes), np.subtract(self.sizes, 1)])
         order = jnp.argsort(values)
         return jnp.repeat(

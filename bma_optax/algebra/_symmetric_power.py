@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 from bma_optax import _xla
+from bma_optax.algebra import _eigh
 
 
 def matrix_power(
@@ -74,24 +75,6 @@ def resolution(size: int, dtype: jax.typing.DTypeLike) -> float:
     return 4 * math.sqrt(max(size, 1)) * float(jnp.finfo(dtype).eps)
 
 
-def eigenvalues(matrix: jax.Array) -> jax.Array:
-    """The eigenvalues of symmetric matrices, shape (..., L), in ascending order.
-
-    Args:
-      matrix: shape (..., L, L). A matrix of one number needs no ``eigh``.
-    """
-    if matrix.shape[-1] == 1:
-        return matrix[..., 0]
-    return jnp.linalg.eigvalsh(matrix)
-
-
-def _eigh(matrix):
-    """Eigenvalues, shape (..., L), and eigenvectors, shape (..., L, L)."""
-    if matrix.shape[-1] == 1:
-        return eigenvalues(matrix), jnp.ones_like(matrix)
-    return jnp.linalg.eigh(matrix, symmetrize_input=False)
-
-
 # The derivative is a primitive, because ``jax.custom_jvp`` loses its rule when JAX
 # transposes it: the Hessian (forward over reverse) would differentiate ``eigh`` again.
 _derivative_p = jax.extend.core.Primitive("symmetric_matrix_power_derivative")
@@ -111,7 +94,7 @@ def _derivative(floors, matrix, *directions, **params):
 def _derivative_impl(
     floors, matrix, *directions, p, relative_floor, absolute, has_null
 ):
-    values, vectors = _eigh(matrix)
+    values, vectors = _eigh.eigh(matrix)
     transposed = jnp.swapaxes(vectors, -1, -2)
     floor, null = floors[..., 0], floors[..., 1]
     relative = relative_floor * jnp.max(jnp.abs(values), axis=-1, initial=0)

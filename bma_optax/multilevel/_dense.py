@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bma_optax import _control_flow, _sharding, _tree, _xla
-from bma_optax.algebra import _symmetric_power
+from bma_optax.algebra import _eigh, _symmetric_power
 from bma_optax.algebra._expansions import diagonal_matrix
 from bma_optax.curvature import _probing
 from bma_optax.curvature._probing import LinearOperator, Probed
@@ -183,7 +183,7 @@ def _invert(M, n2, s, damping, floor, rounding) -> Inverted:
         M + damping * eye, -1, floor, relative, absolute=True, null=rounding
     )
     smooth = diagonal_matrix(1 / jnp.maximum(Lambda + damping, floor))
-    eigenvalues = _symmetric_power.eigenvalues(jax.lax.stop_gradient(M))
+    eigenvalues = _eigh.eigenvalues(jax.lax.stop_gradient(M))
     return Inverted(
         (inverse - smooth) / _outer(jnp.sqrt(n2)),
         Lambda,

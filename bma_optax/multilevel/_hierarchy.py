@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bma_optax import _sharding
-from bma_optax.algebra import _symmetric_power
+from bma_optax.algebra import _eigh, _symmetric_power
 from bma_optax.multilevel import _cell_matrices, _cycles, _transfers
 from bma_optax.multilevel._cycles import Level
 from bma_optax.multilevel._stencil import Stencil
@@ -124,7 +124,7 @@ class Hierarchy:
         inverse = _symmetric_power.matrix_power(
             M, -1, floor, relative, absolute=True, null=null
         )
-        eigenvalues = _symmetric_power.eigenvalues(jax.lax.stop_gradient(M))
+        eigenvalues = _eigh.eigenvalues(jax.lax.stop_gradient(M))
         k, arrays = self.num_cycled, [*zip(smoothers, operators, strict=False)]
         matrix = self._matrix(arrays[k:], _on_both_sides(T, inverse, shape))
         return Levels(tuple(smoothers[:k]), tuple(operators[1:k]), matrix), eigenvalues

@@ -78,9 +78,9 @@ def newton_bma(
       boolean that asks for a refresh at this step. It saves a gradient
       a step in the loop that Optax has for L-BFGS, with
       ``optax.value_and_grad_from_state(value_fn)`` and ``update(..., value=value,
-      grad=grad, value_fn=value_fn)``, if nothing changes the updates afterwards and
-      every step has the same loss. To freeze arrays, set
-      their gradients to 0 before the chain:
+      grad=grad, value_fn=value_fn)``, if nothing but a mask changes the updates
+      afterwards and every step has the same loss. To freeze arrays, set their gradients
+      to 0 before the chain:
       ``optax.chain(optax.masked(optax.set_to_zero(), frozen), newton_bma())``. A mask
       after the chain is found only once the first step has been taken, and that step
       may raise the loss.

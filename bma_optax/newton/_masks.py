@@ -63,10 +63,22 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
             updates,
             params,
         )
+        inner = _without_value(inner, ~last.started)
         last = MaskedState(checksums, moved, last.started | True)
         return result, (*inner, last)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _without_value(state, unknown):
+    """Forgets the loss that a step rule keeps for Optax, where a mask is not yet known.
+
+    The rule evaluated it, and the gradient, where the step leads without the mask.
+    """
+    value = optax.tree.get(state, "value")
+    if value is None:
+        return state
+    return optax.tree.set(state, value=jnp.where(unknown, jnp.inf, value))
 
 
 def _as_made(state):

@@ -208,7 +208,7 @@ def scale_by_newton_bma(
         method = _two_level.two_level(updates, partition)
         method.check_state(state.N, state.K, state.Lambda)
 
-        def renewed():
+        def renewed(state):
             random_key = _probing.typed_key(state.key)
             key_labels = jax.random.fold_in(random_key, state.count)
             product = _kinds.product_at(
@@ -229,7 +229,7 @@ def scale_by_newton_bma(
             factor = method.invert(averaged, damping, min_eigenvalue)
             return _last_good(state, averaged, factor, damping)
 
-        new = _refresh.every(update_interval, state.count, renewed, state, also=refresh)
+        new = _refresh.in_place(update_interval, state.count, renewed, state, refresh)
         state = jax.tree.map(_sharding.alike, new, state)
         result = method.apply(state.inverse_diagonal, state.N, state.K, updates)
         # An array whose gradient is 0 gets no update: with P the projection to the

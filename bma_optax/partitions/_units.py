@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _names, _sharding
+from bma_optax import _names, _sharding, _xla
 from bma_optax.partitions._rules import Shape
 from bma_optax.partitions._tiles import Tiles
 
@@ -97,7 +97,11 @@ class Units:
 
     def over_inputs(self, x: jax.Array) -> jax.Array:
         """Sums over each block."""
-        return jnp.sum(x, axis=self.inputs, keepdims=True)
+        return jax.lax.platform_dependent(
+            x,
+            cpu=lambda x: jnp.sum(x, axis=self.inputs, keepdims=True),
+            default=lambda x: _xla.total_in_two_steps(x, self.inputs),
+        )
 
     def times(self, x: jax.Array, q: jax.Array) -> jax.Array:
         """G q: a number a unit, for a matrix x and a number an input."""
@@ -115,7 +119,9 @@ class Units:
     def direction(self, y: jax.Array) -> jax.Array:
         """q = y / ‖y‖, for a y that is not 0."""
         square = jnp.sum(jnp.square(y), axis=self.inputs, keepdims=True)
-        return y * jax.lax.rsqrt(square)
+        # Apart: XLA on a GPU tries many kernels for a vector over its norm, which takes
+        # seconds an array to compile.
+        return y * _xla.second_pass(jax.lax.rsqrt(square))
 
 
 def map_arrays(kind: Any, f: Callable, arrays: Any, tree: Any, *rest: Any) -> Any:
@@ -210,7 +216,7 @@ def _contract(x, y, axes, other):
     """
 
     def sum_of_products(x, y):
-        return jnp.sum(x * y, axis=axes, keepdims=True)
+        return _xla.total_in_two_steps(x * y, axes)
 
     def product_of_matrices(x, y):
         letters = string.ascii_letters[: x.ndim]
