@@ -38,8 +38,18 @@ def adagrad():
     return optax.scale_by_rss(initial_accumulator_value=0.0)
 
 
+def units_learned():
+    return bma.scale_by_bma(bma.units, weights="learned")
+
+
 def decay(count):
     return 1 / jnp.sqrt(1 + count)
+
+
+def warm_up(tx):
+    """The first 25 steps are shorter: rates rise in proportion to the step."""
+    rise = optax.linear_schedule(1 / 25, 1.0, 24)
+    return optax.chain(tx, optax.scale_by_schedule(rise))
 
 
 def muon_dimensions(params: Any):
@@ -82,8 +92,11 @@ METHODS = {
         "AdaGrad-BMA, each unit alone", lambda: bma.scale_by_bma(bma.units), start=-5
     ),
     "units_learned": Method(
-        "AdaGrad-BMA, each unit alone, learned weights",
-        lambda: bma.scale_by_bma(bma.units, weights="learned"),
+        "AdaGrad-BMA, each unit alone, learned weights", units_learned, start=-5
+    ),
+    "units_learned_warm": Method(
+        "AdaGrad-BMA, each unit alone, learned weights, warm-up",
+        lambda: warm_up(units_learned()),
         start=-5,
     ),
     "adagrad_shrunk_learned": Method(
@@ -115,6 +128,8 @@ METHODS = {
         {"beta": (0.9, 0.95), "rest": (0.3, 1.0)},
         start=-6,
     ),
+    "adam_warm": Method("Adam, warm-up", lambda b2: warm_up(adam(b2)), B2),
+    "adagrad_warm": Method("AdaGrad, warm-up", lambda: warm_up(adagrad()), start=-5),
     "adam_decayed": Method(
         "Adam, rate / √t",
         lambda b2: optax.chain(adam(b2), optax.scale_by_schedule(decay)),
