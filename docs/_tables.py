@@ -128,6 +128,7 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "longer": ("networks/results/longer.json", longer),
     "convex": ("convex/results/convex.json", convex),
     "costs": ("costs/results/step_cost.json", costs),
+    "costs_h100": ("costs/results/step_cost_h100.json", costs),
     "digits": ("figures/results/figure2_digits.json", nets),
     "mnist": ("figures/results/figure2_mnist.json", nets),
     "cifar10": ("figures/results/figure2_cifar10.json", nets),
