@@ -30,7 +30,8 @@ from benchmarks.costs.step_cost import METHODS, TREES
 from benchmarks.harness import hlo, tables
 from benchmarks.harness.results import Parser, Results
 
-SELDOM = ("more_probes",)  # Where a check of the curvature has failed.
+# Where a check of the curvature has failed, and where a step has to be shortened.
+SELDOM = ("more_probes", "backtracking")
 SETS = {"10": [(1000, 1000)] * 10, "150": TREES["30M"]}
 CHOSEN = [name for name in METHODS if name != "muon" and "units" not in name]
 

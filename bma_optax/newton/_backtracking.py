@@ -43,7 +43,8 @@ def backtrack(f, params, step, value, slope, new):
         )
         return jnp.where(found, t, 0)
 
-    return _control_flow.cond(accepted, jnp.ones_like, search, shorter)
+    with jax.named_scope("backtracking"):
+        return _control_flow.cond(accepted, jnp.ones_like, search, shorter)
 
 
 def _judged(t, value, slope, new):
