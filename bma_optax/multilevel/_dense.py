@@ -58,6 +58,10 @@ class Dense:
         """The shardings of N, K and Λ over explicit axes: all are on all devices."""
         return _sharding.replicated(self.like(jnp.float32), leaves)
 
+    def replicate(self, K) -> Any:
+        """K on all devices."""
+        return jax.tree.map(_sharding.replicate, K)
+
     def sums(self, leaves) -> jax.Array:
         """Sums over the elements of each block, shape (L_dense,)."""
         return self.blocks.block_sums(leaves)

@@ -92,6 +92,11 @@ class Nested:
         K = K._replace(levels=K.levels._replace(inverse=inverse))
         return N, K, Lambda
 
+    def replicate(self, K) -> Correction:
+        """K with the matrix of the last level on all devices."""
+        inverse = _sharding.replicate(K.levels.inverse)
+        return K._replace(levels=K.levels._replace(inverse=inverse))
+
     def sums(self, leaves) -> jax.Array:
         """Sums over the elements of each block, shape (fields, *grid)."""
         dtype = _tree.common_statistic_dtype(leaves)

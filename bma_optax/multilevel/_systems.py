@@ -86,6 +86,13 @@ class CoarseSystems:
             ],
         )
 
+    def replicate(self, K) -> Any:
+        """K with its small matrices on all devices, where :meth:`initial` has them."""
+        if not self.systems:
+            return K
+        pairs = zip(self.systems, K, strict=True)
+        return tuple(system.replicate(part) for system, part in pairs)
+
     def like(self, dtype) -> tuple[Any, Any, Any]:
         """The shapes of N, K and Λ: a tuple of each, with a part for each system.
 

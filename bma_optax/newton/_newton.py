@@ -231,6 +231,7 @@ def scale_by_newton_bma(
 
         new = _refresh.in_place(update_interval, state.count, renewed, state, refresh)
         state = jax.tree.map(_sharding.alike, new, state)
+        state = state._replace(K=method.replicate(state.K))
         result = method.apply(state.inverse_diagonal, state.N, state.K, updates)
         # An array whose gradient is 0 gets no update: with P the projection to the
         # other arrays, P C P is positive definite there and P C P g descends.
