@@ -87,16 +87,18 @@ def networks(content: Content) -> str:
 
 def longer(content: Content) -> str:
     """Training and test loss after ten times the steps."""
-    (task,) = content["tasks"].values()
+    found = content["tasks"].values()
+
+    def cell(row: Content) -> str:
+        losses = (report.mean(row[x]) for x in ("train_loss", "test_loss"))
+        return ", ".join(map(tables.number, losses))
+
     rows = [
-        [
-            report.METHODS[name].label,
-            *(tables.number(report.mean(row[x])) for x in ("train_loss", "test_loss")),
-        ]
-        for name, row in task["methods"].items()
+        [method.label, *(cell(task["methods"][name]) for task in found)]
+        for name, method in report.METHODS.items()
+        if all(name in task["methods"] for task in found)
     ]
-    columns = ["method", "training loss", "test loss"]
-    return tables.table(columns, rows) + of_machine(content)
+    return tables.table(["method", *content["tasks"]], rows) + of_machine(content)
 
 
 def convex(content: Content) -> str:
