@@ -53,12 +53,10 @@ def matrices(name, **sizes):
     "name",
     [
         "reach 2",
-        "2 dimensions",
         "sizes that do not divide",  # Tiles of one element along the first axis.
         "periodic, an odd number of elements",
         "3 dimensions",
         "fields first",
-        "channels in one block",
         "two fields",
         "beside scalars",
     ],

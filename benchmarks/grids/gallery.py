@@ -156,12 +156,13 @@ def report(content: dict[str, Any]) -> str:
     """A row an operator: iterations on all sizes."""
     measured = [name for name in OPERATORS if name in content]
     found = {name: list(content[name].values()) for name in measured}
-    keys = [key for key in next(iter(found.values()))[0] if key != "rule"]
+    cells = itertools.chain.from_iterable(found.values())
+    keys = [key for key in dict.fromkeys(itertools.chain(*cells)) if key != "rule"]
     rows = [
         (
             name,
             *(" / ".join(str(row.get(key, "-")) for row in rows) for key in keys),
-            f"`{rows[-1]['rule']}`",
+            f"`{rows[-1].get('rule', '-')}`",
         )
         for name, rows in found.items()
     ]
