@@ -187,7 +187,7 @@ def reaches_far(error, tolerance) -> str:
         "The curvature reaches further than `reach` declares: a product with it is "
         f"{float(error):.1e} from what that reach foretells, relative, where rounding "
         f"explains {float(tolerance):.1e}. Pass a larger `reach`, or None. Under "
-        "jax.jit the diagonal alone is used, and `local` in bma.diagnostics is False."
+        "jax.jit the diagonal alone is used, and `local` is False."
     )
 
 

@@ -3,7 +3,7 @@
 from bma_optax import _names
 from bma_optax.partitions import _build
 from bma_optax.partitions._rules import Rule, per_leaf
-from bma_optax.suggest._structure import Structure
+from bma_optax.suggest._structure import Probe, Structure
 from bma_optax.suggest._trial import MOST_STEPS, Trial
 
 _HEAD = (
@@ -16,7 +16,7 @@ def report(
     found: list[Structure],
     rule: Rule,
     tried: Trial | None,
-    products: int,
+    probe: Probe,
     params,
 ) -> str:
     """What was found, what to expect, and the partition.
@@ -25,10 +25,10 @@ def report(
       found: the arrays.
       rule: what is suggested.
       tried: how it went; None if nothing was tried.
-      products: the products that found the structure.
+      probe: the products that found the structure.
       params: the parameters.
     """
-    total = products + (tried.products if tried else 0)
+    total = probe.count + (tried.products if tried else 0)
     lines = [f"Suggested partition: {rule}", f"(found by {total:,} products)", ""]
     rows = [_HEAD, *(_row(array, found) for array in found)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
@@ -36,7 +36,7 @@ def report(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    lines += ["", *_remarks(found), *_expectation(rule, tried)]
+    lines += ["", *_remarks(found), *_expectation(rule, tried, probe.vanishes)]
     if tried is not None and rule is not per_leaf:
         lines += ["", repr(_build.layout(params, rule))]
     return "\n".join(lines)
@@ -93,7 +93,7 @@ def _remarks(found: list[Structure]) -> list[str]:
     return lines
 
 
-def _expectation(rule: Rule, tried: Trial | None) -> list[str]:
+def _expectation(rule: Rule, tried: Trial | None, vanishes: bool) -> list[str]:
     """What conjugate gradients took, in sentences."""
     if tried is None:
         return [
@@ -110,6 +110,12 @@ def _expectation(rule: Rule, tried: Trial | None) -> list[str]:
         return [
             "The curvature is not positive definite at these parameters, so what to "
             "expect is not known. Try again at parameters nearer to a minimum."
+        ]
+    if vanishes:
+        return [
+            "Most elements have no curvature at these parameters, though they have "
+            "nearby, so what to expect is not known. Try again at parameters nearer to "
+            "a minimum."
         ]
     gap = "1e-6 of the gap"
     with_blocks = (

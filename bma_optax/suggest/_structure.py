@@ -78,10 +78,17 @@ class Structure:
 
 
 class Probe:
-    """A product that is counted, and the noise of its numbers."""
+    """A product that is counted, and the noise of its numbers.
 
-    def __init__(self, product: Product, eps: float):
-        self._product, self.eps, self.count = product, eps, 0
+    Args:
+      product: v -> G v near the parameters.
+      eps: of the numbers.
+      vanishes: whether G is 0 at the parameters themselves for most elements that have
+        curvature near them.
+    """
+
+    def __init__(self, product: Product, eps: float, vanishes: bool):
+        self._product, self.eps, self.vanishes, self.count = product, eps, vanishes, 0
 
     def __call__(self, v: Vector) -> Vector:
         self.count += 1

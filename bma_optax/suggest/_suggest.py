@@ -109,9 +109,9 @@ def suggest_partition(
         rule, tried = per_leaf, None
     else:
         refresh = functools.partial(_refresh, curvature, random_key, loss, extra_args)
-        rule, tried = _best(found, refresh, product, params)
+        rule, tried = _best(found, refresh, product, params, probe.vanishes)
     if verbose:
-        print(_report.report(found, rule, tried, probe.count, params))
+        print(_report.report(found, rule, tried, probe, params))
     return rule
 
 
@@ -130,20 +130,22 @@ def _probe(product, params) -> _structure.Probe:
         y = product(point, jax.tree.unflatten(treedef, v))
         return [np.asarray(x, float) for x in jax.tree.leaves(y)]
 
-    def is_finite(point):
-        return all(
-            np.all(np.isfinite(x))
-            for x in at(point, [np.ones(x.shape) for x in leaves])
-        )
-
-    if not is_finite(params):
+    v = [rng.uniform(0.5, 1.5, x.shape) * rng.choice([-1, 1], x.shape) for x in leaves]
+    here, there = at(params, v), at(near, v)
+    if not _are_finite(here):
         raise ValueError(
             "The curvature of `value_fn` is not finite at these parameters. Pass "
             "parameters at which the loss has finite second derivatives."
         )
-    point = near if is_finite(near) else params
     eps = max((float(jnp.finfo(x.dtype).eps) for x in leaves), default=1e-7)
-    return _structure.Probe(lambda v: at(point, v), eps)
+    if not _are_finite(there):
+        return _structure.Probe(lambda v: at(params, v), eps, vanishes=False)
+    curved = [sum(map(np.count_nonzero, y)) for y in (here, there)]
+    return _structure.Probe(lambda v: at(near, v), eps, 2 * curved[0] < curved[1])
+
+
+def _are_finite(y: _structure.Vector) -> bool:
+    return all(np.all(np.isfinite(x)) for x in y)
 
 
 def _scale(x) -> float:
@@ -159,8 +161,11 @@ def _refresh(curvature, key, loss, extra_args, method: TwoLevel, params):
     return found, method.invert(found, 0.0, 0.0)
 
 
-def _best(found: list[Structure], refresh, product, params):
-    """The rule with the fewest steps, and its trial."""
+def _best(found: list[Structure], refresh, product, params, vanishes: bool):
+    """The rule with the fewest steps, and its trial.
+
+    Where the curvature vanishes at the parameters the steps tell nothing of later ones.
+    """
     rng = np.random.default_rng(2)
     noise = jax.tree.map(
         lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), params
@@ -178,7 +183,7 @@ def _best(found: list[Structure], refresh, product, params):
         second = attempt(other)
         if _MORE_CELLS * _order(second) < _order(tried):
             rule, tried = other, second
-    if not tried.local or not _pays(tried):
+    if not tried.local or not (vanishes or _pays(tried)):
         rule = per_leaf
     return rule, tried
 
