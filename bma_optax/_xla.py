@@ -136,6 +136,17 @@ def after(x, source):
     return x + 0 * jnp.sum(source, axis=axes, keepdims=True).astype(x.dtype)
 
 
+def after_on_cpu(x, source):
+    """x, :func:`after` source on CPU; on a GPU sums are one pass if none waits."""
+
+    def at_once(source):
+        dtype = None if jnp.ndim(x) else source.dtype
+        return _sharding.varying_like(jnp.asarray(x, dtype), source)
+
+    cpu = functools.partial(after, x)
+    return jax.lax.platform_dependent(source, cpu=cpu, default=at_once)
+
+
 def neighbours(x, offsets):
     """x[:, cell + offset] for every cell, an array for each combination of offsets.
 

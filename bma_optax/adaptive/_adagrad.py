@@ -235,22 +235,29 @@ def scale_by_bma(
         # Apply them to r = Z^-1 g: the update is r + E (M^-½ - I) Eᵀ r.
         power = -0.5 if form == "left" else -0.25
         # With learned weights XLA would copy g, unless its sums come before r.
-        later = eps if weights == "constant" else _xla.after(eps, u)
+        later = eps if weights == "constant" else _xla.after_on_cpu(eps, u)
 
         def scaled(g, h):
             return jax.tree.map(lambda g, h: g * _scale(h, later, power), g, h)
 
+        def anew(g, old, *earlier):
+            """h and r in a pass of their own, after what is earlier."""
+            g, old, *earlier = _xla.second_pass((g, old, *earlier))
+            h = jax.tree.map(_add_square, g, old)
+            return h, scaled(g, h), *earlier
+
+        # A branch for v stores h, so that one pass is left.
+        one_pass = not _refresh.at_each_step(update_interval)
         r = scaled(g, h)
         sums = columns.sums(r)
-        direction = columns.turned(r, sums)
         along = _inverse_root.correction(blocks, inverse_root, sums)
-        # A branch for v stores h, so that one pass is left.
-        if _refresh.at_each_step(update_interval):
-            g, old, along = _xla.second_pass((g, old, along))
-            h = jax.tree.map(_add_square, g, old)
-            r = scaled(g, h)
+        if weights == "learned" and not one_pass:
+            _, r, sums = anew(g, old, sums)
+        direction = columns.turned(r, sums)
+        if not one_pass:
+            h, r, along = anew(g, old, along)
         # The update takes the memory of r, which the next directions are made of.
-        y = jax.tree.map(_xla.after, state.direction, direction)
+        y = jax.tree.map(_xla.after_on_cpu, state.direction, direction)
         correction = _columns.Columns(blocks, y).expand(along, r)
         start = initial_accumulator_value
         result = jax.tree.map(

@@ -218,7 +218,7 @@ def scale_by_adam_bma(
 
         # Apply them to r = Z^-1 m: the update is r + E (M^-½ - I) Eᵀ r.
         # With learned weights XLA would copy g, unless its sums come before r.
-        later = eps if weights == "constant" else _xla.after(eps, u)
+        later = eps if weights == "constant" else _xla.after_on_cpu(eps, u)
 
         def scale(m, h, g):
             m = m / _moments.bias_correction(count, b1, m.dtype)
@@ -226,17 +226,24 @@ def scale_by_adam_bma(
             r = _moments.over_root(m, h, later, eps_root)
             return jnp.where(jnp.isfinite(g), r, g)
 
+        def anew(raw, old, *earlier):
+            """The moments and r in a pass of their own, after what is earlier."""
+            raw, old, *earlier = _xla.second_pass((raw, old, *earlier))
+            mu, nu = moments(raw, *old)
+            return mu, nu, jax.tree.map(scale, mu, nu, raw), *earlier
+
+        # A branch for v stores nu, so that one pass is left.
+        one_pass = not _refresh.at_each_step(update_interval)
         r = jax.tree.map(scale, mu, nu, raw)
         sums = columns.sums(r)
-        direction = columns.turned(r, sums)
         along = _inverse_root.correction(blocks, inverse_root, sums)
-        # A branch for v stores nu, so that one pass is left.
-        if _refresh.at_each_step(update_interval):
-            raw, old, along = _xla.second_pass((raw, old, along))
-            mu, nu = moments(raw, *old)
-            r = jax.tree.map(scale, mu, nu, raw)
+        if weights == "learned" and not one_pass:
+            *_, r, sums = anew(raw, old, sums)
+        direction = columns.turned(r, sums)
+        if not one_pass:
+            mu, nu, r, along = anew(raw, old, along)
         # The update takes the memory of r, which the next directions are made of.
-        y = jax.tree.map(_xla.after, state.direction, direction)
+        y = jax.tree.map(_xla.after_on_cpu, state.direction, direction)
         correction = _columns.Columns(blocks, y).expand(along, r)
         result = jax.tree.map(
             lambda r, c, h: r + jnp.where(h > 0, c, 0), r, correction, nu
