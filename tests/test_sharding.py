@@ -349,6 +349,25 @@ def test_an_exported_step_goes_on_where_it_was():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        bma.scale_by_bma(bma.units, weights="learned"),
+        bma.scale_by_adam_bma(),
+        bma.scale_by_mini_bma(),
+        bma.newton_bma(),
+    ],
+    ids=["AdaGrad", "Adam", "mini", "Newton"],
+)
+def test_a_state_made_inside_jit_lies_where_the_parameters_do(tx):
+    """Even though no type tells where that is: the axes are automatic."""
+    mesh, sharding = meshed((4,), AxisType.Auto)
+    params = {"kernel": jax.device_put(jnp.ones((16, 6), "bfloat16"), sharding)}
+    state = jax.jit(tx.init)(params)
+    whole = [x for x in jax.tree.leaves(state) if x.shape == (16, 6)]
+    assert whole and all(x.addressable_shards[0].data.shape == (4, 6) for x in whole)
+
+
 TILED = {
     "AdaGrad": bma.scale_by_bma(bma.per_tile((64, 64))),
     "Adam": bma.scale_by_adam_bma(partition=bma.per_tile((64, 64))),

@@ -174,16 +174,17 @@ def ratios(shape, cells: dict[str, Any]) -> str:
             continue
         share = alone.get(where.removeprefix(devices).replace("explicit", "auto"))
         more = refresh["permuted"] - step["permuted"]
+        grid = programs["gradient"]["arguments"] * math.prod(lengths(devices))
         lines.append(
             [
                 where,
-                f"{100 * step['largest'] / (4 * math.prod(shape)):.1f}",
+                f"{100 * step['largest'] / grid:.1f}",
                 f"{step['permuted'] / step['halo']:.1f}",
                 f"{more / products_of(programs):.2f}",
                 f"{held * math.prod(lengths(devices)) / share:.2f}" if share else "",
             ]
         )
-    columns = ["devices", "largest, % of a field", "a step permutes, halos"]
+    columns = ["devices", "largest, % of the grid", "a step permutes, halos"]
     columns += ["a refresh, of its products", "memory, of the share of one device"]
     return tables.table(columns, lines)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _refresh, _tree, _xla
+from bma_optax import _checks, _refresh, _sharding, _tree, _xla
 from bma_optax.adaptive import _columns, _inverse_root
 from bma_optax.partitions import _build, _rules
 
@@ -175,10 +175,8 @@ def scale_by_bma(
         params = _tree.parameters(params)
         blocks = _build.dense_partition(params, partition)
         sum_of_squares = jax.tree.map(
-            lambda p: jnp.full_like(
-                p, initial_accumulator_value, dtype=_tree.statistic_dtype(p)
-            ),
-            params,
+            lambda x: _sharding.alike(jnp.full_like(x, initial_accumulator_value), x),
+            _tree.zeros_like(params, _tree.statistic_dtype),
         )
         _inverse_root.by_bucket(estimator, blocks, weights)
         U, v, inverse_root = _inverse_root.start(blocks, sum_of_squares)

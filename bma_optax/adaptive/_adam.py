@@ -152,9 +152,7 @@ def scale_by_adam_bma(
     def init_fn(params):
         params = _tree.parameters(params)
         blocks = _build.dense_partition(params, partition)
-        nu = jax.tree.map(
-            lambda p: jnp.zeros_like(p, dtype=_tree.statistic_dtype(p)), params
-        )
+        nu = _tree.zeros_like(params, _tree.statistic_dtype)
         _inverse_root.by_bucket(estimator, blocks, weights)
         U, v, inverse_root = _inverse_root.start(blocks, nu)
         return ScaleByAdamBMAState(

@@ -242,7 +242,7 @@ def _start(units, p):
 
     They are made from sums over zeros like p, so that they are sharded as p is.
     """
-    zeros = jnp.zeros_like(p, dtype=_tree.statistic_dtype(p))
+    zeros = _tree.zeros_like(p, _tree.statistic_dtype)
     unused = _units.placeholder(zeros)
     if units is None:
         return _Array(None, None, zeros, unused, jnp.copy(unused))

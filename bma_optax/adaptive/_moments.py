@@ -16,9 +16,7 @@ def start_momentum(params, mu_dtype):
     """Zeros like the tree params, of dtype ``mu_dtype``, or of their own if None."""
     if mu_dtype is not None:
         mu_dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
-    return jax.tree.map(
-        lambda p: jnp.zeros_like(p, dtype=mu_dtype or _tree.dtype_of(p)), params
-    )
+    return _tree.zeros_like(params, lambda p: mu_dtype or _tree.dtype_of(p))
 
 
 def decay(new, old, b):
