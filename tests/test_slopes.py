@@ -179,5 +179,16 @@ def test_combinators_carry_slopes_along():
     for inner in (rule, bma.within("array", rule)):
         whole = bma.by_path({"u": bma.stacked(inner)}, default=None)
         assert whole.slopes(("u",), (3, 64, 64)) and not whole.slopes(("v",), (9,))
-        (grid,) = bma.partition(image, whole).grids
+        blocks = bma.partition(image, whole)
+        assert "grid of 1 field with 2 slopes a block:" in str(blocks)
+        (grid,) = blocks.grids
         assert [slope.axis for slope in grid.tiles.slopes] == [1, 2]
+
+
+def test_an_array_of_a_single_tile_has_its_mean_alone():
+    """It is no grid, and costs what it costs without slopes."""
+    like = jax.ShapeDtypeStruct((4, 4), "float32")
+    with_slopes, means = (
+        bma.partition(like, rule) for rule in (RULE, bma.per_tile((4, 4), reach=2))
+    )
+    assert not with_slopes.grids and with_slopes.buckets == means.buckets == ((1, 1),)

@@ -92,8 +92,10 @@ def _grid(fields) -> str:
     names.append(" × ".join(map(str, bottom.grid)))
     count, d = len(fields.arrays), fields.elements.num_cells
     state = 4 * (fields.num_statistics + fields.tiles.num_cells)
+    slopes = len(fields.tiles.slopes)
+    linear = f" with {slopes} slope{'s' * (slopes > 1)} a block" if slopes else ""
     return (
-        f"grid of {count:,} field{'s' * (count > 1)}: tiles meet up to "
+        f"grid of {count:,} field{'s' * (count > 1)}{linear}: tiles meet up to "
         f"{fields.tiles.reach} apart; levels of {', '.join(names)}, the last one "
         "dense; "
         f"float32 state {4 * d:,} bytes of diag G and {state:,} of the levels; "

@@ -129,7 +129,8 @@ def per_tile(
         tile is longer than 1; it needs a reach. For losses of second differences (thin
         plates, minimum curvature, smoothing splines), whose curvature is of fourth
         order: with means alone the number of steps doubles with the size. M is
-        (1 + axes)² times as large, and so is what a step costs beside the gradient.
+        (1 + axes)² times as large, and so is what a step costs beside the gradient. An
+        array that is a single tile has no grid, and its block has the mean alone.
 
     Returns:
       A :class:`Rule`. Partitioning raises a ValueError for an array with fewer axes
