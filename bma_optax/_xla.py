@@ -8,14 +8,11 @@ with and without it, and fails when a new XLA no longer needs one.
 
 import functools
 import itertools
-import string
 
 import jax
 import jax.numpy as jnp
 
 from bma_optax import _control_flow, _sharding
-
-_PIECES = 8
 
 
 def materialize(tree, finite):
@@ -62,32 +59,19 @@ def apart(f, instead, finite, x):
     )
 
 
-def steps_together(scan, most, *operands):
-    """``scan(1, *operands)`` on CPU, elsewhere ``scan(most, *operands)``.
+def by_platform(f, cpu, elsewhere, *operands):
+    """``f(cpu, *operands)`` on CPU, ``f(elsewhere, *operands)`` on other platforms.
 
-    The first argument is the number of steps in each round of a loop that adds to sums.
-    A GPU's fusion takes in several steps, and reads and writes the sums once for them.
-    XLA on CPU stores what a loop carries; without a loop it computes the terms of a sum
-    again for each sum over that sum.
+    The static argument says how to compute, and not what. Two rules lie behind most of
+    these. On a GPU each kernel takes longer to launch than a small one to run, and what
+    a loop carries is copied; on CPU this costs less than to compile a larger program.
+    And a GPU's fusion takes in several steps of a loop that adds to sums, where XLA on
+    CPU would compute the terms of a sum again for each sum over that sum.
     """
     return jax.lax.platform_dependent(
         *operands,
-        cpu=functools.partial(scan, 1),
-        default=functools.partial(scan, most),
-    )
-
-
-def steps_written_out(solve, loops, fewer, *operands):
-    """``solve(loops, *operands)`` on CPU, elsewhere ``solve(fewer, *operands)``.
-
-    The first argument is a number of nested loops. On a GPU each kernel takes longer to
-    launch than a small one to run, and a loop adds some: what it carries is copied. On
-    CPU this costs less than to compile a larger program.
-    """
-    return jax.lax.platform_dependent(
-        *operands,
-        cpu=functools.partial(solve, loops),
-        default=functools.partial(solve, fewer),
+        cpu=functools.partial(f, cpu),
+        default=functools.partial(f, elsewhere),
     )
 
 
@@ -201,80 +185,6 @@ def _windows(x, offsets):
     ]
 
 
-def total(x, axes):
-    """Σ x over ``axes``, which keep length 1, where x is stored or cheap."""
-
-    def product_with_ones(x):
-        letters = string.ascii_letters[: x.ndim]
-        left = "".join(c for i, c in enumerate(letters) if i not in axes)
-        terms = ",".join([letters, *(letters[i] for i in axes)])
-        ones = [jnp.ones(x.shape[i], x.dtype) for i in axes]
-        highest = jax.lax.Precision.HIGHEST
-        x = jnp.einsum(f"{terms}->{left}", x, *ones, precision=highest)
-        return jnp.expand_dims(x, axes)
-
-    if not 0 < len(axes) < x.ndim or not _sharding.is_whole(x):
-        return jnp.sum(x, axis=axes, keepdims=True)
-    return jax.lax.platform_dependent(
-        x, cpu=product_with_ones, default=lambda x: total_in_two_steps(x, axes)
-    )
-
-
-def total_of(f, axes, *arrays):
-    """Σ f(*arrays) over ``axes``, which keep length 1, for f element by element.
-
-    XLA on CPU takes an element at a time for f where it is a part of a sum over all but
-    the last axis, and stores it for a product of matrices. So a few pieces are added up
-    first, many elements at a time, and a product of matrices adds what is left.
-
-    Args:
-      f: from arrays to an array.
-      axes: positions, of none or more.
-      arrays: of shapes that broadcast; the first has the shape of the result.
-    """
-    shape = arrays[0].shape
-    axis = max(axes, key=lambda i: shape[i], default=0)
-    length = shape[axis] if 0 < len(axes) < len(shape) else 0
-    size = length // _PIECES
-
-    def by_pieces(*arrays):
-        def of(start, stop):
-            cut = functools.partial(
-                jax.lax.slice_in_dim, start_index=start, limit_index=stop, axis=axis
-            )
-            return f(*(x if x.shape[axis] == 1 else cut(x) for x in arrays))
-
-        parts = [of(i * size, (i + 1) * size) for i in range(_PIECES)]
-        sums = total(sum(parts[1:], parts[0]), axes)
-        if length % _PIECES:
-            sums += total(of(_PIECES * size, length), axes)
-        return sums
-
-    def at_once(*arrays):
-        return total(f(*arrays), axes)
-
-    if size == 0 or not all(map(_sharding.is_whole, arrays)):
-        return at_once(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=by_pieces, default=at_once)
-
-
-def total_in_two_steps(x, axes):
-    """Σ x over ``axes``, which keep length 1, as XLA on a GPU likes it.
-
-    A sum over all but the last axis has few results, and XLA rather stores x than let
-    few processors compute it. Sums over fewer than 32 elements are many: x becomes a
-    part of them, and several such sums over the same arrays become one pass.
-    """
-    if axes and x.ndim - 1 not in axes and _sharding.is_whole(x):
-        axis = max(axes, key=lambda i: x.shape[i])
-        n = x.shape[axis]
-        few = max(k for k in range(1, 32) if n % k == 0)
-        if 1 < few < n:
-            x = x.reshape(*x.shape[:axis], n // few, few, *x.shape[axis + 1 :])
-            x = jax.lax.optimization_barrier(jnp.sum(x, axis=axis + 1))
-    return jnp.sum(x, axis=axes, keepdims=True)
-
-
 def product(a, b):
     """The product of matrices, or of a matrix and a vector, to the last bit.
 
@@ -282,19 +192,3 @@ def product(a, b):
     inverse is taken cannot bear that: it would not even stay symmetric.
     """
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.custom_jvp
-def sqrt(x):
-    """The root of x >= 0; its derivative is 0 at 0, where others were infinite.
-
-    A bare root, without a comparison: XLA on CPU makes it a part of the sum over it.
-    """
-    return jnp.sqrt(x)
-
-
-@sqrt.defjvp
-def _sqrt_jvp(primals, tangents):
-    (x,), (tangent,) = primals, tangents
-    root = sqrt(x)
-    return root, jnp.where(x > 0, tangent / (2 * jnp.where(x > 0, root, 1)), 0)

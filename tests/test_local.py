@@ -326,7 +326,7 @@ def test_no_loops_off_the_cpu(monkeypatch):
     assert loops == {"cpu": 2, "cuda": 0, "tpu": 0}
     looped = solved(hierarchy, system, S, r)
     monkeypatch.setattr(
-        _xla, "steps_written_out", lambda solve, loops, fewer, r: solve(fewer, r)
+        _xla, "by_platform", lambda solve, loops, fewer, r: solve(fewer, r)
     )
     written = solved(hierarchy, system, S, r)
     np.testing.assert_allclose(written, looped, rtol=1e-10, atol=1e-12)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import bma_optax as bma
-from bma_optax import _control_flow, _sharding, _xla
+from bma_optax import _control_flow, _sharding, _xla, _xla_sums
+from bma_optax._xla_sums import total_of
 from bma_optax.algebra import _eigh, _symmetric_power
 
 LARGE = (256, 256)
@@ -57,10 +58,10 @@ def test_a_bare_root_is_a_part_of_the_sum_over_it():
         return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
     x = jnp.ones(LARGE)
-    assert temporaries(lambda x: jnp.sum(_xla.sqrt(x)), x) < 0.1
+    assert temporaries(lambda x: jnp.sum(_xla_sums.sqrt(x)), x) < 0.1
     assert temporaries(lambda x: jnp.sum(guarded(x)), x) > 0.9
     np.testing.assert_array_equal(
-        jax.vmap(jax.grad(_xla.sqrt))(jnp.array([0.0, 4.0])), [0, 0.25]
+        jax.vmap(jax.grad(_xla_sums.sqrt))(jnp.array([0.0, 4.0])), [0, 0.25]
     )
 
 
@@ -68,12 +69,12 @@ def test_a_sum_of_roots_stores_a_part_of_them(monkeypatch):
     """And takes many at a time, as a sum over all but the last axis does not."""
 
     def roots(x):
-        return _xla.total_of(_xla.sqrt, (0,), x)
+        return total_of(_xla_sums.sqrt, (0,), x)
 
     x = jnp.ones(LARGE)
     monkeypatch.setattr(_sharding, "is_whole", lambda x: True)
     assert temporaries(roots, x) < 0.2
-    monkeypatch.setattr(_xla, "_PIECES", 1)
+    monkeypatch.setattr(_xla_sums, "_PIECES", 1)
     assert temporaries(lambda x: roots(x), x) > 0.9
 
 
@@ -87,9 +88,12 @@ def test_sums_in_pieces_and_in_two_steps_are_sums(monkeypatch, shape, axes):
     x = jnp.asarray(np.random.default_rng(0).random(shape), jnp.float32)
     weights = jnp.full(tuple(n if i in axes else 1 for i, n in enumerate(shape)), 3.0)
     for found, expected in (
-        (jax.jit(lambda x: _xla.total(x, axes))(x), x),
-        (jax.jit(lambda x: _xla.total_in_two_steps(x, axes))(x), x),
-        (jax.jit(lambda *x: _xla.total_of(jnp.multiply, axes, *x))(x, weights), 3 * x),
+        (jax.jit(lambda x: _xla_sums.total(x, axes))(x), x),
+        (jax.jit(lambda x: _xla_sums.total_in_two_steps(x, axes))(x), x),
+        (
+            jax.jit(lambda *x: total_of(jnp.multiply, axes, *x))(x, weights),
+            3 * x,
+        ),
     ):
         expected = np.sum(np.asarray(expected), axis=axes, keepdims=True)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -126,7 +130,7 @@ def test_a_gpu_sums_few_elements_at_first(monkeypatch):
     monkeypatch.setattr(_sharding, "is_whole", lambda x: True)
     x = jnp.ones((60, 3))
     for axes, sums in (((0,), 2), ((1,), 1)):
-        text = program(lambda x, axes=axes: _xla.total(x, axes), x)
+        text = program(lambda x, axes=axes: _xla_sums.total(x, axes), x)
         assert text.count("stablehlo.reduce(") == sums
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _names, _xla
+from bma_optax import _names, _xla_sums
 from bma_optax.adaptive import _direction
 from bma_optax.partitions import _units
 
@@ -79,24 +79,12 @@ class Columns:
         ]
 
     def sums(self, tree):
-        """Sums of W x over blocks, shape (L,), for x like the parameters.
-
-        As products of matrices: XLA on CPU would store W for each element of a sum.
-        """
+        """Sums of W x over blocks, shape (L,), for x like the parameters."""
 
         def one(array, units, x, W):
             if units is not None:
-
-                def in_two_steps(x, W):
-                    return _xla.total_in_two_steps(x * W, units.inputs)
-
-                return jax.lax.platform_dependent(
-                    units.split(x),
-                    W.astype(x.dtype),
-                    cpu=units.times,
-                    default=in_two_steps,
-                )
-            return array.sums(x, _xla.total) if array.num_blocks else None
+                return units.times(units.split(x), W.astype(x.dtype))
+            return array.sums(x, _xla_sums.total) if array.num_blocks else None
 
         return self.blocks.join_arrays([one(*each) for each in self._each(tree)], tree)
 
@@ -104,14 +92,14 @@ class Columns:
         """Sums of W² √h over blocks, shape (L,), for a tree h."""
 
         def weighted(x, W):
-            return _xla.sqrt(x) * jnp.square(W).astype(x.dtype)
+            return _xla_sums.sqrt(x) * jnp.square(W).astype(x.dtype)
 
         def total(x, axes):
-            return _xla.total_of(_xla.sqrt, axes, x)
+            return _xla_sums.total_of(_xla_sums.sqrt, axes, x)
 
         def one(array, units, x, W):
             if units is not None:
-                return _xla.total_of(weighted, units.inputs, units.split(x), W)
+                return _xla_sums.total_of(weighted, units.inputs, units.split(x), W)
             return array.sums(x, total) if array.num_blocks else None
 
         return self.blocks.join_arrays([one(*each) for each in self._each(h)], h)

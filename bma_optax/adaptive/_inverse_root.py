@@ -14,7 +14,7 @@ holds vectors of all groups, shape (L,), and their matrices one after the other.
 
 import jax.numpy as jnp
 
-from bma_optax import _xla
+from bma_optax import _xla_sums
 from bma_optax.algebra._block_mean_matrix import BlockMeanMatrix
 from bma_optax.algebra._expansions import root_outer
 from bma_optax.partitions._blocks import Partition
@@ -90,7 +90,7 @@ def root_sums(columns, h, eps):
     """
     v = columns.root_sums(h)
     sizes = jnp.asarray(columns.blocks.sizes, v.dtype)
-    return _xla.sqrt(jnp.square(v) + jnp.square(sizes) * jnp.asarray(eps, v.dtype))
+    return _xla_sums.sqrt(jnp.square(v) + jnp.square(sizes) * jnp.asarray(eps, v.dtype))
 
 
 def inverse_root(blocks, U, v, last, min_eigenvalue, estimators):

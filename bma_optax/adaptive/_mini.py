@@ -189,14 +189,14 @@ def scale_by_mini_bma(
                 return jnp.where(finite, _moments.decay(g, old, b1), old)
 
             mu = momentum(g, old)
+
             # Off the CPU all sums are one pass, before mu is written.
-            along = jax.lax.platform_dependent(
-                *(mu, old, product, q),
-                cpu=lambda mu, old, product, q: units.times(mu, q),
-                default=lambda mu, old, product, q: momentum(
-                    product, units.times(old, q)
-                ),
-            )
+            def times_q(written, mu, old, product, q):
+                if written:
+                    return units.times(mu, q)
+                return momentum(product, units.times(old, q))
+
+            along = _xla.by_platform(times_q, True, False, mu, old, product, q)
             nu = jnp.where(finite, _moments.decay(squares, nu, b2), nu)
             mean = _moments.decay(jnp.square(a), mean_nu, b2)
             mean_nu = jnp.where(finite, mean, mean_nu)

@@ -9,7 +9,7 @@ after t steps. The functions work on single arrays, of any shape, unless they sa
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _tree, _xla
+from bma_optax import _tree, _xla_sums
 
 
 def start_momentum(params, mu_dtype):
@@ -35,7 +35,7 @@ def over_root(x, nu, eps, eps_root=0.0):
 
     nu has the shape of x or broadcasts to it.
     """
-    root = _xla.sqrt(nu + jnp.asarray(eps_root, nu.dtype))
+    root = _xla_sums.sqrt(nu + jnp.asarray(eps_root, nu.dtype))
     root = root + jnp.asarray(eps, nu.dtype)
     alive = nu > 0
     return jnp.where(alive, x, 0) / jnp.where(alive, root, 1)

@@ -126,7 +126,7 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
 
         init = zeros, diagonal
         if axis == 0 and _control_flow.is_traced(G.params):
-            return _xla.steps_together(loop, _TOGETHER, init, xs)
+            return _xla.by_platform(loop, 1, _TOGETHER, init, xs)
         return loop(1, init, xs)
 
     def of_field(diagonal, field):

@@ -44,7 +44,7 @@ def solve(levels: Sequence[Level], inverse, r, operands=()):
     def run(loops, r):
         return _solve(tuple(levels), inverse, r, (operands, inverse), loops)
 
-    return _xla.steps_written_out(run, len(levels), len(levels) - _UNROLLED, r)
+    return _xla.by_platform(run, len(levels), len(levels) - _UNROLLED, r)
 
 
 def _solve(levels, inverse, r, operands, loops):

@@ -9,14 +9,13 @@ means, shape (units,).
 import dataclasses
 import functools
 import math
-import string
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _names, _sharding, _xla
+from bma_optax import _names, _sharding, _xla, _xla_sums
 from bma_optax.partitions._rules import Shape
 from bma_optax.partitions._tiles import Tiles
 
@@ -97,19 +96,15 @@ class Units:
 
     def over_inputs(self, x: jax.Array) -> jax.Array:
         """Sums over each block."""
-        return jax.lax.platform_dependent(
-            x,
-            cpu=lambda x: jnp.sum(x, axis=self.inputs, keepdims=True),
-            default=lambda x: _xla.total_in_two_steps(x, self.inputs),
-        )
+        return _xla_sums.total_at_once(x, self.inputs)
 
     def times(self, x: jax.Array, q: jax.Array) -> jax.Array:
         """G q: a number a unit, for a matrix x and a number an input."""
-        return _contract(x, q, self.inputs, self.units)
+        return _xla_sums.sum_of_products(x, q, self.inputs, self.units)
 
     def transposed_times(self, x: jax.Array, a: jax.Array) -> jax.Array:
         """Gᵀ a: a number an input, for a number a unit."""
-        return _contract(x, a, self.units, self.inputs)
+        return _xla_sums.sum_of_products(x, a, self.units, self.inputs)
 
     def constant(self, x: jax.Array) -> jax.Array:
         """The unit vector of plain block means, typed as a sum over units is."""
@@ -205,33 +200,3 @@ def units_of(tiles: Tiles) -> Units | None:
             view.append(1)
     result = Units(tiles.shape, tuple(view), tuple(units), tuple(inputs))
     return result if result.num_units > 1 and result.num_inputs > 1 else None
-
-
-def _contract(x, y, axes, other):
-    """The sum of x y over ``axes``, for y of length 1 along the ``other`` ones.
-
-    On CPU a product of matrices, which takes less time than a sum of products, except
-    along sharded axes, where JAX wants to be told what becomes of the shards. Elsewhere
-    a sum, of which the arithmetic that makes x becomes a part: x is not stored.
-    """
-
-    def sum_of_products(x, y):
-        return _xla.total_in_two_steps(x * y, axes)
-
-    def product_of_matrices(x, y):
-        letters = string.ascii_letters[: x.ndim]
-        left = "".join(letters[i] for i in range(x.ndim) if i not in axes)
-        mine = "".join(letters[i] for i in range(x.ndim) if i not in other)
-        product = jnp.einsum(
-            f"{letters},{mine}->{left}",
-            x,
-            jnp.squeeze(y, other),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        return jnp.expand_dims(product, axes)
-
-    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
-        return sum_of_products(x, y)
-    return jax.lax.platform_dependent(
-        x, y, cpu=product_of_matrices, default=sum_of_products
-    )
