@@ -6,8 +6,8 @@ correction
 
     K r = (N^-1 - (Λ n²)^-1) r
 
-of block sums r costs little; n² are the block sums of z² (with slopes small matrices
-take its place). Two kinds have the same
+of block sums r costs little; n² are the block sums of z², and with slopes small
+matrices in their place. Two kinds have the same
 methods: ``_dense`` for all groups with a dense matrix, where numbers of blocks have the
 shape (l,), and ``_nested`` for arrays on one grid whose curvature has a reach, where
 they have the shape of the grid, (fields, *grid).
