@@ -3,6 +3,10 @@
 Areas are those of a unit square, so that an energy and its answer hardly change with n.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,7 +183,9 @@ def bratu(n: int = 64, heat: float = 6.0) -> Problem:
         return np.zeros((n, n)), np.array(heat * (1 - 0.1 * seed))
 
     def loss(u, data):
-        return dirichlet(jnp.pad(u, 1), 2) - data * area * jnp.sum(jnp.exp(u))
+        energy = dirichlet(jnp.pad(u, 1), 2) - data * area * jnp.sum(jnp.exp(u))
+        # Every stable state is below 1.4; what has ignited has no least energy.
+        return jnp.where(jnp.max(u) > 1.4, jnp.inf, energy)
 
     return Problem(
         name="bratu", title=f"Bratu, {n} x {n}", make=make, loss=loss, partition=NEAR
@@ -286,6 +292,11 @@ def denoise(n: int = 48, weight: float = 0.3, edge: float = 0.05) -> Problem:
     )
 
 
+def larger(make: Callable[[int], Problem], n: int) -> Problem:
+    problem = make(n)
+    return dataclasses.replace(problem, name=f"{problem.name}_{n}")
+
+
 ENERGIES = {
     "flow": flow,
     "blend": blend,
@@ -296,4 +307,8 @@ ENERGIES = {
     "registration": registration,
     "phases": phases,
     "denoise": denoise,
+}
+ENERGIES |= {
+    f"{name}_256": functools.partial(larger, ENERGIES[name], 256)
+    for name in ("surface", "torsion", "bratu")
 }

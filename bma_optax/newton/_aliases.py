@@ -79,7 +79,8 @@ def newton_bma(
       a step in the loop that Optax has for L-BFGS, with
       ``optax.value_and_grad_from_state(value_fn)`` and ``update(..., value=value,
       grad=grad, value_fn=value_fn)``, if nothing but a mask changes the updates
-      afterwards and every step has the same loss. To freeze arrays, set their gradients
+      afterwards and every step has the same loss (under ``optax.partition`` that
+      function of Optax fails). To freeze arrays, set their gradients
       to 0 before the chain:
       ``optax.chain(optax.masked(optax.set_to_zero(), frozen), newton_bma())``. A mask
       after the chain is found only once the first step has been taken, and that step

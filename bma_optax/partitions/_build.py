@@ -61,7 +61,7 @@ def partition(params: Any, rule: Rule = _rules.per_leaf) -> Partition:
       Partition per_tile((4, 4), reach=1): 1,048,576 parameters in 65,536 blocks
       array   shape         tile    blocks  block size  bytes of diag H
       params  (1024, 1024)  (4, 4)  65,536  16          4,194,304
-      grid of 1 field: tiles meet up to (1, 1) apart; levels of 256 × 256, 64 × 64, 16 × 16, 4 × 4, the last one dense; float32 state 4,194,304 bytes of diag G and 3,582,976 of the levels; 10 products a refresh
+      grid of 1 field: tiles meet up to (1, 1) apart; levels of 256 × 256, 64 × 64, 16 × 16, 4 × 4, the last one dense; float32 state 4,194,304 bytes of diag G and 3,833,856 of the levels; 10 products a refresh
     """  # noqa: E501
     result = layout(params, rule)
     _sizes.check_dense(result)
