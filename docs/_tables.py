@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.convex import __main__ as linear
-from benchmarks.costs import step_cost
+from benchmarks.costs import accelerator, collectives, step_cost
 from benchmarks.figures import figure2
 from benchmarks.grids import gallery as operators
 from benchmarks.grids import pictures
@@ -26,10 +27,26 @@ WORDS = {
     "natural_bma": "`natural_bma`",
     **{f"paint_{n}": f"{n}²" for n in (64, 128, 256, 512, 1024, 2048)},
     **{f"volume_{n}": f"{n}³" for n in (32, 64, 128)},
+    **{f"{n}x{n}": f"{n}²" for n in (512, 1024, 2048)},
+    **{f"{n}x{n}x{n}": f"{n}³" for n in (64, 128)},
+    "gridding": "minimum curvature",
+    "bma_heavy_ball, refresh": "heavy ball on `scale_by_newton_bma`, with a refresh",
+    "newton_bma, refresh": "`newton_bma`, with a refresh",
+    "product": "product with the Hessian",
+    **{f"eigh {n}": f"`eigh`, L = {n}" for n in (16, 64, 256, 1024)},
+    "scale_by_rss": "update of AdaGrad",
+    "scale_by_bma": "update of `scale_by_bma`, L = 10",
+    "scale_by_bma, sums": "update of `scale_by_bma` without its root",
     "softmax": "softmax regression",
     "factorisation": "factors of images",
     "net": "net with one hidden layer",
     **report.TITLES,
+}
+SHAPES = ["x".join(map(str, shape)) for shape in accelerator.SHAPES]
+COMPILED = {  # There SGD has no momentum.
+    **{name: method.label for name, method in step_cost.METHODS.items()},
+    **{"sgd": "SGD", "heavy ball": WORDS["bma_heavy_ball"]},
+    "newton_bma": WORDS["newton_bma"],
 }
 
 
@@ -116,6 +133,92 @@ def nets(content: Content) -> str:
     return "\n\n".join(found) + of_machine(content)
 
 
+def across(found: dict[str, Content], cell: Callable[[Any], str]) -> str:
+    """A column for each key, and a row for each name that any of them has."""
+    names = dict.fromkeys(name for rows in found.values() for name in rows)
+    lines = [
+        [name, *(cell(rows[name]) if name in rows else "-" for rows in found.values())]
+        for name in names
+    ]
+    return tables.table(["", *found], lines)
+
+
+def steps_on_gpu(content: Content) -> str:
+    """Milliseconds, the least of the rounds."""
+
+    def least(row: Content) -> str:
+        return f"{1e3 * row['range'][0]:.2g}"
+
+    found = {shape: content["steps"][shape] for shape in SHAPES}
+    return across(found, least) + of_machine(content)
+
+
+def races_on_gpu(content: Content) -> str:
+    """Seconds, of which the file has the medians, and steps."""
+
+    def cell(row: Content) -> str:
+        return f"{row['seconds']:.3g} ({row['steps']})"
+
+    found = {shape: content["races"][shape]["methods"] for shape in SHAPES}
+    return across(found, cell) + of_machine(content)
+
+
+def roots(content: Content) -> str:
+    return accelerator.table(content["roots"]) + of_machine(content)
+
+
+def compiled(content: Content, part: str) -> str:
+    """Bytes an element and kernels, of a step and of one that has a refresh."""
+
+    def rows(cells: Content) -> Content:
+        found = {}
+        for name, row in cells.items():
+            found[COMPILED[name]] = row["step"]
+            if row["with refresh"] != row["step"]:
+                found[f"{COMPILED[name]}, with a refresh"] = row["with refresh"]
+        return found
+
+    def cell(row: Content) -> str:
+        return f"{row['bytes']:.1f}, {row['kernels']}"
+
+    unit = " arrays" if part == "trees" else ""
+    found = {name + unit: rows(cells) for name, cells in content[part].items()}
+    head = f"**Compiled for {content['options']['target']}**\n\n"
+    return head + across(found, cell) + of_machine(content)
+
+
+compiled_trees = partial(compiled, part="trees")
+compiled_grids = partial(compiled, part="grids")
+
+
+def devices(text: str) -> str:
+    """How the devices of a cell are called; the method is heavy ball in all of them."""
+    text = text.replace(" auto, heavy ball", "").replace("4x2", "4 x 2")
+    return text.replace(" explicit, heavy ball", ", explicit axes")
+
+
+def sent(content: Content) -> str:
+    """Bytes of one device, on one of the grids."""
+    cells, kept = content["grids"]["512x512"], ("1", "8", "4x2")
+    numbers = ("permuted", "gathered", "arguments", "temporaries")
+    rows = [
+        [devices(where), program, *(f"{row[x]:,}" for x in numbers)]
+        for where in (f"{mesh} auto, heavy ball" for mesh in kept)
+        for program, row in cells[where].items()
+        if program != "product"
+    ]
+    columns = ["devices", "program", "permuted", "gathered or reduced", *numbers[2:]]
+    return tables.table(columns, rows) + of_machine(content)
+
+
+def sent_relatively(content: Content) -> str:
+    found = [
+        f"**{WORDS[name]}**\n\n{collectives.ratios(name, cells)}"
+        for name, cells in content["grids"].items()
+    ]
+    return devices("\n\n".join(found)) + of_machine(content)
+
+
 # The file of each table, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "current": ("grids/results/current.json", everything),
@@ -123,7 +226,11 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "one_core": ("grids/results/one_core.json", grids),
     "volumes": ("grids/results/volumes.json", grids),
     "real": ("grids/results/grids.json", real),
+    "energies": ("grids/results/energies.json", everything),
+    "energies_256": ("grids/results/energies_256.json", everything),
+    "energies_float32": ("grids/results/energies_float32.json", everything),
     "gallery": ("grids/results/gallery.json", gallery),
+    "gridding": ("grids/results/gridding.json", everything),
     "curvature": ("curvature/results/curvature.json", everything),
     "networks": ("networks/results/networks.json", networks),
     "networks_gpu": ("networks/results/gpu.json", networks),
@@ -131,6 +238,15 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "convex": ("convex/results/convex.json", convex),
     "costs": ("costs/results/step_cost.json", costs),
     "costs_h100": ("costs/results/step_cost_h100.json", costs),
+    "steps_h100": ("costs/results/accelerator_h100.json", steps_on_gpu),
+    "races_h100": ("costs/results/accelerator_h100.json", races_on_gpu),
+    "roots_h100": ("costs/results/accelerator_h100.json", roots),
+    "compiled_h100": ("costs/results/compiled_h100.json", compiled_trees),
+    "compiled_v5e": ("costs/results/compiled_v5e.json", compiled_trees),
+    "compiled_h100_grids": ("costs/results/compiled_h100.json", compiled_grids),
+    "compiled_v5e_grids": ("costs/results/compiled_v5e.json", compiled_grids),
+    "sent": ("costs/results/collectives.json", sent),
+    "sent_relatively": ("costs/results/collectives.json", sent_relatively),
     "digits": ("figures/results/figure2_digits.json", nets),
     "mnist": ("figures/results/figure2_mnist.json", nets),
     "cifar10": ("figures/results/figure2_cifar10.json", nets),
