@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from benchmarks.harness.tuning import grow
 from benchmarks.networks.methods import Method
@@ -27,7 +26,8 @@ class Trainer:
 
     def __init__(self, task: Task, method: Method) -> None:
         self.task, self.method = task, method
-        large = optax.tree.size(jax.eval_shape(task.init, jax.random.key(0))) > LARGE
+        shapes = jax.eval_shape(task.init, jax.random.key(0))
+        large = sum(x.size for x in jax.tree.leaves(shapes)) > LARGE
         test = in_chunks(task.test, 100 if large else 500)
         self.data = jax.tree.map(jnp.asarray, task.train), test
         # One after the other where LAPACK is called: batches of matrices in a loop can
