@@ -162,20 +162,25 @@ def dense(f, like):
     return np.asarray(jax.jit(lambda: columns(product(f, like), like))()).T
 
 
-def matrices(name, **sizes):
-    """C with a reach, C by its definition, G, and the number of blocks of a case."""
+def matrices(name, change=lambda rule: rule, positions=lambda like: None, **sizes):
+    """C with a reach, C by its definition, G, and the number of blocks of a case.
+
+    ``change`` makes another rule of the local one, and ``positions`` gives the
+    coordinates of the elements to the reference.
+    """
     f, like, rule, local = case(name, **sizes)
     blocks = bma.partition(like, rule)
 
     @jax.jit
     def run():
         G = product(f, like)
-        C = bma.preconditioner(G, like, local)
+        C = bma.preconditioner(G, like, change(local))
         numbers = blocks.expand(np.arange(1.0, blocks.num_blocks + 1), like)
         return columns(C, like), columns(G, like), ravel_pytree(numbers)[0]
 
     C, G, numbers = (np.asarray(x).T for x in run())
-    return C, newton_inverse(G, numbers.astype(int) - 1), G, blocks.num_blocks
+    expected = newton_inverse(G, numbers.astype(int) - 1, positions=positions(like))
+    return C, expected, G, blocks.num_blocks
 
 
 @every_case

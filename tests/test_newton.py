@@ -109,6 +109,21 @@ def one_update(tx, params, f, grads=None):
     return step(params)
 
 
+def trained(tx, f, params, steps):
+    """The parameters after so many steps, in one program."""
+
+    @jax.jit
+    def run(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(f)(params), state, params, value_fn=f)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=steps)[0][0]
+
+    return run(params)
+
+
 def tree_of_jax(vector):
     return ravel_pytree(jax.tree.map(jnp.asarray, PARAMS))[1](vector)
 
@@ -262,18 +277,7 @@ def test_frozen_arrays_stay_and_the_others_minimise(solver):
     frozen = {"u": False, "v": True, "w": False, "shift": True}
     tx = optax.chain(optax.masked(optax.set_to_zero(), frozen), solver)
 
-    @jax.jit
-    def train(params):
-        def step(carry, _):
-            params, state = carry
-            updates, state = tx.update(
-                jax.grad(fields)(params), state, params, value_fn=fields
-            )
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, tx.init(params)), length=60)[0][0]
-
-    found = train(params)
+    found = trained(tx, fields, params, 60)
     vector, tree = ravel_pytree(params)
     free = flat(
         {name: np.full(x.shape, not frozen[name]) for name, x in params.items()}
@@ -336,18 +340,8 @@ def test_an_array_whose_changes_cancel_is_not_masked():
 
     solver = bma.newton_bma()
 
-    @jax.jit
-    def run(params):
-        def step(carry, _):
-            params, state = carry
-            updates, state = solver.update(
-                jax.grad(f)(params), state, params, value_fn=f
-            )
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, solver.init(params)), length=20)[0][0]
-
-    found = run({"a": jnp.full(2, 1.5, "float32"), "b": jnp.zeros(3, "float32")})
+    start = {"a": jnp.full(2, 1.5, "float32"), "b": jnp.zeros(3, "float32")}
+    found = trained(solver, f, start, 20)
     assert f(found) < 1e-10
 
 

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
-from reference import newton_inverse
-from test_local import case, columns, product
+import test_local
+from test_local import case, product
 
 import bma_optax as bma
 
@@ -32,21 +31,7 @@ def positions(like):
     return np.concatenate(parts)
 
 
-def matrices(name, **sizes):
-    """C with slopes, C by its definition, G, and the number of blocks of a case."""
-    f, like, rule, local = case(name, **sizes)
-    blocks = bma.partition(like, rule)
-
-    @jax.jit
-    def run():
-        G = product(f, like)
-        C = bma.preconditioner(G, like, sloped(local))
-        numbers = blocks.expand(np.arange(1.0, blocks.num_blocks + 1), like)
-        return columns(C, like), columns(G, like), ravel_pytree(numbers)[0]
-
-    C, G, numbers = (np.asarray(x).T for x in run())
-    expected = newton_inverse(G, numbers.astype(int) - 1, positions=positions(like))
-    return C, expected, G, blocks.num_blocks
+matrices = functools.partial(test_local.matrices, change=sloped, positions=positions)
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,6 @@ def registration(n: int = 128, weight: float = 2e-3) -> Problem:
         make=make,
         loss=loss,
         partition=TWO_LAST,
-        curvature=bma.Hessian(),
     )
 
 
