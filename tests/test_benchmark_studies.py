@@ -218,7 +218,7 @@ def test_figure2(tmp_path):
     content, printed = run(tmp_path, "figures.figure2", options)
     assert "| AdaGrad-Full |" in printed
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
-    for net, methods, pairs in (("small", 5, 1), ("tiny", 6, 3)):
+    for net, methods, pairs in (("small", 6, 1), ("tiny", 7, 3)):
         result = content["nets"][net]
         assert len(result["methods"]) == methods
         look = result["look"]

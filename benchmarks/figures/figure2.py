@@ -49,6 +49,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     FULL: lambda rate: bma.adagrad_bma(
         rate, partition=bma.per_element, min_eigenvalue=0.0
     ),
+    "Adam": optax.adam,  # What most people would take.
 }
 LOOKED_AT = ("AdaGrad-Diag", "AdaGrad-BMA", FULL)
 # Channels of the convolutions, each of which halves the image.

@@ -10,6 +10,7 @@ STYLES = {"AdaGrad-Diag": "C0-", "AdaGrad-BMA": "C1--", "AdaGrad-Full": "C2-."} 
     "BMA, units": "C4--",
     "BMA, units alone": "C3-",
     "BMA, units alone, learned weights": "C5-",
+    "Adam": "C7:",
 }
 
 
