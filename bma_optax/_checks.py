@@ -121,6 +121,18 @@ def given(params: Any) -> None:
         )
 
 
+def flag(**arguments: Any) -> None:
+    """Raises a TypeError if a value is neither a boolean nor one in an array."""
+    for name, value in arguments.items():
+        dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+        if not isinstance(value, bool) and not (dtype == np.bool_ and shape == ()):
+            found = repr(value) if shape is None else f"{dtype}{list(shape)}"
+            raise TypeError(
+                f"`{name}` must be a boolean, got {found}. Pass True, False or a "
+                "boolean array of shape ()."
+            )
+
+
 def functions(**arguments: Any) -> None:
     """Raises a TypeError if a value cannot be called."""
     for name, value in arguments.items():

@@ -165,6 +165,19 @@ PARAMETERS = [
 ]
 
 UPDATES = [
+    *(
+        (
+            lambda tx=tx, value=value: update(tx, X, X, value_fn=loss, refresh=value),
+            TypeError,
+            "`refresh` must be a boolean",
+        )
+        for tx in (
+            bma.newton_bma(),
+            bma.scale_by_newton_bma(),
+            bma.scale_by_quadratic_model(),
+        )
+        for value in ("yes", 1.0, ones(1))
+    ),
     (
         lambda: update(bma.scale_by_bma(), {"layer": {"w": ones(2, 3)}}, LAYER),
         ValueError,

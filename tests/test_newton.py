@@ -345,6 +345,20 @@ def test_an_array_whose_changes_cancel_is_not_masked():
     assert f(found) < 1e-10
 
 
+@pytest.mark.parametrize("names", ["ab", ("value", "grad")])
+def test_an_array_that_waits_for_its_gradient_is_not_masked(names):
+    """Also where the steps are scaled down; the names mean nothing."""
+    first, second = names
+
+    def f(p):
+        a, b = p[first], p[second]
+        return (a - 1) ** 2 + (a * jnp.sum(b) - 3) ** 2 + jnp.sum((b - 1) ** 2) * a**2
+
+    solver = optax.chain(bma.newton_bma(), optax.scale(0.2))
+    start = {first: jnp.zeros((), "float32"), second: jnp.zeros(3, "float32")}
+    assert f(trained(solver, f, start, 60)) < 1e-6
+
+
 def test_dead_parameters_and_no_curvature_at_all():
     """A zero row of G, or G = 0, gives finite steps, and none for a zero gradient."""
     params = jnp.ones(4)

@@ -236,6 +236,7 @@ def _descend(
         chain = optax.chain(direction, optax.scale(-1.0), rule)
 
         def update_fn(updates, state, params=None, *, refresh=False, **extra_args):
+            _checks.flag(refresh=refresh)
             if on_demand:
                 made, taken = state[0], state[-1]
                 steps = taken.products

@@ -2,7 +2,8 @@
 
 A step rule minimises a model of the loss over all arrays at once. If a mask then
 freezes some of them, the rest of the step is not the one it chose. The wrapper finds
-the n arrays that never move, by a checksum of each, and sets their gradients to 0.
+the arrays, among n, that do not move when told to, by a checksum of each, and sets
+their gradients to 0.
 """
 
 from typing import NamedTuple
@@ -12,24 +13,27 @@ import jax.numpy as jnp
 import optax
 
 from bma_optax import _tree
+from bma_optax.newton._quadratic_model import ScaleByQuadraticModelState
 
 
 class MaskedState(NamedTuple):
-    """Whether each of n arrays has moved since the first update."""
+    """Which of n arrays have moved since the first update, and which are masked."""
 
     checksums: jax.Array  # shape (n,), uint32: of the parameters at the last update.
     moved: jax.Array  # shape (n,), bool: whether the array ever has.
-    started: jax.Array  # shape (), bool: whether there was an update.
+    masked: jax.Array  # shape (n,), bool: whether it is taken for masked.
+    told: jax.Array  # shape (n,), bool: whether the last update was to move it.
 
 
 def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Returns ``tx`` such that a mask may follow on its updates.
 
-    The wrapper takes an array for masked if it has never moved while others have. It
-    sets the gradient of a masked array to 0, so that ``tx`` chooses its step for the
-    others. It also gives the array an update of one rounding error downhill. If that
-    update moves the array, there is no mask, or none any more: the array takes part
-    from then on.
+    The wrapper takes an array for masked if it has never moved, and stayed at an update
+    that moved others and was to move it. An array without a gradient was not told to
+    move. The wrapper sets the gradient of a masked array to 0, so that ``tx`` chooses
+    its step for the others. It also gives the array an update of one rounding error
+    downhill. If that update moves the array, there is no mask any more: the array takes
+    part from then on.
 
     The state is the tuple of states of ``tx``, a chain, with a :class:`MaskedState`
     added.
@@ -40,7 +44,7 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         state = tx.init(params)  # Raises the errors for wrong parameters.
         sums = _vector(_checksum, _tree.zeros_like(params), jnp.uint32)
         never = sums != sums
-        return *state, MaskedState(sums, never, jnp.any(never))
+        return *state, MaskedState(sums, never, never | False, never & True)
 
     def update_fn(updates, state, params=None, **extra_args):
         inner, last = state[:-1], _as_made(state[-1])
@@ -51,8 +55,10 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
             return result, (*inner, last)
         params, updates = _tree.arrays(params), _tree.same_order(updates, params)
         checksums = _vector(_checksum, params, jnp.uint32)
-        moved = last.moved | (last.started & (checksums != last.checksums))
-        masked = ~moved & jnp.any(moved)
+        started = jnp.any(last.told | last.masked)
+        changed = started & (checksums != last.checksums)
+        moved = last.moved | changed
+        masked = ~moved & (last.masked | last.told & jnp.any(changed))
         flags = jax.tree.unflatten(jax.tree.structure(updates), list(masked))
         free = jax.tree.map(lambda m, g: jnp.where(m, 0, g), flags, updates)
         result, inner = tx.update(free, inner, params, **extra_args)
@@ -63,30 +69,30 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
             updates,
             params,
         )
-        inner = _without_value(inner, ~last.started)
-        last = MaskedState(checksums, moved, last.started | True)
-        return result, (*inner, last)
+        told = _vector(lambda g: jnp.sum(jnp.abs(g)) != 0, free, bool)
+        inner = _without_value(inner, jnp.any(told & ~moved))
+        return result, (*inner, MaskedState(checksums, moved, masked, told))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _without_value(state, unknown):
-    """Forgets the loss that a step rule keeps for Optax, where a mask is not yet known.
+def _without_value(states, unknown):
+    """Forgets the loss that a step rule keeps for Optax, where a mask may be unknown.
 
     The rule evaluated it, and the gradient, where the step leads without the mask.
     """
-    value = optax.tree.get(state, "value")
-    if value is None:
-        return state
-    return optax.tree.set(state, value=jnp.where(unknown, jnp.inf, value))
+    return tuple(
+        state._replace(value=jnp.where(unknown, jnp.inf, state.value))
+        if isinstance(state, ScaleByQuadraticModelState)
+        else state
+        for state in states
+    )
 
 
 def _as_made(state):
     """Returns the state in its own dtypes, which an average of states does not have."""
-    checksums, moved, started = state
-    return MaskedState(
-        checksums.astype(jnp.uint32), moved.astype(bool), started.astype(bool)
-    )
+    checksums, *flags = state
+    return MaskedState(checksums.astype(jnp.uint32), *(x.astype(bool) for x in flags))
 
 
 def _vector(f, tree, dtype):
@@ -114,5 +120,7 @@ def _checksum(x):
 def _nudge(g, p):
     """The least change of p against the sign of g, in the shape and dtype of p."""
     info = jnp.finfo(p.dtype)
-    size = 2 * float(info.eps) * jnp.abs(p) + float(info.tiny)
+    # Where p is 0: normal numbers also after a rate behind the wrapper.
+    least = max(float(info.tiny), 1e-30)
+    size = 2 * float(info.eps) * jnp.abs(p) + least
     return -jnp.sign(g).astype(p.dtype) * size.astype(p.dtype)

@@ -204,6 +204,7 @@ def scale_by_newton_bma(
     ):
         # Optax has these names for the loss and its gradient: no keyword of the loss.
         del value, grad
+        _checks.flag(refresh=refresh)
         updates, state, params = _checked(updates, state, params)
         method = _two_level.two_level(updates, partition)
         method.check_state(state.N, state.K, state.Lambda)

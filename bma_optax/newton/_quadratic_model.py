@@ -145,6 +145,7 @@ def scale_by_quadratic_model(
         **extra_args,
     ):
         _checks.given(params)
+        _checks.flag(refresh=refresh)
         _tree.check_statistics(params, state.previous_step)
         updates = _tree.like_init(updates, state.previous_step)
         state = _tree.whole(state, "products")
