@@ -247,6 +247,11 @@ def test_steps_that_solve_exactly_are_counted(capsys):
     assert "with blocks, 1 without" in capsys.readouterr().out
 
 
+def test_shapes_alone_are_refused():
+    with pytest.raises(TypeError, match="'params' is a shape without numbers"):
+        bma.suggest_partition(smooth, jax.ShapeDtypeStruct((9, 9), "float32"))
+
+
 def test_under_jit_it_is_refused():
     with pytest.raises(ValueError, match="before jax.jit"):
         jax.jit(lambda u: bma.suggest_partition(smooth, u))(jnp.ones((9, 9)))

@@ -92,6 +92,12 @@ def suggest_partition(
     _kinds.check_curvature(curvature)
     _checks.random_key(key)
     _tree.parameters(params)
+    for path, leaf in _names.named_leaves(params):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"Parameter {_names.name_of(path)!r} is a shape without numbers. Pass "
+                "arrays: the curvature is measured at them."
+            )
     params = _tree.arrays(params)
     loss = (lambda p: value_fn(p, *args)) if args else value_fn
     random_key = _probing.typed_key(_probing.key_data(key))
