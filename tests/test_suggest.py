@@ -247,6 +247,14 @@ def test_steps_that_solve_exactly_are_counted(capsys):
     assert "with blocks, 1 without" in capsys.readouterr().out
 
 
+def test_a_loss_without_curvature_is_told(capsys):
+    def variation(u):
+        return jnp.sum(jnp.abs(jnp.diff(u)))
+
+    assert bma.suggest_partition(variation, jnp.arange(9.0)) == bma.per_leaf
+    assert "The curvature is 0 here" in capsys.readouterr().out
+
+
 def test_shapes_alone_are_refused():
     with pytest.raises(TypeError, match="'params' is a shape without numbers"):
         bma.suggest_partition(smooth, jax.ShapeDtypeStruct((9, 9), "float32"))

@@ -36,7 +36,7 @@ def report(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    lines += ["", *_remarks(found), *_expectation(rule, tried, probe.vanishes)]
+    lines += ["", *_remarks(found), *_expectation(rule, tried, probe)]
     if tried is not None and rule is not per_leaf:
         lines += ["", repr(_build.layout(params, rule))]
     return "\n".join(lines)
@@ -93,8 +93,13 @@ def _remarks(found: list[Structure]) -> list[str]:
     return lines
 
 
-def _expectation(rule: Rule, tried: Trial | None, vanishes: bool) -> list[str]:
+def _expectation(rule: Rule, tried: Trial | None, probe: Probe) -> list[str]:
     """What conjugate gradients took, in sentences."""
+    if probe.is_flat:
+        return [
+            "The curvature is 0 here: the loss is linear, or has kinks. Pass another "
+            "`curvature`, such as bma.GaussNewton, or take bma.adagrad_bma."
+        ]
     if tried is None:
         return [
             "No array has neighbours: nothing is local, or arrays are too small. For a "
@@ -111,7 +116,7 @@ def _expectation(rule: Rule, tried: Trial | None, vanishes: bool) -> list[str]:
             "The curvature is not positive definite at these parameters, so what to "
             "expect is not known. Try again at parameters nearer to a minimum."
         ]
-    if vanishes:
+    if probe.vanishes:
         return [
             "Most elements have no curvature at these parameters, though they have "
             "nearby, so what to expect is not known. Try again at parameters nearer to "

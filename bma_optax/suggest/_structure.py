@@ -85,10 +85,18 @@ class Probe:
       eps: of the numbers.
       vanishes: whether G is 0 at the parameters themselves for most elements that have
         curvature near them.
+      is_flat: whether G is 0 near them, too.
     """
 
-    def __init__(self, product: Product, eps: float, vanishes: bool):
-        self._product, self.eps, self.vanishes, self.count = product, eps, vanishes, 0
+    def __init__(
+        self,
+        product: Product,
+        eps: float,
+        vanishes: bool = False,
+        is_flat: bool = False,
+    ):
+        self._product, self.eps, self.count = product, eps, 0
+        self.vanishes, self.is_flat = vanishes, is_flat
 
     def __call__(self, v: Vector) -> Vector:
         self.count += 1

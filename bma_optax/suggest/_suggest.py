@@ -145,9 +145,10 @@ def _probe(product, params) -> _structure.Probe:
         )
     eps = max((float(jnp.finfo(x.dtype).eps) for x in leaves), default=1e-7)
     if not _are_finite(there):
-        return _structure.Probe(lambda v: at(params, v), eps, vanishes=False)
+        return _structure.Probe(lambda v: at(params, v), eps)
     curved = [sum(map(np.count_nonzero, y)) for y in (here, there)]
-    return _structure.Probe(lambda v: at(near, v), eps, 2 * curved[0] < curved[1])
+    vanishes, is_flat = 2 * curved[0] < curved[1], bool(leaves) and curved[1] == 0
+    return _structure.Probe(lambda v: at(near, v), eps, vanishes, is_flat)
 
 
 def _are_finite(y: _structure.Vector) -> bool:
