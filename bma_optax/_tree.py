@@ -76,6 +76,12 @@ def whole(state, *integers, flags=()):
     return state._replace(**changes)
 
 
+def no_steps(zeros):
+    """The count 0, on the devices of a tree of zeros, where a step leaves it."""
+    counts = [jnp.sum(x).astype(jnp.int32) for x in jax.tree.leaves(zeros)]
+    return sum(counts, jnp.zeros((), jnp.int32))
+
+
 def astype(tree, like):
     """Returns ``tree`` in the dtypes of ``like``."""
     return jax.tree.map(lambda x, y: x.astype(dtype_of(y)), tree, like)

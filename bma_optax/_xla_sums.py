@@ -91,15 +91,6 @@ def total_in_two_steps(x, axes):
     return jnp.sum(x, axis=axes, keepdims=True)
 
 
-def total_at_once(x, axes):
-    """Σ x over ``axes``, which keep length 1, where x is computed as it is summed."""
-    return jax.lax.platform_dependent(
-        x,
-        cpu=lambda x: jnp.sum(x, axis=axes, keepdims=True),
-        default=lambda x: total_in_two_steps(x, axes),
-    )
-
-
 def sum_of_products(x, y, axes, other):
     """Σ x y over ``axes``, for y of length 1 along the ``other`` ones.
 

@@ -91,7 +91,7 @@ METHODS = [
     row(
         "mini_bma",
         bma.mini_bma,
-        trees=4,
+        trees=5,
         learning_rate=0.01,
         partition=bma.per_column,
     ),

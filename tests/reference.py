@@ -160,7 +160,7 @@ class DenseMiniBMA:
         self.b1, self.b2, self.b3, self.count = b1, b2, b3, 0
         units, s = shape
         self.y = np.full(s, 1 / np.sqrt(s))
-        self.mu, self.h, self.M = np.zeros(shape), np.zeros(units), np.zeros(units)
+        self.mu, self.H, self.U = np.zeros(shape), np.zeros(shape), np.zeros(units)
 
     def update(self, G):
         self.count += 1
@@ -168,18 +168,21 @@ class DenseMiniBMA:
         q = self.y / np.linalg.norm(self.y)
         m = self.mu = self.b1 * self.mu + (1 - self.b1) * G
         m = m / (1 - self.b1**self.count)
+        self.H = self.b2 * self.H + (1 - self.b2) * G**2
+        # The matrix of rank one with the row sums and the column sums of diag H.
+        h = np.outer(self.H.sum(axis=1), self.H.sum(axis=0)) / self.H.sum()
         correction = 1 - self.b2**self.count
-        update = np.zeros_like(G)
+        update, X, self.M = np.zeros_like(G), np.zeros_like(G), np.zeros(units)
         for i in range(units):
-            H = np.outer(G[i], G[i])
-            self.h[i] = self.b2 * self.h[i] + (1 - self.b2) * np.trace(H)
-            self.M[i] = self.b2 * self.M[i] + (1 - self.b2) * (q @ H @ q)
-            h, M = self.h[i] / correction, self.M[i] / correction
-            Lambda = max((h - M) / (s - 1), 1e-3 * h / s)
-            A = Lambda * (np.eye(s) - np.outer(q, q)) + max(M, Lambda) * np.outer(q, q)
-            values, vectors = np.linalg.eigh(A)
-            update[i] = (vectors * values**-0.5) @ vectors.T @ m[i]
-        target = sum(np.outer(row, row) for row in G) @ q
+            W = np.sqrt(s) * q
+            self.U[i] = self.b2 * self.U[i] + (1 - self.b2) * (W @ G[i]) ** 2
+            z = np.sqrt(h[i])
+            self.M[i] = s * self.U[i] / (W @ np.diag(z) @ W) ** 2
+            F = np.eye(s) + (max(self.M[i], 1) - 1) * np.outer(q, q)
+            values, vectors = np.linalg.eigh(F)
+            X[i] = np.diag(1 / np.sqrt(h[i] / correction)) @ m[i]
+            update[i] = (vectors * values**-0.5) @ vectors.T @ X[i]
+        target = sum(np.outer(row, row) for row in X) @ q
         target = target / np.linalg.norm(target)
         self.y = self.b3 * self.y + (1 - self.b3) * target
         return update

@@ -278,7 +278,7 @@ def test_a_step_on_a_grid_sends_halos_alone(lengths, kind):
     )
 
 
-@pytest.mark.parametrize("name", ["adagrad_bma", "adam_bma", "newton_bma"])
+@pytest.mark.parametrize("name", ["adagrad_bma", "adam_bma", "mini_bma", "newton_bma"])
 def test_after_an_init_without_jit_a_step_compiles_once(name):
     tx = getattr(bma, name)(learning_rate=0.1)
     _, sharding = meshed((4,), AxisType.Auto)

@@ -42,7 +42,7 @@ def first(x, *_):
     ("trick", "make"),
     [
         ("recompute", lambda: bma.scale_by_bma(form="symmetric")),
-        ("after", lambda: bma.scale_by_mini_bma()),
+        ("recompute", lambda: bma.scale_by_mini_bma()),
         ("after", lambda: bma.scale_by_bma(bma.units, weights="learned")),
     ],
     ids=["symmetric", "mini", "learned"],

@@ -115,7 +115,7 @@ METHODS = {
         lambda b2: bma.scale_by_adam_bma(b2=b2, partition=bma.units, weights="learned"),
         B2,
     ),
-    "mini_bma": Method("mini-BMA", bma.scale_by_mini_bma),
+    "mini_bma": Method("mini-BMA", lambda b2: bma.scale_by_mini_bma(b2=b2), B2),
     "soap": Method(
         "SOAP",
         scale_by_soap,

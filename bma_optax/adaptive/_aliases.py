@@ -204,22 +204,23 @@ def mini_bma(
     partition: _rules.Rule = _unit_rules.per_unit,
     b3: jax.typing.ArrayLike = 0.95,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam at half of its state, with a learned block mean in each array.
+    r"""Adam at half of its state, by block means and a learned direction.
 
     Array names of Flax, Haiku, Equinox and PyTorch tell which axis counts the units.
 
-    .. math:: \theta \leftarrow \theta - \eta \, \big(r + (\max(M / \Lambda, 1)^{-1/2}
-        - 1) (r^T q) \, q + \lambda \theta\big), \qquad r = \Lambda^{-1/2} m
+    .. math:: \theta \leftarrow \theta - \eta \, \big(x + (\max(M, 1)^{-1/2} - 1)
+        (x^T q) \, q + \lambda \theta\big)
 
-    The numbers M and Λ of a unit, the direction q and the momentum m are those of
+    The scaled momentum x of a unit, its number M and the direction q are those of
     :func:`scale_by_mini_bma`.
 
     Args:
       learning_rate: η, a number >= 0 or a schedule.
       b1: the decay of the momentum, a number in [0, 1); the default is Adam's.
-      b2: the decay of the two numbers of a unit, a number in [0, 1); the default
-        averages over about 100 steps.
-      eps: a number >= 0, added to the root of Λ; the default is Adam's.
+      b2: the decay of the block means of squares and of M, a number in [0, 1); the
+        default averages over about 100 steps.
+      eps: a number >= 0, added to the root of a unit's mean square; the default is
+        Adam's.
       mu_dtype: the floating dtype of the momentum. None takes the dtype of the
         parameters.
       weight_decay: λ, a number >= 0 or a schedule. The learning rate multiplies it, as
@@ -253,9 +254,9 @@ def mini_bma(
       ...     updates, state = solver.update(jax.grad(f)(params), state, params)
       ...     params = optax.apply_updates(params, updates)
       ...     print(f"Objective function: {f(params):.3f}")
-      Objective function: 0.392
-      Objective function: 0.087
-      Objective function: 0.035
+      Objective function: 0.550
+      Objective function: 0.241
+      Objective function: 0.068
 
     Source: see :func:`scale_by_mini_bma`; Loshchilov and Hutter, `Decoupled Weight
     Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019.

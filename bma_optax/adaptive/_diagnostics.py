@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bma_optax import _tree
-from bma_optax.adaptive import _columns, _direction, _inverse_root, _moments
+from bma_optax.adaptive import _columns, _direction, _inverse_root, _mini, _moments
 from bma_optax.algebra import _eigh
 from bma_optax.partitions import _units
 
@@ -46,7 +46,7 @@ def of_mini(state, blocks, grads, estimator):
     del grads, estimator
     ratios = [jnp.zeros(0, _tree.common_statistic_dtype(state.nu))]
 
-    def look(units, mu, nu, mean_nu, direction):
+    def look(units, mu, nu, input_nu, mean_nu, direction):
         """Momentum, diagonal update and full update of one array."""
         mu = mu.astype(nu.dtype)
         if units is None:
@@ -54,11 +54,11 @@ def of_mini(state, blocks, grads, estimator):
             return Updates(mu, r, r)
         m = units.split(mu)
         q = units.direction(direction)
-        Lambda = _direction.rest(nu, mean_nu, units.num_inputs)
+        share, Lambda = _mini.second_moment(units, nu, input_nu, q)
         known = nu > 0
         ratio = jnp.where(known, mean_nu, 1) / jnp.where(known, Lambda, 1)
         ratios.append(ratio.reshape(-1).astype(ratios[0].dtype))
-        r = _moments.over_root(m, Lambda, 0.0)
+        r = _moments.over_root(m / share, nu, 0.0)
         along = _direction.shrink(mean_nu, Lambda) - 1
         update = r + along * units.times(r, q) * q
         return Updates(mu, units.join(r, mu), units.join(update, mu))

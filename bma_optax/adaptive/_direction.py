@@ -3,9 +3,8 @@
 G is the gradient of one array as a matrix, units x inputs, and q = y / ‖y‖ is a unit
 vector over the inputs, in place of the constant one of plain block means. One step of
 power iteration, y <- b y + (1 - b) Gᵀ G q / ‖Gᵀ G q‖, moves q towards the leading
-eigenvector of the average of Gᵀ G. A unit has two numbers: M along q, and Λ for
-everything orthogonal to q (Lu et al. 2018, eq. 2, with q as weights). Arrays of a
-number a unit, or of a number an input, keep all axes, with length 1 where summed.
+eigenvector of the average of Gᵀ G. Arrays of a number a unit, or of a number an input,
+keep all axes, with length 1 where summed.
 """
 
 import jax
@@ -13,11 +12,9 @@ import jax.numpy as jnp
 
 from bma_optax.adaptive import _moments
 
-MIN_LAMBDA = 1e-3  # The least Λ, as a part of the unit's mean square.
 
-
-def turn(units, y, G, a, b):
-    """One step of power iteration: moves y towards Gᵀ a, where a = G q.
+def turn(units, y, G, a, b, scale=1):
+    """One step of power iteration: moves y towards scale Gᵀ a, where a = G (scale q).
 
     y stays as it is where Gᵀ a is zero or not finite. The norm of y stays below or at
     1, and away from 0.
@@ -28,27 +25,16 @@ def turn(units, y, G, a, b):
       G: the array in the shape ``units.view``.
       a: a number a unit.
       b: the part of y that is kept, in [0, 1).
+      scale: a number an input, by which the columns of G are multiplied.
 
     Returns:
       The new y.
     """
-    target = units.transposed_times(G, _over_largest(a, units.units)[0])
+    target = scale * units.transposed_times(G, _over_largest(a, units.units)[0])
     target, usable = _over_largest(target, units.inputs)
     square = jnp.sum(jnp.square(target), axis=units.inputs, keepdims=True)
     target = target * jax.lax.rsqrt(jnp.where(usable, square, 1))
     return jnp.where(usable, _moments.decay(target, y, b), y)
-
-
-def rest(nu, mean_nu, s):
-    """Λ = (nu - mean_nu) / (s - 1), a number a unit, at least ``MIN_LAMBDA`` nu / s.
-
-    Args:
-      nu: h, a number a unit; where it is infinite, Λ is infinite too.
-      mean_nu: M, a number a unit.
-      s: the number of inputs.
-    """
-    rest = jnp.where(nu > mean_nu, nu, 0) - jnp.where(nu > mean_nu, mean_nu, 0)
-    return jnp.maximum(rest / (s - 1), jnp.asarray(MIN_LAMBDA / s, nu.dtype) * nu)
 
 
 def shrink(M, Lambda):

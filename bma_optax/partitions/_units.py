@@ -50,8 +50,8 @@ class Units:
 
     @property
     def num_statistics(self) -> int:
-        """The numbers that mini-BMA stores: two a unit and one an input."""
-        return self.num_matrices * (2 * self.num_units + self.num_inputs)
+        """The numbers that mini-BMA stores: two a unit and two an input."""
+        return 2 * self.num_matrices * (self.num_units + self.num_inputs)
 
     @property
     def unit_shape(self) -> Shape:
@@ -94,9 +94,13 @@ class Units:
             spec += [kept[-1], *[None] * (last - first - 1)]
         return kept, spec
 
-    def over_inputs(self, x: jax.Array) -> jax.Array:
-        """Sums over each block."""
-        return _xla_sums.total_at_once(x, self.inputs)
+    def mean_squares(self, x: jax.Array) -> jax.Array:
+        """Means of squares over the inputs: a number a unit."""
+        return _xla_sums.total_of(jnp.square, self.inputs, x) / self.num_inputs
+
+    def input_mean_squares(self, x: jax.Array) -> jax.Array:
+        """Means of squares over the units: a number an input."""
+        return _xla_sums.total_of(jnp.square, self.units, x) / self.num_units
 
     def times(self, x: jax.Array, q: jax.Array) -> jax.Array:
         """G q: a number a unit, for a matrix x and a number an input."""
