@@ -41,7 +41,7 @@ MATRICES = [
     pytest.param((6,), *pair((6,)), id="one block"),
     pytest.param((3, 1, 2) * 4, *pair((3, 1, 2) * 4), id="many blocks"),
     pytest.param((1, 4, 1, 2), *pair((1, 4, 1, 2), scale=1e3), id="ill conditioned"),
-    pytest.param((2, 5, 3), np.ones(3), np.zeros((3, 3)), id="identity"),
+    pytest.param((1, 4, 1, 2), np.ones(4), np.zeros((4, 4)), id="identity"),
     pytest.param((1, 4, 1, 2), np.full(4, 2.0), np.zeros((4, 4)), id="repeated"),
 ]
 over_matrices = pytest.mark.parametrize(("sizes", "Lambda", "B"), MATRICES)
@@ -188,13 +188,10 @@ def derivatives(sizes, Lambda, B, direction, weights, t):
     return f(t), forward(t), reverse(t), second
 
 
+# One program for all four.
 @pytest.mark.parametrize(
     ("sizes", "Lambda", "B"),
-    [
-        m
-        for m in MATRICES
-        if m.id in ("figure 1", "ill conditioned", "identity", "repeated")
-    ],
+    [m for m in MATRICES if m.values[0] == (1, 4, 1, 2)],
 )
 def test_derivatives_in_every_mode(sizes, Lambda, B):
     """grad, jvp, jvp of jvp, vjp of vjp and both mixtures against differences."""
@@ -258,7 +255,7 @@ def projections(sizes, G, x, weights):
 @st.composite
 def partitions_and_matrices(draw):
     # Few partitions, so that the functions are compiled a few times.
-    sizes = draw(st.sampled_from([(5,), (1, 1, 1), (2, 4), (3, 1, 5, 2, 2)]))
+    sizes = draw(st.sampled_from([(5,), (1, 1, 1), (3, 1, 5, 2, 2)]))
     seed = draw(st.integers(0, 2**32 - 1))
     d, rng = sum(sizes), np.random.default_rng(seed)
     A = rng.standard_normal((d, draw(st.integers(1, d))))
@@ -361,7 +358,10 @@ def test_no_method_builds_a_dense_matrix():
     jaxpr = jax.make_jaxpr(everything)(matrix, jnp.ones(d))
     shapes = [v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars]
     assert max(int(np.prod(shape)) for shape in shapes) <= 2 * d
-    assert jnp.isfinite(everything(matrix, jnp.ones(d)))
+    # XLA would fold running sums of constants: half a minute of compilation here.
+    product = jax.make_jaxpr(lambda m, x: m.matvec(x))(matrix, jnp.ones(d))
+    assert "cumsum" not in str(product)
+    assert jnp.isfinite(jax.jit(everything)(matrix, jnp.ones(d)))
 
 
 def test_float32_floor_is_what_eigh_resolves():
@@ -398,7 +398,8 @@ def test_one_matrix_at_a_time():
         jnp.ones((2, 2)), jnp.ones((2, 1, 1)) * jnp.eye(2)[None], (1, 2)
     )
     for call in (lambda m: m.matvec(jnp.ones(3)), lambda m: m.eigenvalues()):
-        np.testing.assert_array_equal(jax.vmap(call)(batch), np.ones((2, 3)))
+        found = jax.jit(jax.vmap(call))(batch)
+        np.testing.assert_array_equal(found, np.ones((2, 3)))
 
 
 def test_leaves_may_be_other_things_than_arrays():

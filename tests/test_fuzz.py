@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import bma_optax as bma
 
 STEPS = int(os.environ.get("BMA_FUZZ_STEPS", 3000))
-EXAMPLES = int(os.environ.get("BMA_FUZZ_EXAMPLES", 10))
+EXAMPLES = int(os.environ.get("BMA_FUZZ_EXAMPLES", 7))
 KINDS = 6
 
 SHAPES = st.sampled_from([(), (0,), (1,), (3,), (2, 3), (3, 1, 2), (0, 4), (4, 4)])

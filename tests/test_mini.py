@@ -171,8 +171,8 @@ def test_statistics_are_sharded_as_their_array(rule, shape, spec, nu):
     local = jnp.asarray(np.random.default_rng(5).standard_normal(shape), jnp.float32)
     params = jax.device_put(local, jax.NamedSharding(mesh, jax.P(*spec)))
     for tx in (
-        bma.scale_by_mini_bma(partition=rule),
         bma.scale_by_bma(bma.within("block", rule), weights="learned"),
+        bma.scale_by_mini_bma(partition=rule),
     ):
         state, update = tx.init(params), jax.jit(tx.update)
         updates, new = update(params, state)
@@ -181,7 +181,6 @@ def test_statistics_are_sharded_as_their_array(rule, shape, spec, nu):
             assert jax.typeof(leaf) == jax.typeof(old) or not leaf.ndim
         expected, _ = update(local, jax.jit(tx.init)(local))
         np.testing.assert_allclose(updates, expected, rtol=1e-5, atol=1e-6)
-    state = bma.scale_by_mini_bma(partition=rule).init(params)
     assert tuple(jax.typeof(state.nu).sharding.spec) == nu
 
 

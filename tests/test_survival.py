@@ -279,13 +279,15 @@ def test_donated_buffers(method):
     tx = method.build()
     step = jax.jit(make_step(tx), donate_argnums=(0, 1), keep_unused=True)
     params, state = jax.tree.map(jnp.copy, PARAMS), jax.jit(tx.init)(PARAMS)
-    kept = steps(tx, params, state, 3)[0]
+    # One of each kind: what is told of the others is that nothing is left behind.
+    kept = steps(tx, params, state, 3)[0] if tx in some().values() else None
     for _ in range(3):
         given = jax.tree.leaves((params, state))
         params, state = step(params, state)
         assert all(x.is_deleted() for x in given if x.size > 1)
-    # Another program: it may round another way.
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), params, kept)
+    if kept is not None:  # Another program: it may round another way.
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+        jax.tree.map(close, params, kept)
 
 
 EXPORTED = """

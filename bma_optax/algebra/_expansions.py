@@ -21,8 +21,10 @@ def root_outer(sizes, like: jax.Array) -> np.ndarray:
 
 def expand(values: jax.Array, sizes, axis: int = -1) -> jax.Array:
     """Repeats entry i of an axis of L entries s_i times; the axis then has d."""
-    total = int(np.sum(sizes))
-    return jnp.repeat(values, np.asarray(sizes), axis=axis, total_repeat_length=total)
+    # Not ``jnp.repeat``: XLA would compute its running sums, of length d, at compile
+    # time, half a minute for d = 500,000.
+    block = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    return jnp.take(values, block, axis=axis, mode="clip")
 
 
 def block_sums(x: jax.Array, sizes: np.ndarray) -> jax.Array:
