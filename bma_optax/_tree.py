@@ -222,25 +222,25 @@ def same_order(tree, like):
     return tree if names == wanted else in_order(tree, like)
 
 
-def like_init(updates, state):
-    """Returns ``updates`` in the order of ``state``, a tree like the parameters.
+def like_init(tree, state, what="The gradient of"):
+    """Returns ``tree`` in the order of ``state``, a tree like the parameters.
 
-    Raises an error that names the first gradient that ``init`` did not see, or saw with
-    another shape.
+    Raises an error that names the first leaf that ``init`` did not see, or saw with
+    another shape. The error begins with ``what`` and the leaf's name.
     """
-    check_vectors(updates, "The gradient of")
-    if (difference := unlike(updates, state)) is None:
-        return same_order(updates, state)
+    check_vectors(tree, what)
+    if (difference := unlike(tree, state)) is None:
+        return same_order(tree, state)
     name, new, old = difference
     if new is None or old is None:
         where = "has no state: init" if old is None else "is missing: update"
         raise ValueError(
-            f"The gradient of {name!r} {where} was given another tree. Pass gradients "
-            "of the structure that init saw."
+            f"{what} {name!r} {where} was given another tree. Pass a tree of the "
+            "structure that init saw."
         )
     raise ValueError(
-        f"The gradient of {name!r} has shape {np.shape(new)}; init saw {old.shape}. "
-        "Pass gradients of the shapes that init saw."
+        f"{what} {name!r} has shape {np.shape(new)}; init saw {old.shape}. Pass arrays "
+        "of the shapes that init saw."
     )
 
 

@@ -215,6 +215,20 @@ UPDATES = [
             ),
         )
     ),
+    (
+        lambda: bma.scale_by_newton_bma().update(
+            TREE, bma.scale_by_newton_bma().init(TREE), TREE | {"b": X}, value_fn=loss
+        ),
+        ValueError,
+        r"Parameter 'b' has shape \(3,\); init saw \(2, 2\)",
+    ),
+    (
+        lambda: update(
+            bma.newton_bma(), X, X, bma.newton_bma(learning_rate=1.0), value_fn=loss
+        ),
+        ValueError,
+        "no step rule: init was called with a learning_rate",
+    ),
     # The loss and its gradient, as Optax's line searches take them.
     *(
         (

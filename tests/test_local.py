@@ -542,6 +542,23 @@ def test_a_false_reach_is_found_in_a_field_of_any_unit():
                 assert local(rule, jnp.float32(scale)) == true
 
 
+def test_a_weak_pull_between_all_elements_is_found():
+    """Each entry of it is tiny; of the curvature along constants it is nearly all."""
+
+    def f(u, weight):
+        smooth = grad_squared(u, (0, 1)) + 1e-3 * jnp.sum(u**2)
+        return smooth + weight * jnp.mean(u) ** 2
+
+    u = jnp.zeros((33, 31), "float32")
+    tx = bma.scale_by_newton_bma(bma.per_tile((4, 4), reach=1))
+    update = jax.jit(functools.partial(tx.update, value_fn=f))
+    for weight, true in ((0.0, True), (10.0, False), (100.0, False)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _, state = update(u + 1, tx.init(u), u, weight=jnp.float32(weight))
+            assert state.local == true, weight
+
+
 def test_a_step_with_a_reach_is_exported_where_warnings_are_ignored():
     from jax import export
 

@@ -21,7 +21,9 @@ class Numbers(NamedTuple):
     """Random numbers along one axis."""
 
     signs: jax.Array  # one for each cell: 1 or -1.
-    tests: jax.Array  # one for each cell: uniform between -1 and 1.
+    # One for each cell, uniform between 0 and 1: their mean shows what a weak pull
+    # between all elements does to constants, which its tiny entries do not show.
+    tests: jax.Array
     weights: jax.Array  # one for each element: 1 or -1.
 
 
@@ -48,7 +50,7 @@ def numbers(key, axes, dtype) -> list[Numbers]:
     uniform = jax.random.uniform(key, (sum(sizes),), dtype, minval=-1.0, maxval=1.0)
     parts = jnp.split(_sharding.replicate(uniform), np.cumsum(sizes)[:-1])
     return [
-        Numbers(_signs(signs), tests, _signs(weights))
+        Numbers(_signs(signs), (1 + tests) / 2, _signs(weights))
         for signs, tests, weights in zip(
             parts[::3], parts[1::3], parts[2::3], strict=True
         )

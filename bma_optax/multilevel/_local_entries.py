@@ -110,7 +110,7 @@ def _measure(
     spent = jnp.int32(len(leaves) * _coloring.num_products(axes))
     if known is None:
         eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
-        least = min(eps**0.5, _MOST)
+        least = min(_ROUNDINGS * eps, _MOST)
         passes = error <= least
         # A product with a multiple of a vector differs from that multiple of its
         # product by rounding, in whatever dtype the user's function computes.
@@ -120,7 +120,9 @@ def _measure(
                 lambda: error,
                 lambda: _relative_error(image / units, test(axes, _SCALE) / units),
             )
-        tolerance = jnp.where(passes, least, jnp.clip(16 * rounding, least, _MOST))
+        tolerance = jnp.where(
+            passes, least, jnp.clip(_ROUNDINGS * rounding, least, _MOST)
+        )
         spent = spent + jnp.where(passes, 0, num_tests).astype(jnp.int32)
     else:
         rounding, tolerance = known.rounding, known.check.tolerance
@@ -192,6 +194,7 @@ def reaches_far(error, tolerance) -> str:
 
 
 _SCALE = 1.3  # Not a power of 2, so that it changes how numbers are rounded.
+_ROUNDINGS = 16  # Products of local losses are off by one or two roundings.
 _MOST = 0.1  # The error of a false reach is larger than this in any dtype.
 
 

@@ -237,8 +237,13 @@ def _descend(
 
         def update_fn(updates, state, params=None, *, refresh=False, **extra_args):
             _checks.flag(refresh=refresh)
+            made, taken = state[0], state[-1]
+            if not hasattr(taken, "drift"):
+                raise ValueError(
+                    "The state has no step rule: init was called with a learning_rate. "
+                    "Pass the state that init makes without one."
+                )
             if on_demand:
-                made, taken = state[0], state[-1]
                 steps = taken.products
                 pays = (made.products <= _PRODUCTS_A_STEP * steps) | (
                     _STEPS * made.refreshes <= steps

@@ -247,6 +247,7 @@ def _checked(updates, state, params):
     _checks.given(params)
     _tree.check_statistics(params, state.inverse_diagonal)
     updates = _tree.like_init(updates, state.inverse_diagonal)
+    params = _tree.like_init(params, state.inverse_diagonal, "Parameter")
     updates, state, params = _tree.arrays((updates, state, params))
     counters = "count", "refreshes", "products", "failures", "floored"
     return updates, _tree.whole(state, *counters, flags=("local",)), params
