@@ -168,6 +168,10 @@ def test_a_second_pass_starts_after_the_first_where_fusions_cannot_write_in_plac
     for make in (bma.scale_by_bma, bma.scale_by_adam_bma):
         for tx, more in ((make(), 1), (make(**learned), 2)):
             assert [passes(tx, platform) for platform in ("cuda", "cpu")] == [more, 0]
+    # mini-BMA takes array by array: two passes more, and on CPU squares anew.
+    tx, arrays = bma.scale_by_mini_bma(), len(LIKE)
+    found = [passes(tx, platform) for platform in ("cuda", "cpu")]
+    assert found == [2 * arrays, arrays]
 
 
 def decreasing(u):

@@ -2,7 +2,7 @@
 
 _adagrad            AdaGrad-BMA of Lu et al. 2018
 _adam               AdaGrad-BMA with decayed statistics and momentum
-_mini               two numbers a block and one learned direction an array
+_mini               block means of squares, and one learned direction an array
 _aliases            the three as optimisers, with a learning rate
 _columns            the columns of E: sums over blocks with weights, and back
 _inverse_root       block sums -> M -> M^-½ -> the correction of block means
