@@ -9,7 +9,7 @@ import math
 import re
 
 from bma_optax.partitions._combinators import by_path, stacked, within
-from bma_optax.partitions._rules import Rule, per_leaf
+from bma_optax.partitions._rules import Rule
 from bma_optax.partitions._tile_rules import per_tile
 from bma_optax.suggest._structure import Structure
 
@@ -22,12 +22,10 @@ def rule_of(structures: list[Structure], *, strong: bool) -> Rule:
     """The rule of all arrays.
 
     Args:
-      structures: of the arrays.
+      structures: of the arrays, at least one of which has neighbours.
       strong: whether tiles lie along the stiff axes alone.
     """
     local = {s.path: _array_rule(s, strong) for s in structures if s.space}
-    if not local:
-        return per_leaf
     rules = list(dict.fromkeys(local.values()))
     others = [s for s in structures if not s.space and math.prod(s.shape) > 1]
     if len(rules) == 1 and not others:

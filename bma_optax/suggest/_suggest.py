@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bma_optax import _checks, _control_flow, _names, _tree
-from bma_optax.curvature import _kinds, _probing
+from bma_optax.curvature import _kinds, _probing, _user_functions
 from bma_optax.curvature._kinds import Curvature
 from bma_optax.multilevel._two_level import TwoLevel, checked_two_level
 from bma_optax.partitions._rules import Rule, per_leaf
@@ -99,7 +99,10 @@ def suggest_partition(
                 "arrays: the curvature is measured at them."
             )
     params = _tree.arrays(params)
-    loss = (lambda p: value_fn(p, *args)) if args else value_fn
+    loss = value_fn
+    if args:
+        bound = _user_functions.bind(value_fn, extra_args, "value_fn")
+        loss = lambda p: bound(p, *args)  # noqa: E731
     random_key = _probing.typed_key(_probing.key_data(key))
 
     @jax.jit
