@@ -12,7 +12,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _control_flow, _sharding
+from bma_optax import _sharding
 
 
 def materialize(tree, finite):
@@ -37,26 +37,6 @@ def _materialize(x, y):
         return x / jnp.where(y == y, 1, y).astype(x.dtype)
 
     return jax.lax.platform_dependent(x, y, cpu=divide, default=_sharding.varying_like)
-
-
-def apart(f, instead, finite, x):
-    """``f(x)`` as a computation of its own on CPU: x and the result are stored.
-
-    XLA on CPU would store parts of f that several uses of the result share, and compute
-    the rest again for each use. A branch keeps it from that.
-
-    Args:
-      f: the function.
-      instead: a function with results like those of f, which is never run.
-      finite: a finite number: XLA cannot know from it that the branch is always taken.
-      x: the argument of both.
-    """
-    return jax.lax.platform_dependent(
-        finite,
-        x,
-        cpu=lambda y, x: _control_flow.cond(y == y, f, instead, x),
-        default=lambda y, x: f(x),
-    )
 
 
 def by_platform(f, cpu, elsewhere, *operands):

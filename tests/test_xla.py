@@ -251,6 +251,17 @@ def test_a_refresh_copies_no_array():
     assert "stablehlo.while" in text and "stablehlo.case" not in text
 
 
+def test_a_refresh_writes_its_products_to_memory_that_is_there():
+    """Without that, each round of the loop over colors would fill it with zeros."""
+    tx = bma.scale_by_newton_bma(bma.per_tile((4, 4), reach=1), update_interval=1)
+    u = jnp.zeros((66, 66))
+    update = functools.partial(tx.update, value_fn=decreasing)
+    text = jax.jit(update).lower(u, jax.eval_shape(tx.init, u), u).compile().as_text()
+    loops, _ = text.split("\nENTRY ")
+    made = re.findall(r"(\S+) = f32\[3,66,66\]\S* (?:fusion|copy)\(", loops)
+    assert len(made) == 1 and "dynamic-update-slice" in made[0]
+
+
 def test_a_large_root_on_a_tpu_is_one_operation():
     """JAX's own choice there is a program that takes minutes to compile."""
     like = jax.ShapeDtypeStruct((300, 300), jnp.float32)

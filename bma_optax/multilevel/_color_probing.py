@@ -13,13 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _control_flow, _sharding, _tree, _xla
+from bma_optax import _control_flow, _tree, _xla
 from bma_optax.curvature._probing import LinearOperator
 from bma_optax.multilevel import _color_vectors
 from bma_optax.partitions import _tiles
 
 _MAX_SLICES = 16
-_TOGETHER = 4  # Products in a round of a loop.
+_TOGETHER = 5  # At most so many responses are held at once.
 
 
 class Responses(NamedTuple):
@@ -61,18 +61,85 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
         y = jax.tree.leaves(G(jax.tree.unflatten(treedef, v)))
         return [y[i].astype(dtype) for i in arrays]
 
-    def response(field, x, probe):
-        """The product, stored, since the sums and the diagonal are made from it."""
-        if not _control_flow.is_traced(x, G.params):
-            return product(field, x)
-        return _xla.apart(
-            lambda x: product(field, x),
-            lambda x: [_sharding.typed_like(x, leaf) for leaf in leaves],
-            probe.reshape(-1)[0],
-            x,
-        )
+    def responses(field, rest, probes, kept):
+        """The products with probes along the first axis, stacked for each field.
 
-    def along(axis, field, rest, diagonal):
+        A loop stores them, since the sums and the diagonal are made from them. XLA on
+        CPU would otherwise compute parts of a product again for each of these.
+
+        Args:
+          kept: arrays like the result, which a loop on CPU writes to.
+        """
+
+        def response(probe):
+            x = across(0, _xla.materialize(probe, probe)) * rest
+            return product(field, _xla.materialize(x, x))
+
+        def in_place(kept, numbered):
+            stacks = zip(kept, response(numbered[1]), strict=True)
+            put = jax.lax.dynamic_update_index_in_dim
+            return [put(stack, y, numbered[0], 0) for stack, y in stacks], None
+
+        def loop(in_memory, probes, kept):
+            operands = G.params, rest
+            if in_memory:
+                xs = jnp.arange(len(probes)), probes
+                return _control_flow.scan(in_place, kept, xs, operands=operands)[0]
+            return _control_flow.scan(
+                lambda _, probe: (None, response(probe)),
+                *(None, probes),
+                operands=operands,
+                unroll=len(probes),
+            )[1]
+
+        if _control_flow.is_traced(probes, rest, G.params):
+            return _xla.by_platform(loop, True, False, probes, kept)
+        return loop(False, probes, kept)
+
+    def across(axis, x):
+        return jnp.expand_dims(x, [i for i in range(dim) if i != axis])
+
+    def block_sums(axis, y, number, kind, weights):
+        row = vectors[axis].rows[kind][number]
+        return _block_sums(y, weights, 1 + axis, axes[axis].tile, row.positions)
+
+    def along_first(field, rest, diagonal, kept):
+        """Does what :func:`along` does for the first axis, some probes at a time."""
+
+        def step(carry, some):
+            sums, diagonal, kept = carry
+            probes, rows = some
+            found = responses(field, rest, probes, kept)
+            each = range(len(probes))
+            terms = [[across(0, probes[i]) * y[i] for i in each] for y in found]
+            diagonal = [
+                d + own(field, a, rest * sum(terms[a][1:], terms[a][0]))
+                for a, d in enumerate(diagonal)
+            ]
+
+            def total(kind, number):
+                by_field = []
+                for y in found:
+                    parts = [
+                        block_sums(0, y[i][None], number, kind, rows[kind][number][i])
+                        for i in each
+                    ]
+                    by_field.append(sum(parts[1:], parts[0]))
+                return jnp.concatenate(by_field)
+
+            parts = [
+                {key: total(kind, *key) for key in choices(kind, 0)} for kind in kinds
+            ]
+            return (jax.tree.map(jnp.add, sums, parts), diagonal, found), None
+
+        xs, init = of_probes(0), (zeros(0), diagonal, kept)
+        if together == len(vectors[0].probes):
+            sums, *others = step(init, xs)[0]
+            return _xla.materialize(sums, sums), *others
+        xs = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), xs)
+        return _control_flow.scan(step, init, xs, operands=G.params)[0]
+
+    def along(axis, field, rest, diagonal, kept):
         """Sums over the blocks along the first axes, of the probes of all their colors.
 
         Args:
@@ -80,63 +147,57 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
           field: the field of the probes.
           rest: the product of the probe's vectors along the other axes.
           diagonal: a list to add to.
+          kept: see :func:`responses`.
         """
+        if axis == 0:
+            return along_first(field, rest, diagonal, kept)
 
         def step(carry, one):
-            sums, diagonal = carry
+            sums, diagonal, kept = carry
             probe, rows = _xla.materialize(one, one)
-            probe = jnp.expand_dims(probe, [i for i in range(dim) if i != axis])
-            if axis == 0:
-                x = probe * rest
-                y = response(field, x, probe)
-                diagonal = [d + own(field, a, x * y[a]) for a, d in enumerate(diagonal)]
-                inner = [{(): jnp.stack(y)} for _ in kinds]
-            else:
-                inner, diagonal = along(axis - 1, field, probe * rest, diagonal)
+            rest_here = across(axis, probe) * rest
+            inner, *others = along(axis - 1, field, rest_here, diagonal, kept)
             parts = [
                 {
-                    (*key, number): _block_sums(
-                        inner[kind][tuple(key)],
-                        rows[kind][number],
-                        1 + axis,
-                        axes[axis].tile,
-                        vectors[axis].rows[kind][number].positions,
+                    (*key, number): block_sums(
+                        axis, inner[kind][tuple(key)], number, kind, rows[kind][number]
                     )
                     for *key, number in choices(kind, axis)
                 }
                 for kind in kinds
             ]
-            return (jax.tree.map(jnp.add, sums, parts), diagonal), None
+            return (jax.tree.map(jnp.add, sums, parts), *others), None
 
-        xs = (
-            vectors[axis].probes,
-            [[row.weights for row in rows] for rows in vectors[axis].rows],
-        )
+        init = zeros(axis), diagonal, kept
+        return _control_flow.scan(step, init, of_probes(axis), operands=G.params)[0]
+
+    def of_probes(axis):
+        """The vectors of the probes, and the weights of each row."""
+        rows = [[row.weights for row in rows] for rows in vectors[axis].rows]
+        return vectors[axis].probes, rows
+
+    def zeros(axis):
+        """Sums over the blocks along the first axes."""
         shape = [len(arrays), *(x.num_blocks for x in axes[: axis + 1])]
         shape += [x.n for x in axes[axis + 1 :]]
-        zeros = [
+        return [
             {key: jnp.zeros(shape, dtype) for key in choices(kind, axis)}
             for kind in kinds
         ]
 
-        def loop(together, init, xs):
-            return _control_flow.scan(
-                step, init, xs, operands=G.params, unroll=together
-            )[0]
-
-        init = zeros, diagonal
-        if axis == 0 and _control_flow.is_traced(G.params):
-            return _xla.by_platform(loop, 1, _TOGETHER, init, xs)
-        return loop(1, init, xs)
-
-    def of_field(diagonal, field):
+    def of_field(carry, field):
         one = jnp.ones((1,) * dim, dtype)
-        sums, diagonal = along(dim - 1, field, one, diagonal)
-        return diagonal, sums
+        sums, *others = along(dim - 1, field, one, *carry)
+        return tuple(others), sums
 
-    zeros = _tree.zeros_like(leaves, lambda _: dtype) if diagonal else []
+    count = len(vectors[0].probes)
+    together = max(k for k in range(1, _TOGETHER + 1) if count % k == 0)
+    empty = _tree.zeros_like(leaves, lambda _: dtype)
+    kept = [jnp.stack([x] * together) for x in empty]
     fields = jnp.arange(len(arrays), dtype=jnp.int32)
-    found, sums = _control_flow.scan(of_field, zeros, fields, operands=G.params)
+    (found, _), sums = _control_flow.scan(
+        of_field, (empty if diagonal else [], kept), fields, operands=G.params
+    )
     stacks = []
     for kind in kinds:
         rows = [x.rows[kind] for x in vectors]

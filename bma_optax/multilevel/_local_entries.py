@@ -130,7 +130,7 @@ def _measure(
     if not any(axis.colors.clash for axis in axes):
         return found
 
-    def again():
+    def again(_):
         more = tuple(dataclasses.replace(axis, around=True) for axis in axes)
         N, values, foretold = respond(more)
         units = _units(N, stencil, axes, foretold)
@@ -143,7 +143,7 @@ def _measure(
         return Entries(N, values, check, rounding, spent + jnp.int32(count))
 
     with jax.named_scope("more_probes"):
-        return _control_flow.cond(error <= tolerance, lambda: found, again)
+        return _control_flow.renewed(~(error <= tolerance), again, found)
 
 
 def _as_stencil(sums):

@@ -8,7 +8,7 @@ z² is a tree like the parameters. Each element of it is positive, or not a numb
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _sharding
+from bma_optax import _control_flow, _sharding, _xla
 
 
 def positive(method, diagonal):
@@ -23,14 +23,30 @@ def positive(method, diagonal):
       diagonal: |diag G|, a tree like the parameters.
     """
     tiny = {x.dtype: float(jnp.finfo(x.dtype).tiny) for x in jax.tree.leaves(diagonal)}
-    z2 = jax.tree.map(lambda x: jnp.where(x <= tiny[x.dtype], 0, x), diagonal)
-    sums = zip(method.block_sums(z2), method.sizes, strict=True)
-    means = method.expand([x / s.astype(x.dtype) for x, s in sums], z2)
 
-    def fill(x, mean):
-        largest = jnp.max(x, initial=0)
-        other = jnp.where(mean == 0, jnp.where(largest == 0, 1, largest), mean)
-        # NaN stays NaN.
-        return jnp.where(x == 0, _sharding.typed_like(other, x), x)
+    def filled(diagonal):
+        z2 = jax.tree.map(lambda x: jnp.where(x <= tiny[x.dtype], 0, x), diagonal)
+        sums = zip(method.block_sums(z2), method.sizes, strict=True)
+        means = method.expand([x / s.astype(x.dtype) for x, s in sums], z2)
 
-    return jax.tree.map(fill, z2, means)
+        def fill(x, mean):
+            largest = jnp.max(x, initial=0)
+            other = jnp.where(mean == 0, jnp.where(largest == 0, 1, largest), mean)
+            # NaN stays NaN.
+            return jnp.where(x == 0, _sharding.typed_like(other, x), x)
+
+        return jax.tree.map(fill, z2, means)
+
+    def where_needed(on_demand, diagonal):
+        """Elsewhere than on CPU all of it is a part of other passes."""
+        if not on_demand:
+            return filled(diagonal)
+        curved = [
+            jnp.all(jnp.min(x, initial=jnp.inf) > tiny[x.dtype])
+            for x in jax.tree.leaves(diagonal)
+        ]
+        return _control_flow.renewed(~jnp.all(jnp.stack(curved)), filled, diagonal)
+
+    if not jax.tree.leaves(diagonal) or not _control_flow.is_traced(diagonal):
+        return filled(diagonal)
+    return _xla.by_platform(where_needed, True, False, diagonal)
