@@ -10,26 +10,23 @@ import jax
 from bma_optax import _control_flow
 
 
-def every(interval, count, refresh, last, young=False, also=False):
+def every(interval, count, refresh, last):
     """Returns ``refresh()`` at every ``interval``-th step, else ``last``.
 
+    It also refreshes after 1, 3, 7, 15, ... steps (that is at steps 2, 4, 8, 16, ...)
+    below the interval. The first gradients change statistics most.
+
     Args:
-      interval: the number of steps from one refresh to the next, at least 1. None
-        refreshes at step 0 alone.
+      interval: the number of steps from one refresh to the next, at least 1.
       count: the number of steps before this one, shape ().
       refresh: a function without arguments that returns a tree like ``last``.
       last: the result of the last refresh.
-      young: whether to refresh also after 1, 3, 7, 15, ... steps (that is at steps 2,
-        4, 8, 16, ...) below the interval. The first gradients change statistics most.
-      also: whether to refresh at this step in any case, a boolean of shape ().
     """
     if at_each_step(interval):
         return refresh()
-    due = _due(interval, count)
-    if young:
-        due |= (count & (count + 1) == 0) & (count + 1 < interval)
+    young = (count & (count + 1) == 0) & (count + 1 < interval)
     with jax.named_scope("refresh"):
-        return _control_flow.cond(due | also, refresh, lambda: last)
+        return _control_flow.cond(_due(interval, count) | young, refresh, lambda: last)
 
 
 def in_place(interval, count, refresh, last, also):

@@ -227,7 +227,6 @@ def scale_by_bma(
             state.count,
             refresh,
             (state.v, state.inverse_root, state.failures),
-            young=True,
         )
 
         # Apply them to r = Z^-1 g: the update is r + E (M^-½ - I) Eᵀ r.

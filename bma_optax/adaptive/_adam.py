@@ -211,7 +211,6 @@ def scale_by_adam_bma(
             state.count,
             refresh,
             (state.v, state.inverse_root, state.failures),
-            young=True,
         )
 
         # Apply them to r = Z^-1 m: the update is r + E (M^-½ - I) Eᵀ r.
