@@ -54,11 +54,16 @@ def _solve(levels, inverse, r, operands, loops):
     (multiply, smooth, restrict, prolong, coefficients), *below = levels
 
     def cycle(r):
-        """One symmetric cycle: smooth, correct by the level below, smooth."""
-        x = smooth(r)
-        residual = restrict(r - multiply(x))
-        x = x + prolong(_solve(below, inverse, residual, operands, loops - 1))
-        return x + smooth(r - multiply(x))
+        """One symmetric cycle: smooth, correct by the level below, smooth.
+
+        Each part is stored: XLA on CPU would compute it again for each of the
+        neighbours that a product takes up.
+        """
+        x = _stored(smooth(r))
+        residual = _stored(restrict(_stored(r - multiply(x))))
+        below_it = _solve(below, inverse, residual, operands, loops - 1)
+        x = _stored(x + prolong(below_it))
+        return x + smooth(_stored(r - multiply(x)))
 
     def step(carry, numbers):
         """One Chebyshev step, x + d for d = a B r + b d with the cycle B."""
@@ -81,3 +86,7 @@ def _solve(levels, inverse, r, operands, loops):
         d = a * cycle(r) + b * d
         x = x + d
     return x
+
+
+def _stored(x):
+    return _xla.materialize(x, x)

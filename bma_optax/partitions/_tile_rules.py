@@ -118,9 +118,11 @@ def per_tile(
         2 r + 1 elements applied once in a residual (2 r for its square). Then M and
         the diagonal cost (2 r + 1)^dim products and one to check them, whatever the
         size of the array, or fewer where the reach is large; ``bma.partition`` prints
-        how many. M is inverted by nested levels of tiles of tiles. All entries may meet
-        along axes after the tile and those of ``stacked``, which count fields: each
-        field takes products of its own. Arrays of one shape are fields on one grid too,
+        how many. M is inverted by nested levels of tiles of tiles. Along an axis that
+        is a single tile the reach is not used and each element takes products of its
+        own: there a tile of half the axis is far cheaper. All entries may meet along
+        axes after the tile and those of ``stacked``, which count fields: each field
+        takes products of its own. Arrays of one shape are fields on one grid too,
         and see each other; M between these and other arrays is taken for zero. Periodic
         grids may be of any size; where 2 r + 1 does not divide it, the first products
         fail their check, and as many or more follow. Methods check the declaration, see
