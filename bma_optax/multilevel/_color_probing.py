@@ -68,7 +68,8 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
         CPU would otherwise compute parts of a product again for each of these.
 
         Args:
-          kept: arrays like the result, which a loop on CPU writes to.
+          kept: arrays like the result, which a loop on CPU writes to. They come back
+            beside the result; elsewhere as they are, since a carry would be copied.
         """
 
         def response(probe):
@@ -84,13 +85,15 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
             operands = G.params, rest
             if in_memory:
                 xs = jnp.arange(len(probes)), probes
-                return _control_flow.scan(in_place, kept, xs, operands=operands)[0]
-            return _control_flow.scan(
+                found = _control_flow.scan(in_place, kept, xs, operands=operands)[0]
+                return found, found
+            found = _control_flow.scan(
                 lambda _, probe: (None, response(probe)),
                 *(None, probes),
                 operands=operands,
                 unroll=len(probes),
             )[1]
+            return found, kept
 
         if _control_flow.is_traced(probes, rest, G.params):
             return _xla.by_platform(loop, True, False, probes, kept)
@@ -109,7 +112,7 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
         def step(carry, some):
             sums, diagonal, kept = carry
             probes, rows = some
-            found = responses(field, rest, probes, kept)
+            found, kept = responses(field, rest, probes, kept)
             each = range(len(probes))
             terms = [[across(0, probes[i]) * y[i] for i in each] for y in found]
             diagonal = [
@@ -130,7 +133,7 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
             parts = [
                 {key: total(kind, *key) for key in choices(kind, 0)} for kind in kinds
             ]
-            return (jax.tree.map(jnp.add, sums, parts), diagonal, found), None
+            return (jax.tree.map(jnp.add, sums, parts), diagonal, kept), None
 
         xs, init = of_probes(0), (zeros(0), diagonal, kept)
         if together == len(vectors[0].probes):
