@@ -78,6 +78,7 @@ def fourth_order(u):
 # one shape, tile and reach, they share a program.
 CASES = {
     "1 dimension": (smooth(0, (0,)), np.zeros(45), (5,), 1),
+    "long tiles": (smooth(0, (0,)), np.zeros(60), (20,), 1),
     "2 dimensions": (smooth(1, (0, 1)), np.zeros((24, 12)), (4, 4), 1),
     "3 dimensions": (smooth(2, (0, 1, 2)), np.zeros((5, 4, 6)), (2, 2, 2), 1),
     "sizes that do not divide": (smooth(3, (0, 1)), np.zeros((13, 18)), (4, 5), 1),
@@ -115,6 +116,7 @@ CASES = {
     "fields first": (coupled(1, 2), np.zeros((2, 13, 8)), (4, 4), (1, 1), 0),
     "fields from the end": (coupled(0, 2), np.zeros((9, 2, 8, 2)), (4, 4), 1, -2, -1),
     "fields on a line": (coupled(0), np.zeros((22, 2, 2)), (4,), (1,)),
+    "nine fields": (coupled(0), np.zeros((20, 9)), (4,), (1,)),
     "fields in a volume": (coupled(0, 1, 2), np.zeros((4, 6, 4, 2)), (2, 2, 2), 1),
     "a block each channel": (channels, np.zeros((9, 8, 3)), (4, 4, 1), (1, 1, 2)),
     "two fields": (
@@ -207,6 +209,7 @@ NESTED = {
     "reach 2": (133,),
     "reach beyond a tile": (70,),
     "fields from the end": (9, 2, 7, 2),
+    "nine fields": (16, 9),
     "two fields": (12, 12),
     "beside scalars": (16, 17),
 }
