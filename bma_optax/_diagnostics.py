@@ -61,9 +61,9 @@ def diagnostics(
     These numbers need ``blocks``, and small matrices (nested levels have none):
 
     - ``min_eigenvalue``, ``max_eigenvalue``: of M, before its floor. For mini-BMA, the
-      least and the largest M_i / Λ_i take their place here and below.
+      least and the largest M_i of :func:`scale_by_mini_bma` take their place.
     - ``floored_share``: the part of M's eigenvalues that the floor or the absolute
-      value replaced. For mini-BMA, the part of units that do not shrink, M_i < Λ_i.
+      value replaced. For mini-BMA, the part of units that do not shrink, M_i < 1.
     - ``correlations``: up to 10 of M's entries over the roots of its diagonal, those
       furthest from 0 first. ``correlated_pairs``: the two blocks of each, as positions
       in ``blocks.names``.

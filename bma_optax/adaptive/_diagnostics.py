@@ -42,7 +42,7 @@ def of_adam(state, blocks, grads, estimator):
 
 
 def of_mini(state, blocks, grads, estimator):
-    """Numbers of a :class:`ScaleByMiniBMAState`; M_i / Λ_i are its eigenvalues."""
+    """Numbers of a :class:`ScaleByMiniBMAState`: M_i = U_i / Λ_i are eigenvalues."""
     del grads, estimator
     ratios = [jnp.zeros(0, _tree.common_statistic_dtype(state.nu))]
 

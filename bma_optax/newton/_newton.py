@@ -97,12 +97,13 @@ def scale_by_newton_bma(
     Args:
       partition: the rule that cuts the parameters into blocks, such as
         ``bma.per_leaf``. An array without blocks is scaled by its diagonal. Each
-        refresh checks the ``reach`` that a rule declares by products with a random
-        vector, as finely as the arithmetic of the loss allows. If the reach is too
-        small, ``update`` raises a ValueError outside ``jax.jit``. Inside it warns once,
-        at run time, takes the diagonal alone for C, probed by random signs, and sets
-        ``state.local`` to False. ``jax.export`` cannot write such a warning: trace
-        under ``warnings.simplefilter("ignore")`` for it.
+        refresh checks the ``reach`` that a rule declares by a product with a random
+        vector, to 16 times the rounding of such a product. It finds a weak pull between
+        all elements too. If the reach is too small, ``update`` raises a ValueError
+        outside ``jax.jit``. Inside it warns once, at run time, takes the diagonal alone
+        for C, probed by random signs, and sets ``state.local`` to False. ``jax.export``
+        cannot write such a warning: trace under ``warnings.simplefilter("ignore")``
+        for it.
       curvature: what G is: ``bma.Hessian()``, ``bma.GaussNewton(...)`` or another
         :class:`Curvature`.
       update_interval: an integer >= 1, the steps from one refresh of C to the next. The
