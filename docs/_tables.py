@@ -229,7 +229,6 @@ def sent_relatively(content: Content) -> str:
 
 # The file of each table, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
-    "current": ("grids/results/current.json", everything),
     "grids": ("grids/results/grids.json", grids),
     "one_core": ("grids/results/one_core.json", grids),
     "volumes": ("grids/results/volumes.json", grids),
