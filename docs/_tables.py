@@ -136,6 +136,16 @@ def costs(content: Content) -> str:
     return "\n\n".join(found) + of_machine(content)
 
 
+def floors(content: Content) -> str:
+    """A row for each partition and form, and a column for each floor."""
+    columns: dict[str, Content] = {}
+    for variant, cells in content["rows"].items():
+        for floor, found in cells.items():
+            columns.setdefault(f"{float(floor):g}", {})[variant] = found
+    cell = "{loss:.4f}, {largest:.1f}".format_map
+    return across(columns, cell) + of_machine(content)
+
+
 def nets(content: Content) -> str:
     found = [bold_heading(figure2.table(k, x)) for k, x in content["nets"].items()]
     return "\n\n".join(found) + of_machine(content)
@@ -248,6 +258,7 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "steps_h100": ("costs/results/accelerator_h100.json", steps_on_gpu),
     "races_h100": ("costs/results/accelerator_h100.json", races_on_gpu),
     "roots_h100": ("costs/results/accelerator_h100.json", roots),
+    "min_eigenvalue": ("costs/results/min_eigenvalue.json", floors),
     "compiled_h100": ("costs/results/compiled_h100.json", compiled_trees),
     "compiled_v5e": ("costs/results/compiled_v5e.json", compiled_trees),
     "compiled_h100_grids": ("costs/results/compiled_h100.json", compiled_grids),
