@@ -181,12 +181,12 @@ def scale_by_bma(
         _inverse_root.by_bucket(estimator, blocks, weights)
         U, v, inverse_root = _inverse_root.start(blocks, sum_of_squares)
         return ScaleByBMAState(
-            count=jnp.sum(v).astype(jnp.int32),
+            count=_tree.no_steps(v),
             sum_of_squares=sum_of_squares,
             U=U,
             v=v,
             inverse_root=inverse_root,
-            failures=jnp.sum(v).astype(jnp.int32),
+            failures=_tree.no_steps(v),
             direction=_columns.start(weights, blocks, sum_of_squares),
         )
 

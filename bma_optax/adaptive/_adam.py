@@ -156,13 +156,13 @@ def scale_by_adam_bma(
         _inverse_root.by_bucket(estimator, blocks, weights)
         U, v, inverse_root = _inverse_root.start(blocks, nu)
         return ScaleByAdamBMAState(
-            count=jnp.sum(v).astype(jnp.int32),
+            count=_tree.no_steps(v),
             mu=_moments.start_momentum(params, mu_dtype),
             nu=nu,
             U=U,
             v=v,
             inverse_root=inverse_root,
-            failures=jnp.sum(v).astype(jnp.int32),
+            failures=_tree.no_steps(v),
             direction=_columns.start(weights, blocks, nu),
         )
 
