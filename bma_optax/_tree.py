@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bma_optax import _sharding
-from bma_optax._names import name_of, named_leaves
+from bma_optax._names import containers, name_of, named_leaves
 
 
 def dtype_of(leaf) -> jnp.dtype:
@@ -200,11 +200,17 @@ def unlike(tree, like) -> tuple[str, Any, Any] | None:
     return None
 
 
+def same_structure(tree, like) -> bool:
+    """Whether two trees have the same containers, keys and static fields."""
+    structure: Any = jax.tree.structure(like)
+    return jax.tree.structure(tree) == structure
+
+
 def in_order(tree, like):
     """Returns ``tree`` in the structure of ``like``; both have the same paths."""
-    structure: Any = jax.tree.structure(like)
-    if jax.tree.structure(tree) == structure:
+    if same_structure(tree, like):
         return tree
+    structure: Any = jax.tree.structure(like)
     leaves = dict(named_leaves(tree))
     return structure.unflatten([leaves[path] for path, _ in named_leaves(like)])
 
@@ -215,8 +221,7 @@ def same_order(tree, like):
     Trees whose containers differ but whose leaves have one order, such as trees with
     and without Flax's boxes, keep their own structure.
     """
-    structure: Any = jax.tree.structure(like)
-    if jax.tree.structure(tree) == structure:
+    if same_structure(tree, like):
         return tree
     names, wanted = ([path for path, _ in named_leaves(t)] for t in (tree, like))
     return tree if names == wanted else in_order(tree, like)
@@ -226,11 +231,15 @@ def like_init(tree, state, what="The gradient of"):
     """Returns ``tree`` in the order of ``state``, a tree like the parameters.
 
     Raises an error that names the first leaf that ``init`` did not see, or saw with
-    another shape. The error begins with ``what`` and the leaf's name.
+    another shape or in another container. The error begins with ``what`` and the leaf's
+    name.
     """
     check_vectors(tree, what)
     if (difference := unlike(tree, state)) is None:
-        return same_order(tree, state)
+        tree = same_order(tree, state)
+        if not same_structure(tree, state):
+            _check_containers(tree, state, what)
+        return tree
     name, new, old = difference
     if new is None or old is None:
         where = "has no state: init" if old is None else "is missing: update"
@@ -242,6 +251,20 @@ def like_init(tree, state, what="The gradient of"):
         f"{what} {name!r} has shape {np.shape(new)}; init saw {old.shape}. Pass arrays "
         "of the shapes that init saw."
     )
+
+
+def _check_containers(tree, state, what):
+    """Raises a ValueError that names the first leaf in another container than before.
+
+    Flax's boxes are none: they come and go between ``init`` and ``update``.
+    """
+    found, seen = containers(tree), containers(state)
+    for (path, _), new, old in zip(named_leaves(tree), found, seen, strict=True):
+        if new != old:
+            raise ValueError(
+                f"{what} {name_of(path)!r} is in {' in '.join(new)}; init saw "
+                f"{' in '.join(old)}. Pass a tree of the structure that init saw."
+            )
 
 
 def check_statistics(params, statistics) -> None:

@@ -193,6 +193,27 @@ UPDATES = [
         ValueError,
         "'layer/w' is missing",
     ),
+    *(
+        (
+            lambda tx=tx: update(tx, {"a": (X, X)}, {"a": [X, X]}, value_fn=loss),
+            ValueError,
+            "The gradient of 'a/0' is in tuple in dict; init saw list in dict. Pass",
+        )
+        for tx in (
+            bma.scale_by_bma(),
+            bma.scale_by_adam_bma(),
+            bma.scale_by_mini_bma(),
+            bma.newton_bma(),
+        )
+    ),
+    *(
+        (
+            lambda tx=tx: tx.update([X, X], tx.init([X, X]), (X, X), value_fn=loss),
+            ValueError,
+            "Parameter '0' is in tuple; init saw list. Pass",
+        )
+        for tx in (bma.newton_bma(), bma.scale_by_quadratic_model())
+    ),
     (
         lambda: update(bma.scale_by_mini_bma(), {"w": ones(2, 3)}, {"w": ones(2)}),
         ValueError,

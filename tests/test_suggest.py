@@ -152,6 +152,11 @@ CASES = {
         jnp.zeros(5),
         bma.per_tile(4, reach=2),
     ),
+    "five in a line, by first differences": (
+        lambda u: smooth(u) + 0.01 * jnp.sum(u**2),
+        jnp.zeros(5),
+        bma.per_leaf,
+    ),
     "not finite nearby": (
         lambda u: inpainting(u) - 1e-6 * jnp.sum(jnp.sqrt(1e-6 - u**2)),
         jnp.zeros((N, N)),
@@ -187,7 +192,8 @@ WORDS = {
     "colors in a mask": "axis 2",
     "plate": "fourth order",
     "field and scalars": "taken for zero",
-    "blur": "Blocks do not pay",
+    "five in a line, by first differences": "few steps are needed without them",
+    "blur": "what is slow here is not smooth",
     "two that meet behind all cuts": "entries of the curvature beyond the reach above",
     "network": "No array has neighbours",
 }

@@ -63,6 +63,9 @@ CASES = {
     "gradients of another structure": lambda: update(
         bma.scale_by_bma(), PARAMS | {"c": jnp.ones(2)}
     ),
+    "gradients in a tuple, parameters in a list": lambda: bma.scale_by_bma().update(
+        (jnp.ones(2),), bma.scale_by_bma().init([jnp.ones(2)])
+    ),
     "a gradient that is missing": lambda: update(
         bma.scale_by_adam_bma(), {"w": PARAMS["w"]}
     ),

@@ -49,11 +49,13 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
     def update_fn(updates, state, params=None, **extra_args):
         inner, last = state[:-1], _as_made(state[-1])
         _tree.check_vectors(updates, "The gradient of")
-        known = params is not None and _tree.unlike(updates, params) is None
+        if params is not None and _tree.unlike(updates, params) is None:
+            updates = _tree.same_order(updates, params)
+        known = _tree.same_structure(updates, params)
         if not known or len(jax.tree.leaves(updates)) < 2:  # tx raises if unknown.
             result, inner = tx.update(updates, inner, params, **extra_args)
             return result, (*inner, last)
-        params, updates = _tree.arrays(params), _tree.same_order(updates, params)
+        params = _tree.arrays(params)
         checksums = _vector(_checksum, params, jnp.uint32)
         started = jnp.any(last.told | last.masked)
         changed = started & (checksums != last.checksums)
@@ -62,6 +64,7 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         flags = jax.tree.unflatten(jax.tree.structure(updates), list(masked))
         free = jax.tree.map(lambda m, g: jnp.where(m, 0, g), flags, updates)
         result, inner = tx.update(free, inner, params, **extra_args)
+        result = _tree.in_order(result, updates)
         result = jax.tree.map(
             lambda m, u, g, p: jnp.where(m, _nudge(g, p).astype(u.dtype), u),
             flags,

@@ -122,7 +122,8 @@ def scale_by_newton_bma(
       :class:`ScaleByNewtonBMAState`. ``update`` takes ``value_fn``, the loss. It passes
       its other keywords to the functions that name them in their signatures:
       ``tx.update(grads, state, params, value_fn=loss, batch=batch)``. The keyword
-      ``refresh``, a boolean, asks for a refresh at this step. Under
+      ``refresh``, a boolean, asks for a refresh at this step. The functions do not get
+      ``refresh``, nor ``value`` and ``grad``, which are Optax's names. Under
       ``optax.masked`` or ``optax.partition`` these functions get the tree that the
       wrapper leaves, as do the functions of Optax's line searches.
 

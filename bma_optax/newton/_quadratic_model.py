@@ -80,7 +80,8 @@ def scale_by_quadratic_model(
       passes its other keywords to the functions that name them. Like Optax's line
       searches it comes last in a chain and takes updates that descend. It also takes
       ``value`` and ``grad``, the loss and its gradient at ``params``, and keeps both
-      for the new parameters, where ``optax.value_and_grad_from_state`` finds them.
+      for the new parameters, where ``optax.value_and_grad_from_state`` finds them: an
+      argument of the loss must have another name than these two, or ``refresh``.
       Without the two it computes them itself; under one ``jax.jit`` XLA may merge this
       with the caller's.
 
@@ -148,6 +149,7 @@ def scale_by_quadratic_model(
         _checks.flag(refresh=refresh)
         _tree.check_statistics(params, state.previous_step)
         updates = _tree.like_init(updates, state.previous_step)
+        params = _tree.like_init(params, state.previous_step, "Parameter")
         state = _tree.whole(state, "products")
         updates, state, params = _tree.arrays((updates, state, params))
         f = _user_functions.loss(value_fn, extra_args)

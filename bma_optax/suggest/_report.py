@@ -11,6 +11,8 @@ _HEAD = (
     "without curvature", "meets",
 )  # fmt: skip
 
+_FEW = 10  # steps, of which blocks could save hardly any.
+
 
 def report(
     found: list[Structure],
@@ -141,7 +143,12 @@ def _expectation(rule: Rule, tried: Trial | None, probe: Probe) -> list[str]:
         f"Conjugate gradients from here: {with_blocks}, {without}. coarse_ratio "
         f"{tried.coarse_ratio:.2g}."
     ]
-    if rule is per_leaf:
+    if rule is per_leaf and (tried.steps_without or MOST_STEPS) <= _FEW:
+        lines.append(
+            "Blocks do not pay: few steps are needed without them. Take optax.lbfgs, "
+            "or conjugate gradients with the diagonal."
+        )
+    elif rule is per_leaf:
         lines.append(
             "Blocks do not pay: what is slow here is not smooth. Take optax.lbfgs, or "
             "conjugate gradients with the diagonal."
