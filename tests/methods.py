@@ -118,6 +118,10 @@ METHODS = [
     ),
 ]
 BY_NAME = {m.id: m.values[0] for m in METHODS}
+# newton_bma has the keywords of the one with a reach, which has arrays of one block
+# beside its grids: what is told of types and of layouts runs for the latter alone.
+DISTINCT = [m for m in METHODS if m.id != "newton_bma"]
+every_distinct_method = pytest.mark.parametrize("method", DISTINCT)
 every_method = pytest.mark.parametrize("method", METHODS)
 # One of each kind, for what is told of a wrapper: first order; and Newton, whose state
 # holds a dense coarse matrix and nested ones.

@@ -21,8 +21,9 @@ import pytest
 from flax import nnx
 from methods import (
     BY_NAME,
+    DISTINCT,
     KINDS,
-    METHODS,
+    every_distinct_method,
     every_kind,
     every_method,
     every_rated_method,
@@ -226,7 +227,7 @@ def test_map_params_reaches_only_what_is_like_params(method):
     assert len(changed) == method.trees * len(jax.tree.leaves(PARAMS))
 
 
-@every_method
+@every_distinct_method
 def test_leaves_in_another_order_are_told_by_name(method):
     """An OrderedDict, whose leaves are not sorted, gets the updates of a dict."""
     tx, grads = method.build(), random_like(PARAMS, 0)
@@ -243,7 +244,7 @@ def test_leaves_in_another_order_are_told_by_name(method):
             )
 
 
-@every_method
+@every_distinct_method
 def test_an_average_of_states_is_one(method):
     """Counters and keys become floats in an average, and ``update`` takes them."""
     tx = method.build()
@@ -257,8 +258,7 @@ def test_an_average_of_states_is_one(method):
         jax.eval_shape(update, state)
 
 
-# That of newton_bma has the keywords of the one with a reach.
-@pytest.mark.parametrize("method", [m for m in METHODS if m.id != "newton_bma"])
+@every_distinct_method
 def test_inject_hyperparams(method):
     tx = method.build()
     injected = optax.inject_hyperparams(method.factory)(**method.kwargs)
@@ -286,7 +286,7 @@ def test_dtype_is_preserved_and_multi_steps_accumulates(method):
         assert jnp.all(updates != 0) if step % 4 == 3 else jnp.all(updates == 0)
 
 
-@every_method
+@every_distinct_method
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_state_is_stable_under_cond(method, dtype):
     """Tracing tells all types. MultiSteps, above, runs each method under ``cond``."""
@@ -318,7 +318,11 @@ def first_update_on_one_device(name, jit):
 
 
 # Without jit, newton_bma has a test of its own in test_sharding.py.
-WAYS = {"jit": BY_NAME, "jit outside the mesh": KINDS, "no jit": ("adagrad_bma",)}
+WAYS = {
+    "jit": [m.id for m in DISTINCT],
+    "jit outside the mesh": KINDS,
+    "no jit": ("adagrad_bma",),
+}
 
 
 @pytest.mark.parametrize(
@@ -423,7 +427,7 @@ def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-@every_method
+@every_distinct_method
 @pytest.mark.usefixtures("x64")
 def test_dtypes_are_those_that_init_saw(method):
     """Updates have the dtype of the gradients; the state keeps its own."""
@@ -437,7 +441,7 @@ def test_dtypes_are_those_that_init_saw(method):
         assert typed(updates) == typed(grads)
 
 
-@every_method
+@every_distinct_method
 def test_weak_types_and_numbers_of_python_and_numpy(method):
     tx = method.build()
     expected = jax.eval_shape(tx.init, PARAMS | {"s": jnp.ones(())})
@@ -454,7 +458,7 @@ def test_weak_types_and_numbers_of_python_and_numpy(method):
         assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
 
 
-@every_method
+@every_distinct_method
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
 def test_gradients_that_are_not_real_floats_are_refused(method, dtype):
     tx = method.build()
@@ -463,7 +467,7 @@ def test_gradients_that_are_not_real_floats_are_refused(method, dtype):
         traced(tx, grads, tx.init(PARAMS), PARAMS)
 
 
-@every_method
+@every_distinct_method
 @pytest.mark.parametrize("saved", ["float32", "float64"])
 def test_a_state_of_another_x64_is_refused(method, saved):
     tx = method.build()
@@ -479,7 +483,7 @@ def test_a_state_of_another_x64_is_refused(method, saved):
             assert typed(new) == typed(state) and typed(updates) == typed(params)
 
 
-@every_method
+@every_distinct_method
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_hyperparameters_of_16_bits_are_refused(method, dtype):
     params = cast(PARAMS, dtype)
@@ -555,7 +559,7 @@ def test_apply_if_finite_rejects_a_bad_step(method):
     assert state.total_notfinite == 1
 
 
-@every_method
+@every_distinct_method
 def test_scan_vmap_and_shard_map_equal_a_loop(method):
     """Under each of them the types of the state are stable, as ``scan`` checks."""
     tx = method.build()
@@ -596,7 +600,7 @@ def test_scan_vmap_and_shard_map_equal_a_loop(method):
 
 
 # newton_bma, with refreshes: see test_newton.py.
-@pytest.mark.parametrize("method", [m for m in METHODS if m.id != "newton_bma"])
+@every_distinct_method
 @pytest.mark.usefixtures("x64")
 def test_gradient_through_steps_equals_finite_differences(method):
     """Also from the first step, where M has repeated eigenvalues."""

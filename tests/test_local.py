@@ -321,6 +321,17 @@ def test_few_cells_have_a_matrix_in_the_place_of_cycles():
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_nine_arrays_on_one_grid_multiply_as_their_matrices_do():
+    """More than eight have a sum in the place of a term for each."""
+    params = {str(i): jnp.zeros(40) for i in range(9)}
+    (system,) = _two_level.two_level(params, bma.per_tile((4,), reach=1)).systems
+    rng = np.random.default_rng(0)
+    S, x = rng.standard_normal((9, 9, 3, 10)), rng.standard_normal((9, 10))
+    found = jax.jit(system.stencil.matvec)(jnp.asarray(S), jnp.asarray(x))
+    near = np.stack([x, np.roll(x, -1, axis=1), np.roll(x, 1, axis=1)], axis=1)
+    np.testing.assert_allclose(found, np.einsum("abon,bon->an", S, near), rtol=1e-12)
+
+
 def test_no_loops_off_the_cpu(monkeypatch):
     """A GPU launches kernels in the time that it would take for a loop's copies."""
     system, S, r = levels_of_a_line()

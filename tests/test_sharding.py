@@ -185,6 +185,24 @@ def test_newton_with_a_reach_on_explicit_axes(shape, tile, mesh, specs, jit):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
+def test_types_without_blocks_and_beside_an_array_on_no_mesh():
+    tx = bma.scale_by_newton_bma(bma.by_path({"": None}))
+    mesh, sharding = meshed((4,), AxisType.Explicit)
+    params = {"u": jax.device_put(jnp.ones((8, 2)), sharding), "v": jnp.ones(3)}
+
+    def squares(params):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+
+    loss = jax.sharding.auto_axes(squares, out_sharding=jax.P())
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(tx.init, params)
+        update = functools.partial(tx.update, value_fn=loss)
+        updates, new = jax.eval_shape(update, params, state, params)
+    types = functools.partial(jax.tree.map, lambda x: str(jax.typeof(x)))
+    assert types(new) == types(state)
+    assert updates["u"].sharding.spec == jax.P("x", None)
+
+
 def meshed(lengths, kind):
     axes = ("x", "y")[: len(lengths)]
     mesh = jax.make_mesh(lengths, axes, axis_types=(kind,) * len(axes))

@@ -14,7 +14,13 @@ from matplotlib.figure import Figure
 
 import bma_optax as bma
 from benchmarks.harness.peers import PEERS, newton_bma
-from benchmarks.harness.solver import Method, Problem, Solution, Solver, from_optax
+from benchmarks.harness.solver import (
+    Method,
+    Problem,
+    Solver,
+    from_optax,
+    trajectory,
+)
 from benchmarks.harness.tuning import Settings, descend
 
 N, POINTS, EARLY, LATE, LAST = 128, 40, 3, 17, 60
@@ -56,8 +62,8 @@ METHODS = {
 }
 
 
-def steps_of(name: str) -> list[Solution]:
-    """Where a method is after each number of steps; tuned for 17 on another field."""
+def run(name: str) -> tuple[list[Any], np.ndarray]:
+    """A method's fields and losses at every step; tuned for 17 on another field."""
     method = METHODS[name]
     instance, other = (jax.tree.map(jnp.asarray, make(seed)) for seed in (0, 1))
     solver = Solver(PROBLEM, method, instance)
@@ -69,7 +75,7 @@ def steps_of(name: str) -> list[Solution]:
 
     settings, _ = descend(score, method.start, method.strides)
     print(name, *(f"{k} {x:.2g}" for k, x in zip(method.tuned, settings, strict=True)))
-    return [solver(settings, instance, steps) for steps in range(LAST + 1)]
+    return trajectory(PROBLEM, method, settings, instance, LAST)
 
 
 @jax.enable_x64(True)
@@ -79,21 +85,22 @@ def main(args: list[str] | None = None) -> None:
         "--output-dir", type=Path, default=Path(__file__).parent / "results"
     )
     options = parser.parse_args(args)
-    runs = {name: steps_of(name) for name in METHODS}
-    losses = {name: np.array([x.loss for x in run]) for name, run in runs.items()}
+    runs = {name: run(name) for name in METHODS}
+    losses = {name: found for name, (_, found) in runs.items()}
     least, start = min(map(np.min, losses.values())), losses["newton_bma"][0]
     gaps = {name: (x - least) / (start - least) for name, x in losses.items()}
     for name, gap in gaps.items():
         early, late = gap[EARLY], gap[LATE]
         print(f"{name}: gap {early:.1e} after {EARLY} steps, {late:.1e} after {LATE}")
-    draw(runs, gaps, options.output_dir / "field.png")
+    fields = {name: found for name, (found, _) in runs.items()}
+    draw(fields, gaps, options.output_dir / "field.png")
 
 
-def draw(runs: dict[str, list[Solution]], gaps: dict[str, Any], path: Path) -> None:
+def draw(fields: dict[str, list[Any]], gaps: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8.3, 4.9), layout="constrained")
     grid = figure.subplots(2, 3)
     _, (seen, field) = make(0)
-    solution = runs["newton_bma"][-1].params
+    solution = fields["newton_bma"][-1]
     low, high = solution.min(), solution.max()
 
     def show(axes, title: str, u: Any) -> None:
@@ -111,7 +118,7 @@ def draw(runs: dict[str, list[Solution]], gaps: dict[str, Any], path: Path) -> N
         (grid[1, 1], "newton_bma", EARLY),
         (grid[1, 2], "newton_bma", LATE),
     ):
-        show(axes, f"{name}, {steps} steps", runs[name][steps].params)
+        show(axes, f"{name}, {steps} steps", fields[name][steps])
     for name, gap in gaps.items():
         curve.plot(np.maximum(gap, 1e-7), label=name)
     curve.set(yscale="log", ylim=(1e-6, 1.5), xlabel="step")

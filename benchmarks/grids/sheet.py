@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -19,7 +18,13 @@ from matplotlib.figure import Figure
 
 from benchmarks.grids.energies import ENERGIES, disc
 from benchmarks.harness.peers import newton_bma
-from benchmarks.harness.solver import Problem, as_floats, from_optax
+from benchmarks.harness.solver import (
+    Method,
+    Problem,
+    as_floats,
+    from_optax,
+    trajectory,
+)
 
 STEPS, LAST = 20, 100
 Picture = np.ndarray
@@ -76,15 +81,8 @@ VIEWS: dict[str, tuple[Callable[[Any], Picture], Callable[[Any, Any], Picture]]]
 
 def run(problem: Problem, make_tx: Callable) -> tuple[list[Any], np.ndarray]:
     """The fields and the losses at every step."""
-    params, data = as_floats(problem.make(0), jnp.float32)
-    init, step = from_optax(make_tx)(problem, data)
-    carry, step = init(params), jax.jit(step)
-    fields, losses = [], []
-    for _ in range(LAST + 1):
-        fields.append(carry.params)
-        carry = step(carry)
-        losses.append(carry.value)
-    return fields, np.array(losses)
+    instance = as_floats(problem.make(0), jnp.float32)
+    return trajectory(problem, Method(from_optax(make_tx)), (), instance, LAST)
 
 
 def row(axes: Any, name: str) -> None:

@@ -123,6 +123,21 @@ class Solver:
         return Solution(steps, float(loss), reached, int(products), seconds, params)
 
 
+def trajectory(
+    problem: Problem, method: Method, settings: Any, instance: Any, steps: int
+) -> tuple[list[Any], np.ndarray]:
+    """The parameters and the losses before each step, and after the last one."""
+    params, data = instance
+    init, step = method.make(problem, data, *settings)
+    carry, step = init(params), jax.jit(step)
+    found, losses = [], []
+    for _ in range(steps + 1):
+        found.append(carry.params)
+        carry = step(carry)
+        losses.append(carry.value)
+    return found, np.array(losses)
+
+
 def as_floats(tree: Any, dtype: Any) -> Any:
     """A tree with its floats in another precision."""
 

@@ -79,9 +79,7 @@ def root_sums(columns, h, eps):
 
     The weights W are 1 unless they are learned. Lu et al. have v_i = Σ (h + eps)^½,
     which is the same where a block has one element or one number, and as far as eps is
-    small beside h. With eps inside the sum a step on one core took 8 to 16 % longer
-    with blocks of whole arrays, and 0 to 4 % with units (AdaGrad-BMA and Adam-BMA, 0.9
-    and 4 million parameters).
+    small beside h. With eps inside the sum a step on one core took longer.
 
     Args:
       columns: E, see ``_columns``.
