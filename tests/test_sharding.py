@@ -493,7 +493,7 @@ def test_two_processes_make_the_update_of_one():
     whole = np.arange(8, dtype=np.float32).reshape(4, 2) - 2
     grads = {"a": jnp.asarray(whole), "b": jnp.asarray(whole[:, 0])}
     tx = bma.scale_by_bma()
-    state, update = tx.init(grads), jax.jit(tx.update)
+    state, update = jax.jit(tx.init)(grads), jax.jit(tx.update)
     for _ in range(2):
         updates, state = update(grads, state)
     u = jnp.sin(jnp.arange(256, dtype="float32")).reshape(16, 16)
@@ -503,8 +503,12 @@ def test_two_processes_make_the_update_of_one():
         return jnp.sum(sum(squares) + u**2)
 
     newton = bma.scale_by_newton_bma(bma.per_tile((2, 2), reach=1))
-    update = jax.jit(functools.partial(newton.update, value_fn=loss))
-    direction, _ = update(jax.grad(loss)(u), newton.init(u), u)
+
+    @jax.jit
+    def first(u):
+        return newton.update(jax.grad(loss)(u), newton.init(u), u, value_fn=loss)
+
+    direction, _ = first(u)
     for process, (printed, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors
         devices, *found = printed.splitlines()[-1].split()

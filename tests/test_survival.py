@@ -104,7 +104,7 @@ import jax, test_survival as t
 folder = Path(sys.argv[1])
 found = {}
 for name, tx in t.some().items():
-    like = t.PARAMS, tx.init(t.PARAMS)
+    like = t.PARAMS, jax.jit(tx.init)(t.PARAMS)
     params, state = t.restore(folder / name.replace(" ", "_"), like)
     found[name] = t.raw(jax.tree.leaves(t.steps(tx, params, state, 2)))
 (folder / "found.pickle").write_bytes(pickle.dumps(found))
