@@ -63,6 +63,12 @@ def plate(u):
     return sum(jnp.sum(b**2) for b in bends) + 2 * jnp.sum(twist**2) + data
 
 
+def bending(u):
+    """A deformation of two fields, which a landmark holds together."""
+    seconds = sum(jnp.sum(jnp.diff(u, 2, axis=axis) ** 2) for axis in (1, 2))
+    return seconds + jnp.sum((u[0, ::5, ::5] + u[1, ::5, ::5] - 1) ** 2)
+
+
 def blur(u):
     kernel = jnp.exp(-(jnp.arange(-3.0, 4.0) ** 2) / 4)
     kernel = jnp.outer(kernel, kernel)[None, None] / jnp.sum(kernel) ** 2
@@ -148,6 +154,16 @@ CASES = {
         jnp.zeros((N, N)),
         bma.per_tile((4, 4), reach=2, slopes=True),
     ),
+    "spline": (
+        lambda u: jnp.sum(jnp.diff(u, 2) ** 2) + jnp.sum((u[::9] - 1) ** 2),
+        jnp.zeros(200),
+        bma.per_tile(4, reach=2, slopes=True),
+    ),
+    "bending, fields first": (
+        bending,
+        jnp.zeros((2, 20, 20)),
+        bma.stacked(bma.per_tile((4, 4), reach=2, slopes=True)),
+    ),
     "total variation": (total_variation, jnp.zeros((N, N)), TILE),
     "prime": (lambda u: smooth(u) + (u[5, 5] - 1) ** 2, jnp.zeros((31, 37)), TILE),
     "five in a line": (
@@ -194,6 +210,7 @@ WORDS = {
     "flow in a dict": "grid of 2 fields",
     "colors in a mask": "axis 2",
     "plate": "fourth order",
+    "bending, fields first": "with 2 slopes a block",
     "field and scalars": "taken for zero",
     "five in a line, by first differences": "few steps are needed without them",
     "blur": "what is slow here is not smooth",
@@ -211,6 +228,8 @@ BY_STRUCTURE = [
     "images that do not meet",
     "field and scalars",
     "field and network",
+    "spline",
+    "bending, fields first",
     "prime",
     "five in a line",
     "not finite nearby",
