@@ -640,20 +640,23 @@ def test_trains_flax_nnx(method):
     class Net(nnx.Module):
         def __init__(self, rngs):
             self.hidden = nnx.Linear(4, 3, rngs=rngs)
+            self.norm = nnx.BatchNorm(3, rngs=rngs)
             self.out = nnx.Linear(3, 1, rngs=rngs)
 
         def __call__(self, x):
-            return self.out(nnx.tanh(self.hidden(x)))
+            return self.out(nnx.tanh(self.norm(self.hidden(x))))
 
     model = Net(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, small_rate(method), wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer):
-        graph, params = nnx.split(model)
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss_of(params):
-            return jnp.mean((nnx.merge(graph, params)(X) - Y) ** 2)
+            # BatchNorm writes to ``rest``: without a copy Flax raises an error.
+            copy = nnx.merge(graph, params, rest, copy=True)
+            return jnp.mean((copy(X) - Y) ** 2)
 
         loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(X) - Y) ** 2))(model)
         optimizer.update(model, grads, **with_loss(loss_of))
