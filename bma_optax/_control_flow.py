@@ -77,6 +77,31 @@ def _renewed_jvp(f, primals, tangents):
     return jax.jvp(branch, primals, tangents)
 
 
+def repeat(condition, f, init):
+    """Returns ``f(... f(init))``, once and then while ``condition(carry)`` holds.
+
+    The result has no derivatives.
+    """
+    if not is_traced(init):
+        carry = f(init)
+        while condition(carry):
+            carry = f(carry)
+        return carry
+    f, operands = jax.closure_convert(f, init)
+    init, operands = jax.lax.stop_gradient((init, operands))
+    first = jnp.asarray(True)
+    if _in_shard_map():
+        like = jax.eval_shape(f, init, *operands)
+        init = jax.tree.map(_sharding.varying_like, init, like)
+        first = _sharding.varying_like(first, jax.eval_shape(condition, init))
+
+    def step(carry):
+        carry = f(carry[1], *operands)
+        return condition(carry), carry
+
+    return jax.lax.while_loop(lambda carry: carry[0], step, (first, init))[1]
+
+
 def scan(f, init, xs=None, length=None, operands=(), unroll=1):
     """Scans as ``jax.lax.scan`` does: ``f(carry, x)`` returns ``(carry, y)``.
 

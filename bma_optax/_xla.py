@@ -12,7 +12,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _sharding
+from bma_optax import _control_flow, _sharding
 
 
 def materialize(tree, finite):
@@ -39,15 +39,25 @@ def _materialize(x, y):
     return jax.lax.platform_dependent(x, y, cpu=divide, default=_sharding.varying_like)
 
 
-def by_platform(f, cpu, elsewhere, *operands):
+def by_platform(f, cpu, elsewhere, *operands, closure=()):
     """``f(cpu, *operands)`` on CPU, ``f(elsewhere, *operands)`` on other platforms.
+
+    Outside ``jax.jit`` it is the latter: JAX would compile both.
 
     The static argument says how to compute, and not what. Two rules lie behind most of
     these. On a GPU each kernel takes longer to launch than a small one to run, and what
     a loop carries is copied; on CPU this costs less than to compile a larger program.
     And a GPU's fusion takes in several steps of a loop that adds to sums, where XLA on
     CPU would compute the terms of a sum again for each sum over that sum.
+
+    Args:
+      f: the function.
+      cpu, elsewhere: its first argument, static.
+      operands: the other arguments.
+      closure: the trees that ``f`` closes over.
     """
+    if not _control_flow.is_traced(operands, closure):
+        return f(elsewhere, *operands)
     return jax.lax.platform_dependent(
         *operands,
         cpu=functools.partial(f, cpu),

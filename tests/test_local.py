@@ -197,6 +197,48 @@ def test_colors_give_what_the_entries_of_G_give(name):
     np.testing.assert_allclose(got, expected, atol=1e-10 * np.abs(expected).max())
 
 
+def test_no_draw_hides_a_periodic_axis_of_few_tiles():
+    """Random signs cancelled in all tiles of an axis, for three of these keys."""
+    x = jnp.arange(120.0).reshape(5, 4, 6)
+
+    def product_fn(v):
+        around = [jnp.roll(v, k, axis) for axis in range(3) for k in (-1, 1)]
+        return 7 * v - sum(around)
+
+    @jax.jit
+    def solve(key):
+        rule = bma.per_tile((2, 2, 2), reach=1)
+        C = bma.preconditioner(product_fn, x, rule, key=key)
+        return C(x), C.local
+
+    found = [solve(jnp.array([0, i], jnp.uint32)) for i in range(16)]
+    for y, local in found:
+        assert local
+        np.testing.assert_allclose(y, found[0][0], rtol=1e-9)
+
+
+def test_a_grid_holds_the_users_functions_few_times():
+    """Each is compiled: colors, periodic colors, the check, and no reach at all."""
+
+    def product_fn(params):
+        return lambda v: v * jnp.cos(params)  # A cosine each time.
+
+    calls = []
+
+    def loss(u):
+        calls.append(u)
+        return jnp.sum(jnp.square(u - jnp.roll(u, 1)))
+
+    rule, u = bma.per_tile((4, 4), reach=1), jnp.zeros((65, 65))
+    tx = bma.scale_by_newton_bma(rule, curvature=bma.Operator(product_fn))
+    text = jax.jit(tx.update).lower(u, jax.eval_shape(tx.init, u), u).as_text()
+    assert text.count("stablehlo.cosine") == 4
+    tx = bma.newton_bma(rule)
+    update = functools.partial(tx.update, value_fn=loss)
+    jax.eval_shape(update, u, jax.eval_shape(tx.init, u), u)
+    assert len(calls) <= 5
+
+
 # Shapes where tiles of two are more than 64 blocks: there are levels below them.
 NESTED = {
     "1 dimension": (145,),

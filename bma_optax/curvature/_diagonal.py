@@ -34,7 +34,7 @@ def probed(curvature, G: LinearOperator, active, key) -> Probed:
       curvature: the curvature, whose ``num_probes`` bounds the number of products.
       G: the curvature at the parameters.
       active: a flag for each array: whether to probe its diagonal.
-      key: a typed random key.
+      key: the numbers of a random key, uint32 of shape (2,).
     """
     leaves = jax.tree.leaves(G.params)
     size = sum(x.size for x, on in zip(leaves, active, strict=True) if on)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _sharding, _tree
+from bma_optax import _control_flow, _random, _sharding, _tree
 
 # Products run side by side while their vectors hold at most this many elements in all.
 _BATCH_ELEMENTS = 2**22
@@ -128,10 +128,9 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
     def sample(key, size):
         """Returns x ∘ G x / unit, like params, from the mean size of each array, ()."""
         leaves, treedef = jax.tree.flatten(params)
-        keys = jax.random.split(key, len(leaves))
         signs = [
-            _random_signs(k, leaf) if on else _tree.zeros_like(leaf)
-            for k, leaf, on in zip(keys, leaves, active, strict=True)
+            _random_signs(_random.fold(key, i), leaf) if on else _tree.zeros_like(leaf)
+            for i, (leaf, on) in enumerate(zip(leaves, active, strict=True))
         ]
         signs = jax.tree.unflatten(treedef, signs)
         unit = jax.tree.map(
@@ -147,11 +146,10 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
             unit,
         )
 
-    def add(carry, number_and_key):
+    def add(carry, number):
         """Adds a sample to the sums of values and of their squares over size²."""
         first, second, size = carry
-        number, key = number_and_key
-        y = sample(key, size)
+        y = sample(_random.fold(key, number), size)
         found = jax.tree.map(lambda y: _or_one(jnp.mean(jnp.abs(y))), y)
         size = jax.tree.map(
             lambda new, old: jnp.where(
@@ -168,11 +166,10 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
         )
         return (first, second, size), None
 
-    keys = jax.random.split(key, num_probes)
     ones = jax.tree.map(lambda z: _or_one(jnp.sum(z)), zeros)
     numbers = jnp.arange(num_probes, dtype=jnp.int32)
     (first, second, size), _ = _control_flow.scan(
-        add, (zeros, zeros, ones), (numbers, keys), operands=params
+        add, (zeros, zeros, ones), numbers, operands=params
     )
     n = num_probes - left_out
 
@@ -222,18 +219,8 @@ def _split(x, sizes):
 
 
 def _random_signs(key, leaf):
-    """Returns ±1 in the shape and dtype of ``leaf``: a hash of each element's position.
-
-    JAX's own generator is a loop for each array, to compile and to run. This is the
-    last step of MurmurHash3, in which every bit of a position changes half of the bits.
-    """
-    x = _positions(leaf).astype(jnp.uint32)
-    for word in jax.random.key_data(key):
-        x = x ^ word
-        for shift, factor in [(16, 0x85EBCA6B), (13, 0xC2B2AE35)]:
-            x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
-        x = x ^ (x >> jnp.uint32(16))
-    return jnp.where(x >> jnp.uint32(31) == 0, 1, -1).astype(leaf.dtype)
+    """Returns ±1 in the shape and dtype of ``leaf``."""
+    return _random.signs(key, _positions(leaf), leaf.dtype)
 
 
 def _positions(leaf):

@@ -95,23 +95,23 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
             )[1]
             return found, kept
 
-        if _control_flow.is_traced(probes, rest, G.params):
-            return _xla.by_platform(loop, True, False, probes, kept)
-        return loop(False, probes, kept)
+        closure = rest, G.params
+        return _xla.by_platform(loop, True, False, probes, kept, closure=closure)
 
     def across(axis, x):
         return jnp.expand_dims(x, [i for i in range(dim) if i != axis])
 
-    def block_sums(axis, y, number, kind, weights):
+    def block_sums(axis, y, number, kind, rows):
         row = vectors[axis].rows[kind][number]
-        return _block_sums(y, weights, 1 + axis, axes[axis].tile, row.positions)
+        tile, weights = axes[axis].tile, rows[row.number]
+        return _block_sums(y, weights, 1 + axis, tile, row.positions)
 
     def along_first(field, rest, diagonal, kept):
         """Does what :func:`along` does for the first axis, some probes at a time."""
 
-        def step(carry, some):
+        def step(carry, rows):
             sums, diagonal, kept = carry
-            probes, rows = some
+            probes = rows[:, 0]
             found, kept = responses(field, rest, probes, kept)
             each = range(len(probes))
             terms = [[across(0, probes[i]) * y[i] for i in each] for y in found]
@@ -124,8 +124,7 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
                 by_field = []
                 for y in found:
                     parts = [
-                        block_sums(0, y[i][None], number, kind, rows[kind][number][i])
-                        for i in each
+                        block_sums(0, y[i][None], number, kind, rows[i]) for i in each
                     ]
                     by_field.append(sum(parts[1:], parts[0]))
                 return jnp.concatenate(by_field)
@@ -135,11 +134,11 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
             ]
             return (jax.tree.map(jnp.add, sums, parts), diagonal, kept), None
 
-        xs, init = of_probes(0), (zeros(0), diagonal, kept)
-        if together == len(vectors[0].probes):
+        xs, init = vectors[0].table, (zeros(0), diagonal, kept)
+        if together == len(xs):
             sums, *others = step(init, xs)[0]
             return _xla.materialize(sums, sums), *others
-        xs = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), xs)
+        xs = xs.reshape(-1, together, *xs.shape[1:])
         return _control_flow.scan(step, init, xs, operands=G.params)[0]
 
     def along(axis, field, rest, diagonal, kept):
@@ -157,13 +156,13 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
 
         def step(carry, one):
             sums, diagonal, kept = carry
-            probe, rows = _xla.materialize(one, one)
-            rest_here = across(axis, probe) * rest
+            rows = _xla.materialize(one, one)
+            rest_here = across(axis, rows[0]) * rest
             inner, *others = along(axis - 1, field, rest_here, diagonal, kept)
             parts = [
                 {
                     (*key, number): block_sums(
-                        axis, inner[kind][tuple(key)], number, kind, rows[kind][number]
+                        axis, inner[kind][tuple(key)], number, kind, rows
                     )
                     for *key, number in choices(kind, axis)
                 }
@@ -171,13 +170,8 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
             ]
             return (jax.tree.map(jnp.add, sums, parts), *others), None
 
-        init = zeros(axis), diagonal, kept
-        return _control_flow.scan(step, init, of_probes(axis), operands=G.params)[0]
-
-    def of_probes(axis):
-        """The vectors of the probes, and the weights of each row."""
-        rows = [[row.weights for row in rows] for rows in vectors[axis].rows]
-        return vectors[axis].probes, rows
+        init, table = (zeros(axis), diagonal, kept), vectors[axis].table
+        return _control_flow.scan(step, init, table, operands=G.params)[0]
 
     def zeros(axis):
         """Sums over the blocks along the first axes."""
@@ -193,7 +187,7 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
         sums, *others = along(dim - 1, field, one, *carry)
         return tuple(others), sums
 
-    count = len(vectors[0].probes)
+    count = len(vectors[0].table)
     together = max(k for k in range(1, _TOGETHER + 1) if count % k == 0)
     empty = _tree.zeros_like(leaves, lambda _: dtype)
     kept = [jnp.stack([x] * together) for x in empty]

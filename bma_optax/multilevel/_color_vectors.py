@@ -6,6 +6,7 @@ are four for each offset, for the powers 0 and 1 of x in the column of the probe
 that of the response.
 """
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -13,25 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _sharding
+from bma_optax import _random, _sharding, _xla
 from bma_optax.partitions._coloring import Axis
 
 
-class Numbers(NamedTuple):
-    """Random numbers along one axis."""
-
-    signs: jax.Array  # one for each cell: 1 or -1.
-    # One for each cell, uniform between 0 and 1: their mean shows what a weak pull
-    # between all elements does to constants, which its tiny entries do not show.
-    tests: jax.Array
-    weights: jax.Array  # one for each element: 1 or -1.
-
-
 class Row(NamedTuple):
-    """A row of weights along one axis."""
+    """A row of weights along one axis; static."""
 
-    weights: jax.Array  # shape (probes, n).
-    positions: tuple[int, ...]  # in a tile, where weights differ from 0; static.
+    number: int  # where ``Vectors.table`` has its weights.
+    positions: tuple[int, ...]  # in a tile, where weights differ from 0.
     # The powers of x along this axis in the columns of the probe and of the response.
     powers: tuple[int, int] = (0, 0)
 
@@ -39,84 +30,128 @@ class Row(NamedTuple):
 class Vectors(NamedTuple):
     """The vectors of all probes along one axis, and the weights of responses."""
 
-    probes: jax.Array  # shape (probes, n).
+    # For each probe its vector, and below it the rows of weights: (probes, rows, n).
+    table: jax.Array
     rows: tuple[tuple[Row, ...], ...]  # of each kind of sum.
 
 
-def numbers(key, axes, dtype) -> list[Numbers]:
-    """Draws random numbers along all axes."""
-    sizes = [n for axis in axes for n in (axis.num_cells, axis.num_cells, axis.n)]
-    # Draw all numbers in one call: each call takes 0.1 s to compile.
-    uniform = jax.random.uniform(key, (sum(sizes),), dtype, minval=-1.0, maxval=1.0)
-    parts = jnp.split(_sharding.replicate(uniform), np.cumsum(sizes)[:-1])
-    return [
-        Numbers(_signs(signs), (1 + tests) / 2, _signs(weights))
-        for signs, tests, weights in zip(
-            parts[::3], parts[1::3], parts[2::3], strict=True
-        )
-    ]
+class _Weights(NamedTuple):
+    """What a row of weights is along one axis; static."""
+
+    offset: int | None = None  # between blocks that meet; None for all of them.
+    powers: tuple[int, int] = (0, 0)
+    check: bool = False
 
 
-def _signs(x):
-    return jnp.where(x < 0, -1, 1).astype(x.dtype)
-
-
-def color_vectors(axis: Axis, drawn: Numbers) -> Vectors:
+def color_vectors(axis: Axis, key, dtype) -> Vectors:
     """Probes of signs on each color; weights for blocks that meet, and for the check.
 
     With ``axis.share`` there are the latter alone. The weights of the check foretell
     the response to the test vector.
+
+    Args:
+      axis: the axis.
+      key: of the random numbers along it.
+      dtype: of the vectors.
     """
-    near = axis.colors.near
-    signs = jnp.where(near < 0, 0, drawn.signs[near])
-    foretold = signs * drawn.tests[near] * _like(drawn.weights, near)
-    check = _check_rows(axis, foretold)
-    kinds = (check,) if axis.share else (_rows_of_columns(axis, signs), check)
-    return Vectors(_on_colors(axis, drawn.signs), kinds)
+    offsets = range(axis.width)
+    check = _checks(axis)
+    if axis.share:
+        return _vectors(axis, key, dtype, (check,), test=False)
+    powers = range(1 if axis.slope is None else 2)
+    every = tuple(
+        _Weights(offset, (of_probe, own))
+        for of_probe, own in itertools.product(powers, repeat=2)
+        for offset in offsets
+    )
+    return _vectors(axis, key, dtype, (every, check), test=False)
 
 
-def test_vectors(axis: Axis, drawn: Numbers) -> Vectors:
+def test_vectors(axis: Axis, key, dtype) -> Vectors:
     """A vector of uniform numbers, or one on each color, and weights for the check."""
-    if axis.num_tests == 1:
-        row = _row(axis, drawn.weights[None], True)
-        return Vectors(drawn.tests[axis.own][None], ((row,),))
-    near = axis.colors.near
-    weights = jnp.where(near < 0, 0, _like(drawn.weights, near))
-    return Vectors(_on_colors(axis, drawn.tests), (_check_rows(axis, weights),))
+    kind = (_Weights(check=True),) if axis.num_tests == 1 else _checks(axis)
+    return _vectors(axis, key, dtype, (kind,), test=True)
 
 
-def _check_rows(axis, weights):
+def _checks(axis):
     """One row, or one for each field of the probe."""
     if axis.fields and not axis.share:
-        return _rows_by_offset(axis, weights)
-    return (_row(axis, weights, True),)
+        return tuple(_Weights(offset, check=True) for offset in range(axis.width))
+    return (_Weights(check=True),)
 
 
-def _rows_of_columns(axis, weights):
-    """A row for each offset, for all pairs of powers one after the other."""
-    if axis.slope is None:
-        return _rows_by_offset(axis, weights)
-    slope = axis.slope.values
-    rows: list[Row] = []
-    for powers in itertools.product(range(2), repeat=2):
-        of_source, own = (slope if power else np.ones(axis.n) for power in powers)
-        factors = (of_source[axis.colors.near] * own).astype(weights.dtype)
-        rows += _rows_by_offset(axis, weights * factors, powers)
-    return tuple(rows)
+def _vectors(axis, key, dtype, kinds, *, test) -> Vectors:
+    numbers, rows = itertools.count(1), []
+    for kind in kinds:
+        rows.append(tuple(Row(next(numbers), _places(axis, x), x.powers) for x in kind))
+    weights = tuple(itertools.chain(*kinds))
+    table = _table(axis, key, jnp.dtype(dtype), weights, test)
+    return Vectors(_sharding.replicate(table), tuple(rows))
 
 
-def _rows_by_offset(axis, weights, powers=(0, 0)):
-    """A row for each offset between blocks that meet."""
-    at = [axis.offsets == offset for offset in range(axis.width)]
-    return tuple(
-        _row(axis, jnp.where(where, weights, 0), where, powers) for where in at
-    )
+def _places(axis, weights):
+    """The positions in a tile where weights differ from 0."""
+    places = np.arange(axis.n) % axis.tile
+    if weights.offset is not None:
+        places = places[np.any(axis.offsets == weights.offset, axis=0)]
+    return tuple(np.unique(places).tolist())
 
 
-def _row(axis, weights, where, powers=(0, 0)):
-    """A row of weights, which are 0 elsewhere than ``where``."""
-    places = (np.arange(axis.n) % axis.tile)[np.any(where, axis=0)]
-    return Row(weights, tuple(np.unique(places).tolist()), powers)
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4), inline=True)
+def _table(axis, key, dtype, weights, test):
+    """The vectors, and the rows of weights below them, see :class:`Vectors`.
+
+    All in one expression, which is one kernel.
+    """
+    signs, tests, of_elements = (_random.fold(key, i) for i in range(3))
+    own, count = jnp.asarray(axis.own), 1 + len(weights)
+    single = test and axis.num_tests == 1
+    near = jnp.asarray(axis.own[None] if single else axis.colors.near)
+    offsets = jnp.asarray(np.zeros((1, axis.n), int) if single else axis.offsets)
+    shape = (len(near), count, axis.n)
+
+    def rows(values):
+        """One value for each row, the first for the vectors, in the whole shape."""
+        values = np.asarray(values)[None, :, None]
+        return jnp.broadcast_to(jnp.asarray(values), shape)
+
+    def along(x):
+        """A number for each element, or for each probe and element."""
+        return jnp.broadcast_to(x[:, None] if x.ndim == 2 else x[None, None], shape)
+
+    def uniform(cells):
+        # Their mean shows what a weak pull between all elements does to constants,
+        # which its tiny entries do not show.
+        return along(_random.uniform(tests, cells, dtype))
+
+    def sign(cells):
+        return along(_random.signs(signs, cells, dtype))
+
+    colors = jnp.asarray(axis.colors.of_element)
+    color = jax.lax.broadcasted_iota(colors.dtype, shape, 0)
+    inside = True if single else along(colors) == color
+    vector = jnp.where(inside, uniform(own) if test else sign(own), 0)
+    wanted = rows([-1, *(-1 if x.offset is None else x.offset for x in weights)])
+    used = (along(near) >= 0) & ((wanted < 0) | (along(offsets) == wanted))
+    # Between .5 and 1.5 in size: signs alone cancel in each of a few short tiles, and
+    # with them the error of a false reach.
+    random = 2 * _random.uniform(of_elements, jnp.arange(axis.n), dtype) - 1
+    random = along(random + jnp.where(random < 0, -0.5, 0.5).astype(dtype))
+    value = random
+    if not test:
+        of_check = sign(near) * uniform(near) * random
+        value = jnp.where(
+            rows([False, *(x.check for x in weights)]), of_check, sign(near)
+        )
+    if any(any(x.powers) for x in weights):
+        slope = axis.slope.values.astype(dtype)
+        sides = jnp.asarray(slope[axis.colors.near]), jnp.asarray(slope)
+        for side, x in enumerate(sides):
+            powers = [False, *(bool(w.powers[side]) for w in weights)]
+            value = jnp.where(rows(powers), value * along(x), value)
+    first = rows([True, *(False for _ in weights)])
+    table = jnp.where(first, vector, jnp.where(used, value, 0))
+    return _xla.materialize(table, table)
 
 
 def choices(rows):
@@ -133,16 +168,6 @@ def choices(rows):
             for side in (0, 1)
         )
     ]
-
-
-def _on_colors(axis, values):
-    """Values of cells on the elements of each color, shape (colors, n)."""
-    on = axis.colors.of_element == np.arange(axis.num_colors)[:, None]
-    return jnp.where(on, _like(values[axis.own], on), 0)
-
-
-def _like(x, like):
-    return jnp.broadcast_to(x, like.shape)
 
 
 def arranged(rows, sums):

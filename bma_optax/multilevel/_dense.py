@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _sharding, _tree, _xla
+from bma_optax import _control_flow, _random, _sharding, _tree, _xla
 from bma_optax.algebra import _eigh, _symmetric_power
 from bma_optax.algebra._expansions import diagonal_matrix
 from bma_optax.curvature import _probing
@@ -117,9 +117,9 @@ class Dense:
             image = self.blocks.block_sums(G(self.blocks.expand(t, G.params)))
             return (image - _xla.product(found.evidence, t)) / (least * n)
 
-        weights = jax.random.uniform(
-            key, (_COMBINATIONS, *n.shape), n.dtype, minval=0.5, maxval=1.5
-        )
+        shape = (_COMBINATIONS, *n.shape)
+        positions = jnp.arange(math.prod(shape)).reshape(shape)
+        weights = 0.5 + _random.uniform(key, positions, n.dtype)
         errors = _probing.batched(difference, (weights,), G.params)
         error = 8 * jnp.max(jnp.abs(jax.lax.stop_gradient(errors)), initial=0)
         error = jnp.maximum(error, 4 * float(jnp.finfo(n.dtype).eps))

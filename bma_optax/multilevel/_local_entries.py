@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _tree
+from bma_optax import _control_flow, _random, _tree
 from bma_optax.curvature._probing import LinearOperator
 from bma_optax.multilevel import _color_probing, _color_vectors
 from bma_optax.multilevel._stencil import Stencil
@@ -86,45 +86,63 @@ def _measure(
     """
     leaves = [jax.tree.leaves(G.params)[i] for i in arrays]
     dtype = _tree.common_statistic_dtype(leaves)
-    drawn = _color_vectors.numbers(key, axes, dtype)
+    keys = [_random.fold(key, i) for i in range(len(axes))]
     num_tests = len(leaves) * _coloring.num_tests(axes)
 
     def respond(axes, diagonal=diagonal):
-        pairs = zip(axes, drawn, strict=True)
-        vectors = [_color_vectors.color_vectors(*pair) for pair in pairs]
+        pairs = zip(axes, keys, strict=True)
+        vectors = [_color_vectors.color_vectors(*pair, dtype) for pair in pairs]
         found = _color_probing.respond(G, arrays, axes, vectors, diagonal=diagonal)
         N = _as_stencil(found.sums[0]) if known is None else known.N
         return N, found.diagonal, found.sums[-1]
 
     def test(axes, scale=1.0):
-        pairs = zip(axes, drawn, strict=True)
-        vectors = [_color_vectors.test_vectors(*pair) for pair in pairs]
-        vectors[0] = vectors[0]._replace(probes=scale * vectors[0].probes)
+        pairs = zip(axes, keys, strict=True)
+        vectors = [_color_vectors.test_vectors(*pair, dtype) for pair in pairs]
+        table = vectors[0].table
+        vectors[0] = vectors[0]._replace(table=table.at[:, 0].multiply(scale))
         found = _color_probing.respond(G, arrays, axes, vectors, diagonal=False)
         return found.sums[0] / scale
 
     N, values, foretold = respond(axes)
     units = _units(N, stencil, axes, foretold)
-    image = test(axes)
-    error = _relative_error(image / units, foretold / units)
     spent = jnp.int32(len(leaves) * _coloring.num_products(axes))
     if known is None:
         eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
         least = min(_ROUNDINGS * eps, _MOST)
-        passes = error <= least
-        # A product with a multiple of a vector differs from that multiple of its
-        # product by rounding, in whatever dtype the user's function computes.
-        with jax.named_scope("more_probes"):
-            rounding = _control_flow.cond(
-                passes,
-                lambda: error,
-                lambda: _relative_error(image / units, test(axes, _SCALE) / units),
+
+        def tested(carry):
+            """Tests what is foretold, and the next time the first test.
+
+            A product with a multiple of a vector differs from that multiple of its
+            product by rounding, in whatever dtype the user's function computes.
+            """
+            count, image, error, _ = carry
+            first = count == 0
+            seen = test(axes, jnp.where(first, 1, _SCALE).astype(dtype))
+            expected = jnp.where(first, foretold, image)
+            found = _relative_error(seen / units, expected / units)
+            image, error = (
+                jnp.where(first, *pair) for pair in [(seen, image), (found, error)]
             )
+            return count + 1, image, error, found
+
+        def unexplained(carry):
+            """Whether there was one test and it has shown an error."""
+            count, _, error, _ = carry
+            return (count == 1) & ~(error <= least)
+
+        one = jnp.zeros((), dtype)
+        start = jnp.int32(0), jnp.zeros_like(foretold), one, one
+        _, image, error, rounding = _control_flow.repeat(unexplained, tested, start)
+        passes = error <= least
         tolerance = jnp.where(
             passes, least, jnp.clip(_ROUNDINGS * rounding, least, _MOST)
         )
         spent = spent + jnp.where(passes, 0, num_tests).astype(jnp.int32)
     else:
+        image = test(axes)
+        error = _relative_error(image / units, foretold / units)
         rounding, tolerance = known.rounding, known.check.tolerance
     found = Entries(N, values, Check(error, tolerance), rounding, spent)
     if not any(axis.colors.clash for axis in axes):

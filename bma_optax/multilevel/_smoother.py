@@ -47,6 +47,6 @@ def positive(method, diagonal):
         ]
         return _control_flow.renewed(~jnp.all(jnp.stack(curved)), filled, diagonal)
 
-    if not jax.tree.leaves(diagonal) or not _control_flow.is_traced(diagonal):
-        return filled(diagonal)
+    if not jax.tree.leaves(diagonal):
+        return diagonal
     return _xla.by_platform(where_needed, True, False, diagonal)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bma_optax import _control_flow, _sharding, _tree, _warnings
+from bma_optax import _control_flow, _random, _sharding, _tree, _warnings
 from bma_optax.curvature import _diagonal
 from bma_optax.curvature._probing import LinearOperator, Probed
 from bma_optax.multilevel import _coarse_system, _local_entries
@@ -92,7 +92,7 @@ class TwoLevel(CoarseSystems):
           curvature: the :class:`Curvature`, which may know its diagonal. It bounds the
             number of products for the diagonal otherwise.
           G: the curvature at the parameters.
-          key: a random key for the probes.
+          key: the numbers of a random key for the probes, uint32 of shape (2,).
           extra_args: arguments for the functions of the curvature.
           known_far: whether an earlier check has found the reach too small.
         """
@@ -115,11 +115,11 @@ class TwoLevel(CoarseSystems):
     def _gather(self, curvature, G, given, key, known_far) -> Gathered:
         """Gathers as :meth:`gather` does, with the diagonal that is given, or None."""
         key_diagonal, key_rounding = (
-            jax.random.fold_in(key, len(self.systems) + i) for i in (0, 1)
+            _random.fold(key, len(self.systems) + i) for i in (0, 1)
         )
         dtype = _tree.common_statistic_dtype(G.params)
         parts = [
-            system.measure(G, jax.random.fold_in(key, number), given is None)
+            system.measure(G, _random.fold(key, number), given is None)
             for number, system in enumerate(self.systems)
         ]
         parts = [x._replace(N=_cast(x.N, dtype)) for x in parts]
@@ -204,7 +204,7 @@ class TwoLevel(CoarseSystems):
             smallest = jnp.min(jnp.stack([part.smallest for part in parts]))
             samples = [_coarse_system.sample(part.Lambda) for part in parts]
             # If every direction is null, there is nothing to correct.
-            ratio = smallest / jnp.median(jnp.concatenate(samples))
+            ratio = smallest / _coarse_system.median(jnp.concatenate(samples))
             ratio = jnp.where(jnp.isinf(smallest), 1, ratio)
             floored = sum(part.floored for part in parts)
         inverse_diagonal = jax.tree.map(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _checks, _control_flow, _refresh, _sharding, _tree
+from bma_optax import _checks, _control_flow, _random, _refresh, _sharding, _tree
 from bma_optax.curvature import _kinds, _probing
 from bma_optax.curvature._kinds import Curvature
 from bma_optax.curvature._probing import LinearOperator
@@ -212,8 +212,8 @@ def scale_by_newton_bma(
         method.check_state(state.N, state.K, state.Lambda)
 
         def renewed(state):
-            random_key = _probing.typed_key(state.key)
-            key_labels = jax.random.fold_in(random_key, state.count)
+            key = state.key.astype(jnp.uint32)
+            key_labels = jax.random.fold_in(_probing.typed_key(key), state.count)
             product = _kinds.product_at(
                 curvature, params, key_labels, value_fn, extra_args
             )
@@ -224,7 +224,7 @@ def scale_by_newton_bma(
             found = method.gather(
                 curvature,
                 LinearOperator(product, params),
-                jax.random.fold_in(random_key, draw),
+                _random.fold(key, draw),
                 extra_args,
                 known_far=~state.local,
             )

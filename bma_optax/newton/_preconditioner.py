@@ -163,7 +163,7 @@ def preconditioner(
         num_probes=num_probes,
     )
     method = _two_level.checked_two_level(like, partition)
-    key = _probing.typed_key(_probing.key_data(key))
+    key = _probing.key_data(key)
     G = LinearOperator(product, _tree.zeros_like(like))
     found = method.gather(curvature, G, key, {})
     factor = method.invert(found, damping, min_eigenvalue)

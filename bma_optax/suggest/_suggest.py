@@ -167,7 +167,8 @@ def _refresh(curvature, key, loss, extra_args, method: TwoLevel, params):
     product = _kinds.product_at(curvature, params, key, loss, extra_args)
     G = _probing.LinearOperator(product, params)
     # What is known to reach far gives no warning: the rule is then another one.
-    found = method.gather(curvature, G, key, extra_args, known_far=True)
+    words = jax.random.key_data(key)
+    found = method.gather(curvature, G, words, extra_args, known_far=True)
     return found, method.invert(found, 0.0, 0.0)
 
 
