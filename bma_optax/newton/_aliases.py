@@ -70,6 +70,7 @@ def newton_bma(
       min_eigenvalue: the floor of M's absolute eigenvalues, a number >= 0. At 0 the
         damping and the resolution of the dtype are the floors.
       max_norm: the largest global norm of a step, a number > 0. None sets no limit.
+        Set one with a ``learning_rate`` where the curvature may be indefinite.
       key: a seed or a random key, for the probes and for ``bma.Fisher``.
 
     Returns:
