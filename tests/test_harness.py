@@ -559,7 +559,7 @@ def test_apply_if_finite_rejects_a_bad_step(method):
     assert state.total_notfinite == 1
 
 
-@every_distinct_method
+@every_method
 def test_scan_vmap_and_shard_map_equal_a_loop(method):
     """Under each of them the types of the state are stable, as ``scan`` checks."""
     tx = method.build()

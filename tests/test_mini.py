@@ -241,3 +241,12 @@ def test_a_gradient_that_is_not_finite_hurts_only_its_unit(bad):
     np.testing.assert_array_equal(after.input_nu["w"][other], good)
     assert jnp.all(jnp.isfinite(after.direction["w"]))
     np.testing.assert_allclose(updates["w"][:, 1], expected["w"][:, 1], rtol=0.1)
+
+
+def test_steps_are_long_where_squares_are_no_product():
+    """As the docstring says, of a diagonal gradient."""
+    n = 8
+    grads = jnp.diag(1 / jnp.arange(1.0, n + 1))
+    tx = bma.scale_by_mini_bma(partition=bma.per_row)
+    updates, _ = tx.update(grads, tx.init(grads))
+    assert jnp.max(jnp.abs(updates)) > n

@@ -79,7 +79,7 @@ def root_sums(columns, h, eps):
 
     The weights W are 1 unless they are learned. Lu et al. have v_i = Σ (h + eps)^½,
     which is the same where a block has one element or one number, and as far as eps is
-    small beside h. With eps inside the sum a step on one core took longer.
+    small beside h.
 
     Args:
       columns: E, see ``_columns``.

@@ -77,12 +77,13 @@ def scale_by_mini_bma(
         + \epsilon) \sqrt{c_j / \bar c}}
 
     takes the place of Adam's update, for the momentum m. It is Adafactor's second
-    moment. Where squares of G are far from such a product, steps are long: about n
-    times Adam's for a diagonal G of n rows. ``optax.clip_by_block_rms(1.0)`` behind
-    this transformation shortens them, as Adafactor does. The units share one unit
-    vector q over the s inputs. Let :math:`U_i` be the decayed average of :math:`(G
-    q)_i^2`. Lu et al. 2018, eq. 2, with the weights :math:`\sqrt{s} \, q` in place of
-    plain means, gives unit i the number
+    moment. Where squares of G are far from such a product, steps are long: more than n
+    times Adam's for a diagonal G with the entries 1, 1/2, ..., 1/n.
+    ``optax.clip_by_block_rms(1.0)`` behind this transformation bounds the root mean
+    square of an array's update by 1, as Adafactor does. The units share one unit vector
+    q over the s inputs. Let :math:`U_i` be the decayed average of :math:`(G q)_i^2`. Lu
+    et al. 2018, eq. 2, with the weights :math:`\sqrt{s} \, q` in place of plain means,
+    gives unit i the number
 
     .. math::
         M_i = \frac{U_i}{\big(\sum_j q_j^2 z_{ij}\big)^2}, \quad \text{and its update

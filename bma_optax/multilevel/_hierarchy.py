@@ -33,7 +33,7 @@ from bma_optax.partitions._rules import Shape
 _INTERVAL = (0.2, 1.1)
 _STEPS = (2, 3)  # At the first level, and at those below, where they cost little.
 # With slopes, for operators of fourth order. With (3, 4) a plate at 256² takes 90
-# iterations for 99, and 1.3 times the seconds; with (2, 3) tiles of 3 do not converge.
+# iterations for 99, and more seconds; with (2, 3) tiles of 3 do not converge.
 _INTERVAL_WITH_SLOPES = (0.1, 1.1)
 _STEPS_WITH_SLOPES = (2, 4)
 # The smoother is this over the rows' absolute sums, which bound the eigenvalues. Every

@@ -132,8 +132,8 @@ def _measure(
             count, _, error, _ = carry
             return (count == 1) & ~(error <= least)
 
-        one = jnp.zeros((), dtype)
-        start = jnp.int32(0), jnp.zeros_like(foretold), one, one
+        zero = jnp.zeros((), dtype)
+        start = jnp.int32(0), jnp.zeros_like(foretold), zero, zero
         _, image, error, rounding = _control_flow.repeat(unexplained, tested, start)
         passes = error <= least
         tolerance = jnp.where(

@@ -212,7 +212,7 @@ def scale_by_newton_bma(
         method.check_state(state.N, state.K, state.Lambda)
 
         def renewed(state):
-            key = state.key.astype(jnp.uint32)
+            key = state.key.astype(jnp.uint32)  # An average of states has floats.
             key_labels = jax.random.fold_in(_probing.typed_key(key), state.count)
             product = _kinds.product_at(
                 curvature, params, key_labels, value_fn, extra_args

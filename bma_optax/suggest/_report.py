@@ -143,14 +143,15 @@ def _expectation(rule: Rule, tried: Trial | None, probe: Probe) -> list[str]:
         f"Conjugate gradients from here: {with_blocks}, {without}. coarse_ratio "
         f"{tried.coarse_ratio:.2g}."
     ]
-    if rule is per_leaf and (tried.steps_without or MOST_STEPS) <= _FEW:
-        lines.append(
-            "Blocks do not pay: few steps are needed without them. Take optax.lbfgs, "
-            "or conjugate gradients with the diagonal."
+    if rule is per_leaf:
+        few = (tried.steps_without or MOST_STEPS) <= _FEW
+        reason = (
+            "few steps are needed without them"
+            if few
+            else "what is slow here is not smooth"
         )
-    elif rule is per_leaf:
         lines.append(
-            "Blocks do not pay: what is slow here is not smooth. Take optax.lbfgs, or "
-            "conjugate gradients with the diagonal."
+            f"Blocks do not pay: {reason}. Take optax.lbfgs, or conjugate gradients "
+            "with the diagonal."
         )
     return lines
