@@ -11,10 +11,13 @@ import sys
 import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks.convex import __main__ as convex
+from benchmarks.costs import compiled
 from benchmarks.figures import figure2
 from benchmarks.harness import hlo, results, timing, tuning
 
@@ -302,6 +305,29 @@ def test_step_cost(tmp_path):
     assert 4 * d < rows["bma"]["state"] < 4.01 * d
     assert rows["adam"]["state"] == pytest.approx(8 * d, rel=1e-3)
     assert f"{d:,} parameters in 6 arrays" in printed
+
+
+@pytest.mark.benchmark
+def test_compiled_steps():
+    """Compiled for the device at hand: a row has what a step must read and write."""
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    weights = {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+    image = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    rows = {
+        name: compiled.measure(compiled.METHODS[name].tx, weights, where)
+        for name in ("adagrad", "bma")
+    }
+    # The gradient, sum and parameter are read, and the last two written.
+    assert 20 <= rows["adagrad"]["step"]["bytes"] < rows["bma"]["step"]["bytes"]
+    heavy_ball = compiled.on_grid(image.shape)["heavy ball"]
+    row = compiled.measure(heavy_ball, image, where, compiled.loss)
+    step, refresh = row["step"], row["with refresh"]
+    assert step["bytes"] < refresh["bytes"] and step["kernels"] < refresh["kernels"]
+    text = compiled.table(rows | {"heavy ball": row}, True)
+    lines = [[x.strip() for x in line.split("|")] for line in text.splitlines()]
+    labels = [line[1] for line in lines[2:]]
+    assert labels == ["adagrad", "bma", "heavy ball", "... with refresh"]
+    assert lines[-1][2] == f"{refresh['bytes']:.1f}"
 
 
 @pytest.mark.benchmark

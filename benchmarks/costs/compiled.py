@@ -88,7 +88,7 @@ def measure(tx: Any, params: Any, where: Any, f: Any = None) -> dict[str, Any]:
     traced = time.perf_counter()
     program = lowered.compile()
     seconds = {"trace": traced - start, "compile": time.perf_counter() - traced}
-    d, memory = optax.tree.size(params), program.memory_analysis()
+    d, memory = sum(x.size for x in jax.tree.leaves(params)), program.memory_analysis()
     row = {"temporary": memory.temp_size_in_bytes / d} | seconds
     for name, without in (("step", ("refresh", *SELDOM)), ("with refresh", SELDOM)):
         found = hlo.kernels(program, without)
