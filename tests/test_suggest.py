@@ -12,7 +12,9 @@ import pytest
 import bma_optax as bma
 from bma_optax.suggest import _report, _trial
 
-N = 32
+# A multiple of the number of colors: elements at two ends have different ones, and the
+# programs no second set of probes.
+N = 36
 
 
 def smooth(u, weights=None, axes=None):

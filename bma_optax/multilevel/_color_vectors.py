@@ -43,7 +43,19 @@ class _Weights(NamedTuple):
     check: bool = False
 
 
-def color_vectors(axis: Axis, key, dtype) -> Vectors:
+def random_numbers(axes, key, dtype) -> list[jax.Array]:
+    """Numbers in [0, 1) for all vectors: three an element of each axis, (3, n).
+
+    They are one array, computed once: a hash for each vector is a long program.
+    """
+    count = 3 * sum(axis.n for axis in axes)
+    numbers = _random.uniform(key, jnp.arange(count, dtype=jnp.int32), dtype)
+    numbers = _sharding.replicate(_xla.materialize(numbers, numbers))
+    ends = np.cumsum([3 * axis.n for axis in axes])[:-1]
+    return [x.reshape(3, -1) for x in jnp.split(numbers, ends)]
+
+
+def color_vectors(axis: Axis, numbers) -> Vectors:
     """Probes of signs on each color; weights for blocks that meet, and for the check.
 
     With ``axis.share`` there are the latter alone. The weights of the check foretell
@@ -51,26 +63,25 @@ def color_vectors(axis: Axis, key, dtype) -> Vectors:
 
     Args:
       axis: the axis.
-      key: of the random numbers along it.
-      dtype: of the vectors.
+      numbers: random numbers along it, from :func:`random_numbers`.
     """
     offsets = range(axis.width)
     check = _checks(axis)
     if axis.share:
-        return _vectors(axis, key, dtype, (check,), test=False)
+        return _vectors(axis, numbers, (check,), test=False)
     powers = range(1 if axis.slope is None else 2)
     every = tuple(
         _Weights(offset, (of_probe, own))
         for of_probe, own in itertools.product(powers, repeat=2)
         for offset in offsets
     )
-    return _vectors(axis, key, dtype, (every, check), test=False)
+    return _vectors(axis, numbers, (every, check), test=False)
 
 
-def test_vectors(axis: Axis, key, dtype) -> Vectors:
+def test_vectors(axis: Axis, numbers) -> Vectors:
     """A vector of uniform numbers, or one on each color, and weights for the check."""
     kind = (_Weights(check=True),) if axis.num_tests == 1 else _checks(axis)
-    return _vectors(axis, key, dtype, (kind,), test=True)
+    return _vectors(axis, numbers, (kind,), test=True)
 
 
 def _checks(axis):
@@ -80,12 +91,12 @@ def _checks(axis):
     return (_Weights(check=True),)
 
 
-def _vectors(axis, key, dtype, kinds, *, test) -> Vectors:
-    numbers, rows = itertools.count(1), []
+def _vectors(axis, numbers, kinds, *, test) -> Vectors:
+    counter, rows = itertools.count(1), []
     for kind in kinds:
-        rows.append(tuple(Row(next(numbers), _places(axis, x), x.powers) for x in kind))
+        rows.append(tuple(Row(next(counter), _places(axis, x), x.powers) for x in kind))
     weights = tuple(itertools.chain(*kinds))
-    table = _table(axis, key, jnp.dtype(dtype), weights, test)
+    table = _table(axis, numbers, weights, test)
     return Vectors(_sharding.replicate(table), tuple(rows))
 
 
@@ -97,18 +108,26 @@ def _places(axis, weights):
     return tuple(np.unique(places).tolist())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4), inline=True)
-def _table(axis, key, dtype, weights, test):
+@functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)
+def _table(axis, numbers, weights, test):
     """The vectors, and the rows of weights below them, see :class:`Vectors`.
 
     All in one expression, which is one kernel.
     """
-    signs, tests, of_elements = (_random.fold(key, i) for i in range(3))
-    own, count = jnp.asarray(axis.own), 1 + len(weights)
-    single = test and axis.num_tests == 1
-    near = jnp.asarray(axis.own[None] if single else axis.colors.near)
-    offsets = jnp.asarray(np.zeros((1, axis.n), int) if single else axis.offsets)
-    shape = (len(near), count, axis.n)
+    dtype = numbers.dtype
+    signs = jnp.where(numbers[0] < 0.5, -1, 1).astype(dtype)
+    # The mean of uniform numbers shows what a weak pull between all elements does to
+    # constants, which its tiny entries do not show.
+    uniform = numbers[1]
+    # Between .5 and 1.5 in size: signs alone cancel in each of a few short tiles, and
+    # with them the error of a false reach.
+    random = 2 * numbers[2] - 1
+    random = random + jnp.where(random < 0, -0.5, 0.5).astype(dtype)
+    own = _of_cells(uniform if test else signs, axis.own)
+    if test and axis.num_tests == 1:
+        table = jnp.stack([own, random])[None]
+        return _xla.materialize(table, table)
+    near, shape = axis.colors.near, (axis.num_colors, 1 + len(weights), axis.n)
 
     def rows(values):
         """One value for each row, the first for the vectors, in the whole shape."""
@@ -119,39 +138,34 @@ def _table(axis, key, dtype, weights, test):
         """A number for each element, or for each probe and element."""
         return jnp.broadcast_to(x[:, None] if x.ndim == 2 else x[None, None], shape)
 
-    def uniform(cells):
-        # Their mean shows what a weak pull between all elements does to constants,
-        # which its tiny entries do not show.
-        return along(_random.uniform(tests, cells, dtype))
-
-    def sign(cells):
-        return along(_random.signs(signs, cells, dtype))
-
     colors = jnp.asarray(axis.colors.of_element)
-    color = jax.lax.broadcasted_iota(colors.dtype, shape, 0)
-    inside = True if single else along(colors) == color
-    vector = jnp.where(inside, uniform(own) if test else sign(own), 0)
+    inside = along(colors) == jax.lax.broadcasted_iota(colors.dtype, shape, 0)
+    vector = jnp.where(inside, along(own), 0)
     wanted = rows([-1, *(-1 if x.offset is None else x.offset for x in weights)])
-    used = (along(near) >= 0) & ((wanted < 0) | (along(offsets) == wanted))
-    # Between .5 and 1.5 in size: signs alone cancel in each of a few short tiles, and
-    # with them the error of a false reach.
-    random = 2 * _random.uniform(of_elements, jnp.arange(axis.n), dtype) - 1
-    random = along(random + jnp.where(random < 0, -0.5, 0.5).astype(dtype))
-    value = random
+    fits = (wanted < 0) | (along(jnp.asarray(axis.offsets)) == wanted)
+    used = (along(jnp.asarray(near)) >= 0) & fits
+    value = along(random)
     if not test:
-        of_check = sign(near) * uniform(near) * random
+        of_probe = along(_of_cells(signs, near))
+        of_check = along(_of_cells(signs * uniform, near)) * value
         value = jnp.where(
-            rows([False, *(x.check for x in weights)]), of_check, sign(near)
+            rows([False, *(x.check for x in weights)]), of_check, of_probe
         )
     if any(any(x.powers) for x in weights):
         slope = axis.slope.values.astype(dtype)
-        sides = jnp.asarray(slope[axis.colors.near]), jnp.asarray(slope)
+        sides = jnp.asarray(slope[near]), jnp.asarray(slope)
         for side, x in enumerate(sides):
             powers = [False, *(bool(w.powers[side]) for w in weights)]
             value = jnp.where(rows(powers), value * along(x), value)
     first = rows([True, *(False for _ in weights)])
     table = jnp.where(first, vector, jnp.where(used, value, 0))
     return _xla.materialize(table, table)
+
+
+def _of_cells(x, cells):
+    """x[cells]; where there is no cell any number."""
+    cells = jnp.asarray(np.maximum(cells, 0).astype(np.int32))
+    return x.at[cells].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def choices(rows):

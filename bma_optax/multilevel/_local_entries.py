@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bma_optax import _control_flow, _random, _tree
+from bma_optax import _control_flow, _tree
 from bma_optax.curvature._probing import LinearOperator
 from bma_optax.multilevel import _color_probing, _color_vectors
 from bma_optax.multilevel._stencil import Stencil
@@ -58,7 +58,10 @@ def gather(
       diagonal: whether to return the diagonal.
     """
     axes, *shared = fields.probes(diagonal=diagonal)
-    measure = functools.partial(_measure, G, fields.positions, stencil, key)
+    leaves = [jax.tree.leaves(G.params)[i] for i in fields.positions]
+    dtype = _tree.common_statistic_dtype(leaves)
+    numbers = _color_vectors.random_numbers(axes, key, dtype)
+    measure = functools.partial(_measure, G, fields.positions, stencil, numbers)
     found = measure(axes, diagonal and not shared)
     for axes in shared:
         more = measure(axes, True, found)
@@ -70,7 +73,7 @@ def gather(
 
 
 def _measure(
-    G, arrays, stencil, key, axes, diagonal, known: Entries | None = None
+    G, arrays, stencil, numbers, axes, diagonal, known: Entries | None = None
 ) -> Entries:
     """What probes with the colors of some axes give, and its check.
 
@@ -79,26 +82,24 @@ def _measure(
     periodic grid, where these are others.
 
     Args:
-      G, stencil, key, diagonal: see :func:`gather`.
+      G, stencil, diagonal: see :func:`gather`.
       arrays: the positions of the fields among the leaves of the parameters.
+      numbers: random numbers along each axis.
       axes: the axes with their colors. If these are shared, N must be known.
       known: N and its check, if they are known.
     """
     leaves = [jax.tree.leaves(G.params)[i] for i in arrays]
     dtype = _tree.common_statistic_dtype(leaves)
-    keys = [_random.fold(key, i) for i in range(len(axes))]
     num_tests = len(leaves) * _coloring.num_tests(axes)
 
     def respond(axes, diagonal=diagonal):
-        pairs = zip(axes, keys, strict=True)
-        vectors = [_color_vectors.color_vectors(*pair, dtype) for pair in pairs]
+        vectors = list(map(_color_vectors.color_vectors, axes, numbers))
         found = _color_probing.respond(G, arrays, axes, vectors, diagonal=diagonal)
         N = _as_stencil(found.sums[0]) if known is None else known.N
         return N, found.diagonal, found.sums[-1]
 
     def test(axes, scale=1.0):
-        pairs = zip(axes, keys, strict=True)
-        vectors = [_color_vectors.test_vectors(*pair, dtype) for pair in pairs]
+        vectors = list(map(_color_vectors.test_vectors, axes, numbers))
         table = vectors[0].table
         vectors[0] = vectors[0]._replace(table=table.at[:, 0].multiply(scale))
         found = _color_probing.respond(G, arrays, axes, vectors, diagonal=False)

@@ -159,7 +159,7 @@ def _are_finite(y: _structure.Vector) -> bool:
 
 
 def _scale(x) -> float:
-    rms = float(jnp.sqrt(jnp.mean(jnp.square(x.astype(float))))) if x.size else 0.0
+    rms = float(np.sqrt(np.mean(np.square(np.asarray(x, float))))) if x.size else 0.0
     return rms or 1.0
 
 

@@ -45,24 +45,16 @@ def trial(method, refresh, product, params, noise) -> Trial:
       params: the parameters.
       noise: a tree like them.
     """
-    found, factor = jax.jit(refresh)(params)
-    products = int(found.products)
-    ratio = float(factor.coarse_ratio)
-    if not bool(found.local):
+    run = functools.partial(_run, method, refresh, product)
+    runs, local, ratio, products = jax.device_get(jax.jit(run)(params, noise))
+    ratio, products = float(ratio), int(products)
+    if not local:
         return Trial(None, None, 0, 1.0, 1.0, True, ratio, False, products)
-
-    def coarse(C, r):
-        return _tree.astype(method.apply(*C, r), r)
-
-    C = factor.inverse_diagonal, found.N, factor.K
-    # An element without curvature does not move.
-    z2 = jax.tree.map(lambda z: jnp.where(z > 0, z, 1), found.diagonal)
-    b = product(params, coarse(C, noise))
-    b = _tree.astype(b, params)
-    solve = functools.partial(_falls, product)
-    falls, convex = solve(coarse, C, params, b, MOST_STEPS, 1e-3 * _GAP)
+    falls, others = (
+        np.asarray(x[:steps], float)
+        for x, steps in zip(runs.falls, runs.steps, strict=True)
+    )
     most = min(_MORE * len(falls), MOST_STEPS)
-    others, _ = solve(_divide, z2, params, b, most, 0.0)
     whole = max(np.sum(falls), np.sum(others))
     converged = len(falls) < MOST_STEPS
     # Both sums are as exact as the numbers in them, and no more.
@@ -78,16 +70,11 @@ def trial(method, refresh, product, params, noise) -> Trial:
         tried=len(others),
         left=left,
         left_without=left_without,
-        convex=convex,
+        convex=bool(runs.convex[0]),
         coarse_ratio=ratio,
         local=True,
         products=products + 1 + len(falls) + len(others),
     )
-
-
-def _divide(z2, r):
-    """The diagonal method, as a function that is the same for every rule."""
-    return jax.tree.map(lambda x, z: (x / z).astype(x.dtype), r, z2)
 
 
 def _steps(falls) -> int:
@@ -101,36 +88,71 @@ def _is_flat(falls) -> bool:
     return len(falls) == 0 or falls[-1] <= 0.1 * _GAP * np.sum(falls)
 
 
-def _falls(
-    product, precondition, C, params, b, most, enough
-) -> tuple[np.ndarray, bool]:
-    """By how much each step lowers the model, and whether all directions curve up."""
-    falls, count, convex = _conjugate_gradients(
-        product, precondition, most, enough, C, params, b
-    )
-    return np.asarray(falls, float)[: int(count)], bool(convex)
+class _Run(NamedTuple):
+    """How conjugate gradients went."""
+
+    falls: jax.Array  # shape (MOST_STEPS,): by how much each step lowers the model.
+    steps: jax.Array  # shape (), int32: how many there were.
+    convex: jax.Array  # shape (), bool: whether all directions curve up.
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _conjugate_gradients(product, precondition, most, enough, C, params, b: Any):
+def _run(method, refresh, product, params, noise):
+    """Refreshes, and solves with the blocks and then without, all in one program.
+
+    What :func:`trial` is given makes a program of its own each time, whose parts would
+    take longer to compile one by one.
+
+    Returns:
+      A :class:`_Run` of two, whether G is local, the coarse ratio, and the number of
+      products of the refresh.
+    """
+    found, factor = refresh(params)
+    C = factor.inverse_diagonal, found.N, factor.K
+    # An element without curvature does not move.
+    z2 = jax.tree.map(lambda z: jnp.where(z > 0, z, 1), found.diagonal)
+
+    def correct(r):
+        return _tree.astype(method.apply(*C, r), r)
+
+    def divide(r):
+        return _tree.astype(jax.tree.map(jnp.divide, r, z2), r)
+
+    b = _tree.astype(product(params, correct(noise)), params)
+
+    def solve(last, with_blocks):
+        most = jnp.where(with_blocks, MOST_STEPS, jnp.minimum(_MORE * last, MOST_STEPS))
+        run = _conjugate_gradients(
+            functools.partial(product, params),
+            lambda r: jax.lax.cond(with_blocks, correct, divide, r),
+            b,
+            jnp.where(found.local, most, 0),
+            jnp.where(with_blocks, 1e-3 * _GAP, 0),
+        )
+        return run.steps, run
+
+    _, runs = jax.lax.scan(solve, jnp.int32(0), jnp.array([True, False]))
+    return runs, found.local, factor.coarse_ratio, found.products
+
+
+def _conjugate_gradients(product, precondition, b: Any, most, enough) -> _Run:
     """Runs until a step gains no more than the part ``enough`` of all."""
-    z = precondition(C, b)
+    z = precondition(b)
     rho = _tree.vdot(b, z)
 
     def going(carry):
         *_, rho, falls, k, convex = carry
         last = falls[jnp.maximum(k - 1, 0)]
-        slow = (k > 0) & (last <= enough * jnp.sum(falls))
+        slow = (k > 0) & (last <= enough.astype(last.dtype) * jnp.sum(falls))
         return (k < most) & convex & (rho > 0) & ~slow
 
     def step(carry):
         r, p, rho, falls, k, _ = carry
-        Gp = product(params, p)
+        Gp = product(p)
         curved = _tree.vdot(p, Gp)
         convex = curved > 0
         a = jnp.where(convex, rho / jnp.where(convex, curved, 1), 0)
         r = jax.tree.map(lambda r, y: r - a.astype(r.dtype) * y.astype(r.dtype), r, Gp)
-        z = precondition(C, r)
+        z = precondition(r)
         new = _tree.vdot(r, z)
         beta = new / rho
         p = jax.tree.map(lambda z, p: z + beta.astype(p.dtype) * p, z, p)
@@ -138,4 +160,4 @@ def _conjugate_gradients(product, precondition, most, enough, C, params, b: Any)
 
     start = b, z, rho, jnp.zeros(MOST_STEPS, rho.dtype), jnp.int32(0), jnp.asarray(True)
     *_, falls, k, convex = jax.lax.while_loop(going, step, start)
-    return falls, k, convex
+    return _Run(falls, k, convex)
