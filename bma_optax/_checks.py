@@ -133,14 +133,18 @@ def flag(**arguments: Any) -> None:
             )
 
 
-def functions(**arguments: Any) -> None:
-    """Raises a TypeError if a value cannot be called."""
+def functions(in_place_of_an_array: str = "a function", **arguments: Any) -> None:
+    """Raises a TypeError if a value cannot be called.
+
+    ``in_place_of_an_array`` is what the error says to pass where an array was given.
+    """
     for name, value in arguments.items():
         if callable(value):
             continue
         found, advice = repr(value), "a function"
         if hasattr(value, "shape"):
-            found, advice = f"an array of shape {value.shape}", "lambda v: A @ v"
+            found = f"an array of shape {value.shape}"
+            advice = in_place_of_an_array
         raise TypeError(
             f"`{name}` must be a function, got {found}. Pass {advice} instead."
         )

@@ -1,5 +1,7 @@
 """Numbers, keys and what users' functions return: each works, or an error names it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,6 +195,18 @@ def test_losses(value_fn, match):
     for tx in (bma.newton_bma(), bma.scale_by_quadratic_model()):
         with pytest.raises(TypeError, match=f"`value_fn`.*{match}"):
             traced(tx, value_fn=value_fn)
+
+
+def test_advice_for_a_loss_with_more_is_code_that_works():
+    def value_fn(p, batch):
+        return loss(p) + batch, batch
+
+    tx = bma.newton_bma()
+    with pytest.raises(TypeError, match="Pass lambda") as error:
+        traced(tx, value_fn=value_fn, batch=1.0)
+    advice = re.search(r"Pass (lambda .*\[0\]), without", str(error.value))[1]
+    alone = eval(advice, {"value_fn": value_fn})
+    traced(tx, value_fn=alone, batch=1.0)
 
 
 def test_a_loss_without_a_signature():

@@ -293,6 +293,12 @@ UPDATES = [
 RULES = [
     (lambda: bma.partition(NET, lambda path: 1), TypeError, "by_function"),
     (lambda: bma.partition(NET, bma.per_tile), TypeError, "per_tile"),
+    (lambda: bma.newton_bma((4, 4)), TypeError, r"Pass a tile as bma.per_tile\(\(4, 4"),
+    (
+        lambda: bma.partition({"z": 1j * X}),
+        TypeError,
+        "Parameter 'z' has dtype complex",
+    ),
     (lambda: bma.per_leaf(), TypeError, "bma.per_leaf .*without parentheses"),
     (lambda: bma.within("none", bma.per_leaf), ValueError, "`bounds`"),
     (lambda: bma.within("some", bma.per_leaf), ValueError, "`bounds`"),
@@ -512,7 +518,7 @@ def refresh(curvature):
 
 CURVATURES = [
     (lambda: bma.newton_bma(curvature=bma.Hessian), TypeError, "bma.Curvature"),
-    (lambda: bma.Operator(EYE), TypeError, "lambda v: A @ v"),
+    (lambda: bma.Operator(EYE), TypeError, "Pass lambda params: lambda v: A @ v"),
     (lambda: bma.Operator(3), TypeError, "must be a function, got 3"),
     (lambda: bma.Hessian(diagonal_fn=X), TypeError, "`diagonal_fn`"),
     (lambda: bma.Hessian(num_probes=1), ValueError, "`num_probes`"),
@@ -525,7 +531,7 @@ CURVATURES = [
     (
         lambda: refresh(bma.Operator(lambda p: p)),
         TypeError,
-        "`product_fn` must be a function v -> G v",
+        r"`product_fn` must return a function v -> G v.*lambda params: lambda v: A",
     ),
     (
         lambda: refresh(bma.GaussNewton(lambda p: p, lambda y: (loss(y), 1))),

@@ -18,6 +18,9 @@ from bma_optax._checks import is_integer
 from bma_optax.curvature import _derivatives, _user_functions
 from bma_optax.curvature._derivatives import Product
 
+# What a user is told to pass to `Operator` in the place of a matrix.
+_OPERATOR = "lambda params: lambda v: A @ v"
+
 
 @dataclasses.dataclass(frozen=True)
 class Curvature:
@@ -68,7 +71,9 @@ class Curvature:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_fn") and not (value is None and field.kw_only):
-                _checks.functions(**{field.name: value})
+                is_operator = field.name == "product_fn"
+                advice = _OPERATOR if is_operator else "a function"
+                _checks.functions(advice, **{field.name: value})
 
     def linearize(
         self, params: Any, key: jax.Array, value_fn: Any, extra_args: dict[str, Any]

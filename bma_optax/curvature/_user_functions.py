@@ -61,7 +61,10 @@ def scalar(fn: Callable[..., Any], name: str) -> Callable[..., jax.Array]:
                 return value
             advice = "a function whose value is floating"
         elif isinstance(value, (tuple, list)):
-            advice = f"lambda *args: {name}(*args)[0], without what comes with the loss"
+            advice = (
+                f"lambda *args, **kwargs: {name}(*args, **kwargs)[0], without what "
+                "comes with the loss"
+            )
         elif isinstance(value, jax.Array):
             advice = "a function that takes their mean"
         else:
@@ -121,8 +124,8 @@ def product(fn: Any, params: Any, name: str) -> Callable[[Any], Any]:
     """
     if not callable(fn):
         raise TypeError(
-            f"`{name}` must be a function v -> G v, got {_described(fn)}. Pass "
-            "such a function, lambda v: A @ v for a matrix A."
+            f"`{name}` must return a function v -> G v, got {_described(fn)}. For a "
+            "matrix A pass bma.Operator(lambda params: lambda v: A @ v)."
         )
 
     def convert(x, p):

@@ -112,7 +112,7 @@ def preconditioner(
     products with A, and up to ``num_probes`` more for the diagonal.
 
     Args:
-      product_fn: the function ``v -> A v`` on trees like ``like``.
+      product_fn: the function ``v -> A v`` on trees like ``like``, which JAX can trace.
       like: a tree of floating arrays. Only their shapes and dtypes matter.
       partition: the rule that cuts the tree into blocks. A ``reach`` in it declares how
         far apart the elements can be that A connects.
@@ -151,7 +151,7 @@ def preconditioner(
     <https://arxiv.org/abs/1804.05484>`_, 2018, eq. 3.
     """
     _checks.not_negative(damping=damping, min_eigenvalue=min_eigenvalue)
-    _checks.functions(product_fn=product_fn)
+    _checks.functions("lambda v: A @ v", product_fn=product_fn)
     _checks.random_key(key)
     like = _tree.parameters(like)
     if diagonal is not None:

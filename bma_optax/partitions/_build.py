@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bma_optax import _names, _warnings
+from bma_optax import _names, _tree, _warnings
 from bma_optax._checks import is_integer
 from bma_optax.partitions import _rules, _sizes
 from bma_optax.partitions._blocks import Partition
@@ -29,8 +29,8 @@ def partition(params: Any, rule: Rule = _rules.per_leaf) -> Partition:
     """The blocks that ``rule`` cuts a parameter pytree into, for a look beforehand.
 
     Args:
-      params: a pytree of arrays, or of anything with a shape, such as
-        ``jax.ShapeDtypeStruct``: nothing is allocated.
+      params: a pytree of floating arrays, or of ``jax.ShapeDtypeStruct``: nothing is
+        allocated.
       rule: a :class:`Rule`. It also says which blocks see each other: all of them, or
         those :func:`within` bounds, or on a grid those up to a ``reach`` apart.
 
@@ -38,7 +38,7 @@ def partition(params: Any, rule: Rule = _rules.per_leaf) -> Partition:
       A :class:`Partition`; print it to read it as a table.
 
     Raises:
-      TypeError: if ``rule`` is not a rule.
+      TypeError: if ``rule`` is not a rule, or a leaf not a real floating array.
       ValueError: if the rule returns something other than a tile, if a pattern of it
         matches nothing, or if a small matrix could not exist.
 
@@ -63,7 +63,7 @@ def partition(params: Any, rule: Rule = _rules.per_leaf) -> Partition:
       params  (1024, 1024)  (4, 4)  65,536  16          4,194,304
       grid of 1 field: tiles meet up to (1, 1) apart; levels of 256 × 256, 64 × 64, 16 × 16, 4 × 4, the last one dense; float32 state 4,194,304 bytes of diag G and 3,833,856 of the levels; 10 products a refresh
     """  # noqa: E501
-    result = layout(params, rule)
+    result = layout(_tree.parameters(params), rule)
     _sizes.check_dense(result)
     _sizes.check_grids(result)
     warn_of_guesses(result)

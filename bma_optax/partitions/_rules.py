@@ -198,6 +198,8 @@ def check_rule(rule: Any, name: str = "partition") -> Rule:
     advice = "a rule such as bma.per_leaf"
     if getattr(rule, "__name__", "") == "per_tile":
         advice = "a tile with it, as bma.per_tile((4, 4)),"
+    elif isinstance(rule, tuple):
+        advice = f"a tile as bma.per_tile({rule!r})"
     elif callable(rule) and not isinstance(rule, type):
         advice = "a function of your own as bma.by_function(function)"
     elif isinstance(rule, (int, float)):
