@@ -479,18 +479,19 @@ def test_dtypes_are_those_that_init_saw(method):
 def test_weak_types_and_numbers_of_python_and_numpy(method):
     tx = method.build()
     arrays = params_of(method)
-    expected = jax.eval_shape(tx.init, arrays | {"s": jnp.ones(())})
+    numbers = [1.0, np.ones(()), np.float64(1.0), jnp.asarray(1.0)]
+    scalars = {str(i): {"b": x} for i, x in enumerate(numbers)}
+    ones = jax.tree.map(lambda _: jnp.ones(()), scalars)
+    expected = jax.eval_shape(tx.init, arrays | ones)
 
-    def first_step(params):
+    def first_step():  # Without arguments: arrays of NumPy stay what they are.
+        params = jax.tree.map(np.float64, arrays) | scalars
         state = tx.init(params)
         return state, *tx.update(params, state, params, **with_loss(bowl))
 
-    for scalar in (1.0, np.ones(()), np.float64(1.0), jnp.asarray(1.0)):
-        params = jax.tree.map(np.float64, arrays) | {"s": scalar}
-        # Without arguments: arrays of NumPy stay what they are.
-        state, updates, new = jax.eval_shape(lambda p=params: first_step(p))
-        assert typed(state) == typed(new) == typed(expected)
-        assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
+    state, updates, new = jax.eval_shape(first_step)
+    assert typed(state) == typed(new) == typed(expected)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
 
 
 @every_distinct_method

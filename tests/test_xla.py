@@ -112,7 +112,7 @@ def test_sums_of_one_device_and_of_several_give_one_step(monkeypatch, weights):
     )
 
     def steps():
-        _, state = jax.jit(tx.update)(g, tx.init(g))
+        _, state = jax.jit(tx.update)(g, jax.jit(tx.init)(g))
         return jax.jit(lambda g, s: tx.update(g, s))(g, state)
 
     assert jax.device_count() > 1
