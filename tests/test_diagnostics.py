@@ -1,6 +1,7 @@
 """``bma.diagnostics`` against dense matrices, and for every transformation."""
 
 import collections
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from reference import (
 
 import bma_optax as bma
 
+ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of a function, in a printed program
 KEPT = 1 - 2**-30  # A direction that stays.
 
 
@@ -228,8 +230,11 @@ def boxed(method, params, grads, state):
             for name, array in params.items():
                 setattr(self, name, nnx.Param(array))
 
-    model = Net()
-    optimizer = nnx.Optimizer(model, method.build(), wrt=nnx.Param)
+    def make():
+        model = Net()
+        return model, nnx.Optimizer(model, method.build(), wrt=nnx.Param)
+
+    model, optimizer = nnx.eval_shape(make)
     there = nnx.state(model, nnx.Param)
     return (
         jax.tree.unflatten(
@@ -285,22 +290,26 @@ def test_every_transformation(method):
         for name, x in numbers.items():
             np.testing.assert_allclose(found[name], x, rtol=1e-3, atol=1e-6)
 
-    @jax.jit
-    def from_wrappers(state, grads):
-        mine = [x for x in jax.tree.leaves(state, is_leaf=is_mine) if is_mine(x)]
-        found = {}
-        for name, around in wrappers(method, arrays).items():
-            there = iter(mine)
+    def program(around):
+        """What is traced of the state in the place of that of a wrapper."""
+
+        def run(state, grads):
+            mine = (x for x in jax.tree.leaves(state, is_leaf=is_mine) if is_mine(x))
             wrapped = jax.tree.map(
-                lambda x, there=there: next(there) if is_mine(x) else x,
+                lambda x: next(mine) if is_mine(x) else np.zeros(x.shape, x.dtype),
                 around,
                 is_leaf=is_mine,
             )
-            found[name] = bma.diagnostics(wrapped, blocks, grads, **chosen)
-        return found
+            return bma.diagnostics(wrapped, blocks, grads, **chosen)
 
-    for found in from_wrappers(state, grads).values():
-        same(found)
+        traced, shapes = jax.make_jaxpr(run, return_shape=True)(state, grads)
+        return ADDRESS.sub("", str(traced)), shapes
+
+    # The programs are one, so that none but that of the bare state needs to run.
+    around = jax.eval_shape(lambda: wrappers(method, arrays))
+    expected = program(jax.eval_shape(lambda: state))
+    for name, wrapped in around.items():
+        assert program(wrapped) == expected, name
     state, there, grads = boxed(method, arrays, grads, state)
     blocks = bma.partition(there, rule)
     same(jax.jit(lambda s, g: bma.diagnostics(s, blocks, g, **chosen))(state, grads))
