@@ -14,7 +14,9 @@ import bma_optax as bma
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-N = 16
+# A multiple of the number of colors: at the two ends of an axis they differ then, and
+# the program has no second set of probes.
+N = 15
 TILES = bma.per_tile((4, 4))
 LOCAL = bma.per_tile((4, 4), reach=1)
 
@@ -151,7 +153,7 @@ def test_units_of_fields_in_one_array_do_not_matter(layout):
 
 
 def test_units_of_elements_cost_no_more_than_jacobi_does():
-    n = 32
+    n = 33
     rng = np.random.default_rng(0)
     D, b = jnp.asarray(10 ** rng.uniform(-3, 3, (n, n))), field(0, n)
     A = scaled(dirichlet, D)
@@ -252,9 +254,8 @@ def test_a_singular_system_is_solved_to_rounding(name, dtype):
 def test_newton_takes_factors_of_a_softmax_layer():
     """Weights shifted for all classes at once give the same loss: G is singular."""
     rng = np.random.default_rng(0)
-    X = jnp.asarray(rng.standard_normal((50, 12)) + 1)
-    y = jnp.asarray(rng.integers(0, 4, 50))
-    params = {"w": jnp.zeros((12, 4)), "b": jnp.zeros(4)}
+    X, y = rng.standard_normal((50, 12)) + 1, rng.integers(0, 4, 50)
+    params = {"w": np.zeros((12, 4)), "b": np.zeros(4)}
 
     def f(p):
         logits = X @ p["w"] + jnp.broadcast_to(p["b"], (50, 4))
@@ -270,12 +271,14 @@ def test_newton_takes_factors_of_a_softmax_layer():
             p = optax.apply_updates(p, u)
             return (p, s), f(p)
 
-        (p, s), values = jax.jit(
-            lambda p, tx=tx, step=step: jax.lax.scan(step, (p, tx.init(p)), length=25)
-        )(params)
-        numbers = bma.diagnostics(s)
+        @jax.jit
+        def run(p, tx=tx, step=step):
+            (_, s), values = jax.lax.scan(step, (p, tx.init(p)), length=25)
+            return bma.diagnostics(s), f(p), values
+
+        numbers, first, values = run(params)
         assert numbers["failures"] == 0 and numbers["refreshes"] == 3
-        assert values[-1] < 0.9 * f(params) and jnp.all(jnp.diff(values) < 1e-9)
+        assert values[-1] < 0.9 * first and np.all(np.diff(values) < 1e-9)
         # No eigenvalue that is only rounding is promised to pay.
         assert numbers["coarse_ratio"] > 1e-4
 
@@ -296,7 +299,8 @@ def test_elements_without_curvature_disturb_nothing(rule):
 
     b = {"u": mask * field(0), "v": field(1)}
     C = jax.jit(lambda: bma.preconditioner(A, b, rule, num_probes=2 * N * N))()
-    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(C(b)))
+    y = jax.jit(lambda b: C(b))(b)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(y))
     # 43 with both in one unit, where the residual is weighted otherwise.
     assert iterations(A, C, b, tolerance=1e-10) < 80
 
@@ -309,15 +313,14 @@ def test_a_product_that_is_not_finite_is_said():
         jax.effects_barrier()
     # Under vmap it is said for those that it is true of; filters of other kinds of
     # warnings, or none at all, change nothing.
+    preconditioners = jax.jit(
+        jax.vmap(lambda x: bma.preconditioner(lambda v: x * v, jnp.ones(4)))
+    )
     for kind in (DeprecationWarning, None):
         with pytest.warns(UserWarning, match="not finite") as seen:
             warnings.resetwarnings()
             if kind:
                 warnings.simplefilter("ignore", kind)
-            jax.block_until_ready(
-                jax.jit(
-                    jax.vmap(lambda x: bma.preconditioner(lambda v: x * v, jnp.ones(4)))
-                )(jnp.array([1.0, jnp.nan]))
-            )
+            jax.block_until_ready(preconditioners(np.array([1.0, np.nan])))
             jax.effects_barrier()
         assert len(seen) == 1

@@ -83,7 +83,7 @@ def test_an_update_sums_once_along_each_axis_of_the_mesh(name, layout, kind):
     }
     with jax.set_mesh(mesh):
         first = jax.device_put(gradients(0), shardings)
-        state = tx.init(first)
+        state = jax.jit(tx.init)(first)
         update = jax.jit(tx.update).lower(first, state).compile()
         found = COLLECTIVE.findall(update.as_text())
         assert {kind for _, kind in found} == {"all-reduce"}
@@ -125,8 +125,8 @@ def springs(fields):
     ("shape", "tile", "mesh", "specs", "jit"),
     [
         ((200,), (3,), (1, 1), [(("x", "y"),)], False),
-        ((6, 64), (2, 5), (2, 2), [("y", "x"), ("x",)], True),
-        ((4, 4, 18), (2, 3, 2), (2, 2), [("x", None, "y")], True),
+        ((6, 66), (2, 5), (2, 2), [("y", "x"), ("x",)], True),
+        ((4, 4, 30), (2, 3, 4), (2, 2), [("x", None, "y")], True),
     ],
     ids=["1-D without jit", "2-D", "3-D"],
 )
@@ -346,12 +346,12 @@ def test_a_preconditioner_made_inside_jit_lies_where_its_vectors_do(kind):
         return bma.preconditioner(product, x, rule)
 
     with jax.set_mesh(mesh):
-        x = jax.device_put(grid_start()[:64, :64], sharding)
+        x = jax.device_put(grid_start()[:96, :96], sharding)
         C = jax.jit(made)(x)
         y = jax.jit(lambda C, x: C(x))(C, x)
     for array in (C.inverse_diagonal, C.N[0], C.K[0].smoother, y):
         assert array.addressable_shards[0].data.size * 4 == array.size
-    alone = jnp.asarray(grid_start()[:64, :64])
+    alone = jnp.asarray(grid_start()[:96, :96])
     expected = jax.jit(lambda x: made(x)(x))(alone) if kind == AxisType.Auto else y
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
 
@@ -361,7 +361,7 @@ def test_an_exported_step_goes_on_where_it_was():
     mesh, sharding = meshed((4,), AxisType.Auto)
     with jax.set_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # A warning at run time cannot be exported.
-        params = {"u": jax.device_put(grid_start()[:64, :64], sharding)}
+        params = {"u": jax.device_put(grid_start()[:96, :96], sharding)}
         state = tx.init(params)
         leaves, treedef = jax.tree.flatten((params, state))
 

@@ -35,19 +35,19 @@ matrices = functools.partial(test_local.matrices, change=sloped, positions=posit
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "shape"),
     [
-        "reach 2",
-        "sizes that do not divide",  # Tiles of one element along the first axis.
-        "periodic, an odd number of elements",
-        "3 dimensions",
-        "fields first",
-        "beside scalars",
+        ("reach 2", None),
+        ("sizes that do not divide", None),  # Tiles of one element along axis 0.
+        ("periodic, an odd number of elements", None),
+        ("3 dimensions", (6, 3, 6)),
+        ("fields first", (2, 15, 9)),
+        ("beside scalars", None),
     ],
 )
-def test_products_give_what_the_entries_of_G_give(name):
+def test_products_give_what_the_entries_of_G_give(name, shape):
     """Up to 64 blocks the coarse matrix is dense: C must be the same to rounding."""
-    got, expected, _, count = matrices(name)
+    got, expected, _, count = matrices(name, shape=shape)
     assert count <= 64
     np.testing.assert_allclose(got, expected, atol=1e-10 * np.abs(expected).max())
 
@@ -55,9 +55,9 @@ def test_products_give_what_the_entries_of_G_give(name):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("reach 2", (133,)),
-        ("sizes that do not divide", (17, 31)),
-        ("two fields", (12, 14)),
+        ("reach 2", (135,)),
+        ("sizes that do not divide", (15, 33)),
+        ("two fields", (12, 15)),
     ],
 )
 def test_nested_operator_is_symmetric_and_positive_definite(name, shape):
@@ -107,16 +107,16 @@ def iterations(n, rule):
 
 
 def test_steps_on_a_plate_hardly_grow_with_its_size():
-    """On 32 points the blocks are inverted exactly. With means steps triple."""
-    small, large = iterations(32, RULE), iterations(96, RULE)
+    """On 30 points the blocks are inverted exactly. With means steps triple."""
+    small, large = iterations(30, RULE), iterations(95, RULE)
     assert large < 1.3 * small, (small, large)
     assert large < 100
-    assert iterations(32, bma.per_tile((4, 4), reach=2)) > 2 * small
+    assert iterations(30, bma.per_tile((4, 4), reach=2)) > 2 * small
 
 
 def test_float32_and_elements_without_curvature():
     """A hole, and a plate that nothing holds: linear functions have no curvature."""
-    seen = np.ones((33, 33), np.float32)
+    seen = np.ones((35, 35), np.float32)
     seen[5:16, 9:30] = 0
 
     def f(u):
@@ -124,17 +124,17 @@ def test_float32_and_elements_without_curvature():
         return sum(jnp.sum(x**2) for x in seconds)
 
     with jax.enable_x64(False):
-        like = jnp.zeros((33, 33))
+        like = jnp.zeros((35, 35))
         C = jax.jit(lambda: bma.preconditioner(product(f, like), like, RULE))()
         assert C.local
-        g = np.random.default_rng(0).standard_normal((33, 33)).astype(np.float32)
+        g = np.random.default_rng(0).standard_normal((35, 35)).astype(np.float32)
         x = jax.jit(lambda g: C(g))(g)
         assert x.dtype == jnp.float32
         assert np.all(np.isfinite(x)) and np.vdot(g, x) > 0
 
 
 def test_the_state_keeps_its_structure():
-    u = jnp.ones((19, 22))
+    u = jnp.ones((15, 25))
     tx = bma.scale_by_newton_bma(RULE)
     state = jax.jit(tx.init)(u)
     update = jax.jit(functools.partial(tx.update, value_fn=plate))

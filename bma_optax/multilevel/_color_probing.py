@@ -207,18 +207,24 @@ def _block_sums(x, weights, axis, tile, positions):
     """Sums x times weights over each tile of an axis, at some positions of a tile."""
     n = x.shape[axis]
     count = -(-n // tile)
-    weights = jnp.expand_dims(weights, [i for i in range(x.ndim) if i != axis])
+
+    def times(x, weights):
+        others = [i for i in range(x.ndim) if i != axis]
+        return x * jnp.broadcast_to(jnp.expand_dims(weights, others), x.shape)
+
     if count == 1:
-        return jnp.sum(x * weights, axis=axis, keepdims=True)
+        return jnp.sum(times(x, weights), axis=axis, keepdims=True)
     if len(positions) > _MAX_SLICES:
-        return _tiles.axis_sums(x * weights, axis, tile)
-    total = jnp.zeros((*x.shape[:axis], count, *x.shape[axis + 1 :]), x.dtype)
+        return _tiles.axis_sums(times(x, weights), axis, tile)
+    parts = []
     for p in positions:
-        part, factor = (
-            jax.lax.slice_in_dim(v, p, n, stride=tile, axis=axis) for v in (x, weights)
+        part = times(
+            jax.lax.slice_in_dim(x, p, n, stride=tile, axis=axis),
+            jax.lax.slice_in_dim(weights, p, n, stride=tile),
         )
-        part = part * factor
         if part.shape[axis] < count:  # The last tile is shorter.
             part = jnp.pad(part, [(0, int(i == axis)) for i in range(x.ndim)])
-        total = total + part
-    return total
+        parts.append(part)
+    if not parts:
+        return jnp.zeros((*x.shape[:axis], count, *x.shape[axis + 1 :]), x.dtype)
+    return sum(parts[1:], parts[0])
