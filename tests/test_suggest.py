@@ -161,6 +161,13 @@ CASES = {
         jnp.zeros(200),
         bma.per_tile(4, reach=2, slopes=True),
     ),
+    "line under tension": (
+        lambda u: (
+            jnp.sum(jnp.diff(u, 2) ** 2) + 0.15 * smooth(u) + jnp.sum(u[::99] ** 2)
+        ),
+        jnp.zeros(400),
+        bma.per_tile(4, reach=2, slopes=True),
+    ),
     "bending, fields first": (
         bending,
         jnp.zeros((2, 20, 20)),
@@ -211,6 +218,9 @@ WORDS = {
     "periodic": "axis 0, 1",
     "flow in a dict": "grid of 2 fields",
     "colors in a mask": "axis 2",
+    "stiff along the first axis": f"{TILE} takes ",
+    "stiff along a diagonal": "per_tile((4, 4), reach=1, slopes=True) takes ",
+    "line under tension": "per_tile((4,), reach=2) takes ",
     "plate": "fourth order",
     "bending, fields first": "with 2 slopes a block",
     "field and scalars": "taken for zero",

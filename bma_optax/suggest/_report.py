@@ -18,6 +18,7 @@ def report(
     found: list[Structure],
     rule: Rule,
     tried: Trial | None,
+    all_tried: dict[Rule, Trial],
     probe: Probe,
     params,
 ) -> str:
@@ -27,10 +28,11 @@ def report(
       found: the arrays.
       rule: what is suggested.
       tried: how it went; None if nothing was tried.
+      all_tried: this trial and those of other rules.
       probe: the products that found the structure.
       params: the parameters.
     """
-    total = probe.count + (tried.products if tried else 0)
+    total = probe.count + sum(x.products for x in all_tried.values())
     lines = [f"Suggested partition: {rule}", f"(found by {total:,} products)", ""]
     rows = [_HEAD, *(_row(array, found) for array in found)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
@@ -39,6 +41,10 @@ def report(
         for row in rows
     ]
     lines += ["", *_remarks(found), *_expectation(rule, tried, probe)]
+    if rule in all_tried:
+        lines += [
+            _other(x, all_tried[x], all_tried[rule]) for x in all_tried if x != rule
+        ]
     if tried is not None and rule is not per_leaf:
         lines += ["", repr(_build.layout(params, rule))]
     return "\n".join(lines)
@@ -93,6 +99,13 @@ def _remarks(found: list[Structure]) -> list[str]:
                 "zero: they are not fields on one grid."
             )
     return lines
+
+
+def _other(rule: Rule, other: Trial, tried: Trial) -> str:
+    """How another rule went, in a sentence."""
+    steps = f"more than {MOST_STEPS}" if other.steps is None else other.steps
+    times = f"each {other.seconds / tried.seconds:.1f} times as long on this machine"
+    return f"{rule} takes {steps} steps, {times}."
 
 
 def _expectation(rule: Rule, tried: Trial | None, probe: Probe) -> list[str]:

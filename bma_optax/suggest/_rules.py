@@ -1,8 +1,9 @@
 """The rule of arrays whose structure is known, spelled as a person would write it.
 
 Tiles have four elements, or the reach, along the axes that are to be coarsened, and one
-along the others. Where the loss is of fourth order, blocks have slopes. Axes before and
-after those are fields: ``stacked`` and the axes that a tile does not name.
+along the others. Where the loss is of fourth order, or where means are slow, blocks
+have slopes. Axes before and after those are fields: ``stacked`` and the axes that a
+tile does not name.
 """
 
 import math
@@ -18,14 +19,15 @@ _TILE = 4
 _WEAK = 1 / 3
 
 
-def rule_of(structures: list[Structure], *, strong: bool) -> Rule:
+def rule_of(structures: list[Structure], *, strong: bool, slopes: bool) -> Rule:
     """The rule of all arrays.
 
     Args:
       structures: of the arrays, at least one of which has neighbours.
       strong: whether tiles lie along the stiff axes alone.
+      slopes: whether all blocks have slopes, not only those of fourth order.
     """
-    local = {s.path: _array_rule(s, strong) for s in structures if s.space}
+    local = {s.path: _array_rule(s, strong, slopes) for s in structures if s.space}
     rules = list(dict.fromkeys(local.values()))
     others = [s for s in structures if not s.space and math.prod(s.shape) > 1]
     if len(rules) == 1 and not others:
@@ -42,7 +44,7 @@ def has_weak_axes(structures: list[Structure]) -> bool:
     return any(len(_coarsened(s, strong=True)) < len(s.space) for s in structures)
 
 
-def _array_rule(array: Structure, strong: bool) -> Rule:
+def _array_rule(array: Structure, strong: bool, slopes: bool) -> Rule:
     space, axes = array.space, array.axes
     coarsened = _coarsened(array, strong)
     # Elements that do not meet along an axis are no fields: they need no products.
@@ -57,7 +59,7 @@ def _array_rule(array: Structure, strong: bool) -> Rule:
     rule = per_tile(
         tuple(tile),
         reach=reach[0] if one else tuple(reach),
-        slopes=array.is_fourth_order,
+        slopes=slopes or array.is_fourth_order,
     )
     for _ in range(first):
         rule = stacked(rule)

@@ -21,6 +21,8 @@ from bma_optax.suggest._trial import Trial, trial
 _PAYS = 1.5
 # Thinner tiles are more of them, and must save steps for it.
 _MORE_CELLS = 1.3
+# With slopes a step takes two to five times as long, and about ten are needed at least.
+_SLOPES, _FEWEST = 3, 10
 # Where block means are hardly less curved than all else, what is slow is not smooth.
 _SMOOTH = 0.5
 
@@ -46,9 +48,14 @@ def suggest_partition(
     tiles along those alone are tried as well. Where it is 0 along all, the loss is of
     second differences, and blocks have slopes. Conjugate gradients on the quadratic
     model, with the blocks and with the diagonal alone, then tell whether blocks pay.
+    Where they pay and are slow, slopes are tried as well, and taken if they need less
+    than a third of the steps. The choice is by numbers of steps, never by seconds, so
+    that it does not depend on the load of a machine. The table names the rules that
+    were tried and not taken, with their steps and how long a step takes.
 
     It runs outside ``jax.jit``, and its products are compiled. It takes a few products
-    an axis of each array, two refreshes at most, and some steps of conjugate gradients.
+    an axis of each array, three refreshes at most, and some steps of conjugate
+    gradients.
 
     Args:
       value_fn: the loss, called as ``value_fn(params, *args)``.
@@ -115,12 +122,12 @@ def suggest_partition(
         probe, [path for path, _ in named], [np.shape(leaf) for _, leaf in named]
     )
     if not any(array.space for array in found):
-        rule, tried = per_leaf, None
+        rule, tried, all_tried = per_leaf, None, {}
     else:
         refresh = functools.partial(_refresh, curvature, random_key, loss, extra_args)
-        rule, tried = _best(found, refresh, product, params, probe.vanishes)
+        rule, tried, all_tried = _best(found, refresh, product, params, probe.vanishes)
     if verbose:
-        print(_report.report(found, rule, tried, probe, params))
+        print(_report.report(found, rule, tried, all_tried, probe, params))
     return rule
 
 
@@ -128,14 +135,15 @@ def _probe(product, params) -> _structure.Probe:
     """Products at a point nearby, where nothing vanishes by symmetry."""
     leaves, treedef = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
+    numbers = [np.asarray(x, float) for x in leaves]
     moved = [
-        x + jnp.asarray(1e-3 * _scale(x) * rng.standard_normal(x.shape), x.dtype)
-        for x in leaves
+        _like(x + 1e-3 * _scale(x) * rng.standard_normal(x.shape), leaf)
+        for x, leaf in zip(numbers, leaves, strict=True)
     ]
     near = jax.tree.unflatten(treedef, moved)
 
     def at(point, v):
-        v = [jnp.asarray(x, p.dtype) for x, p in zip(v, leaves, strict=True)]
+        v = map(_like, v, leaves)
         y = product(point, jax.tree.unflatten(treedef, v))
         return [np.asarray(x, float) for x in jax.tree.leaves(y)]
 
@@ -158,9 +166,13 @@ def _are_finite(y: _structure.Vector) -> bool:
     return all(np.all(np.isfinite(x)) for x in y)
 
 
-def _scale(x) -> float:
-    rms = float(np.sqrt(np.mean(np.square(np.asarray(x, float))))) if x.size else 0.0
-    return rms or 1.0
+def _like(x: np.ndarray, leaf: jax.Array) -> jax.Array:
+    """An array like a leaf, without a program that would have to be compiled."""
+    return jax.device_put(x.astype(leaf.dtype), leaf.sharding)
+
+
+def _scale(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x)))) or 1.0 if x.size else 1.0
 
 
 def _refresh(curvature, key, loss, extra_args, method: TwoLevel, params):
@@ -173,34 +185,46 @@ def _refresh(curvature, key, loss, extra_args, method: TwoLevel, params):
 
 
 def _best(found: list[Structure], refresh, product, params, vanishes: bool):
-    """The rule with the fewest steps, and its trial.
+    """The rule with the fewest steps, its trial, and the trials of all rules.
 
     Where the curvature vanishes at the parameters the steps tell nothing of later ones.
     """
     rng = np.random.default_rng(2)
-    noise = jax.tree.map(
-        lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), params
-    )
+    noise = jax.tree.map(lambda x: _like(rng.standard_normal(x.shape), x), params)
+    all_tried = {}
 
     def attempt(rule):
         method = checked_two_level(params, rule)
         refreshed = functools.partial(refresh, method)
-        return trial(method, refreshed, product, params, noise)
+        all_tried[rule] = trial(method, refreshed, product, params, noise)
+        return all_tried[rule]
 
-    rule = _rules.rule_of(found, strong=False)
+    def rule_of(strong, slopes):
+        return _rules.rule_of(found, strong=strong, slopes=slopes)
+
+    strong, rule = False, rule_of(False, False)
     tried = attempt(rule)
     if _rules.has_weak_axes(found) and tried.local:
-        other = _rules.rule_of(found, strong=True)
-        second = attempt(other)
-        if _MORE_CELLS * _order(second) < _order(tried):
-            rule, tried = other, second
+        other = rule_of(True, False)
+        if _MORE_CELLS * _order(attempt(other)) < _order(tried):
+            strong, rule, tried = True, other, all_tried[other]
+    other = rule_of(strong, True)
+    if _is_slow(tried) and not vanishes and other not in all_tried:
+        if _SLOPES * _order(attempt(other)) < _order(tried):
+            rule, tried = other, all_tried[other]
     if not tried.local or not (vanishes or _pays(tried)):
         rule = per_leaf
-    return rule, tried
+    return rule, tried, all_tried
+
+
+def _is_slow(tried: Trial) -> bool:
+    """Whether blocks pay, and may take a third of the steps with slopes."""
+    known = tried.local and tried.convex
+    return known and _pays(tried) and _order(tried) > _SLOPES * _FEWEST
 
 
 def _order(tried: Trial) -> float:
-    return np.inf if tried.steps is None else tried.steps
+    return np.inf if tried.steps is None or not tried.convex else tried.steps
 
 
 def _pays(tried: Trial) -> bool:

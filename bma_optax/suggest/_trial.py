@@ -5,6 +5,7 @@ later steps lower it by is the gap that is left after k steps.
 """
 
 import functools
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from bma_optax import _tree
 MOST_STEPS = 300
 _MORE = 10  # As many times more steps are tried without blocks.
 _GAP = 1e-6
+_RIGHT_SIDE, _NOISE = 0, -1  # What conjugate gradients begin with, see there.
+_SECONDS = 0.05  # A solve is timed for so long, or once.
 
 
 class Trial(NamedTuple):
@@ -30,6 +33,7 @@ class Trial(NamedTuple):
     coarse_ratio: float
     local: bool  # whether G reaches no further than the rule declares.
     products: int
+    seconds: float  # of a step with blocks.
 
 
 def trial(method, refresh, product, params, noise) -> Trial:
@@ -45,21 +49,32 @@ def trial(method, refresh, product, params, noise) -> Trial:
       params: the parameters.
       noise: a tree like them.
     """
-    run = functools.partial(_run, method, refresh, product)
-    runs, local, ratio, products = jax.device_get(jax.jit(run)(params, noise))
-    ratio, products = float(ratio), int(products)
-    if not local:
-        return Trial(None, None, 0, 1.0, 1.0, True, ratio, False, products)
-    falls, others = (
-        np.asarray(x[:steps], float)
-        for x, steps in zip(runs.falls, runs.steps, strict=True)
+    found, factor = jax.jit(refresh)(params)
+    products = int(found.products)
+    ratio = float(factor.coarse_ratio)
+    if not bool(found.local):
+        return Trial(None, None, 0, 1.0, 1.0, True, ratio, False, products, 0.0)
+
+    def coarse(C, r):
+        return _tree.astype(method.apply(*C, r), r)
+
+    C = factor.inverse_diagonal, found.N, factor.K
+    most = MOST_STEPS, 1e-3 * _GAP
+    solve = _conjugate_gradients.lower(product, coarse, _NOISE, most, C, params, noise)
+    run = solve.compile()
+    solved, seconds = _timed(lambda: run(_NOISE, most, C, params, noise))
+    b, falls, convex = _falls(solved)
+    most = min(_MORE * len(falls), MOST_STEPS), 0.0
+    _, others, _ = _falls(
+        _conjugate_gradients(
+            product, _divide, _RIGHT_SIDE, most, found.diagonal, params, b
+        )
     )
-    most = min(_MORE * len(falls), MOST_STEPS)
     whole = max(np.sum(falls), np.sum(others))
     converged = len(falls) < MOST_STEPS
     # Both sums are as exact as the numbers in them, and no more.
     rounding = 1e3 * float(jnp.finfo(_tree.common_statistic_dtype(params)).eps)
-    done = len(others) < most or _is_flat(others)
+    done = len(others) < most[0] or _is_flat(others)
     as_far = np.sum(others) >= (1 - rounding) * whole and done
     left, left_without = (
         float(1 - np.sum(x) / whole) if whole else 0.0 for x in (falls, others)
@@ -70,11 +85,32 @@ def trial(method, refresh, product, params, noise) -> Trial:
         tried=len(others),
         left=left,
         left_without=left_without,
-        convex=bool(runs.convex[0]),
+        convex=convex,
         coarse_ratio=ratio,
         local=True,
         products=products + 1 + len(falls) + len(others),
+        seconds=seconds / (1 + len(falls)),
     )
+
+
+def _divide(z2, r):
+    """The diagonal method, as a function that is the same for every rule.
+
+    An element without curvature has no residual.
+    """
+    return jax.tree.map(
+        lambda x, z: (x / jnp.where(z > 0, z, 1)).astype(x.dtype), r, z2
+    )
+
+
+def _timed(run) -> tuple[Any, float]:
+    """What a function returns, and its seconds: the least of several runs, if short."""
+    seconds: list[float] = []
+    while sum(seconds) < _SECONDS:
+        start = time.perf_counter()
+        found = jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return found, min(seconds)
 
 
 def _steps(falls) -> int:
@@ -88,76 +124,61 @@ def _is_flat(falls) -> bool:
     return len(falls) == 0 or falls[-1] <= 0.1 * _GAP * np.sum(falls)
 
 
-class _Run(NamedTuple):
-    """How conjugate gradients went."""
-
-    falls: jax.Array  # shape (MOST_STEPS,): by how much each step lowers the model.
-    steps: jax.Array  # shape (), int32: how many there were.
-    convex: jax.Array  # shape (), bool: whether all directions curve up.
+def _falls(solved) -> tuple[Any, np.ndarray, bool]:
+    """The right side, by how much each step lowers the model, and convexity."""
+    b, falls, count, convex = solved
+    return b, np.asarray(falls, float)[: int(count)], bool(convex)
 
 
-def _run(method, refresh, product, params, noise):
-    """Refreshes, and solves with the blocks and then without, all in one program.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _conjugate_gradients(product, precondition, first, limits, C, params, r: Any):
+    """Solves G x = b until a step gains too little.
 
-    What :func:`trial` is given makes a program of its own each time, whose parts would
-    take longer to compile one by one.
+    The loop holds the product and C once, so that they are compiled once: it also makes
+    the right side, as its step -1.
+
+    Args:
+      product: (params, v) -> G v.
+      precondition: (C, r) -> C r.
+      first: 0 for the right side b = r; -1 for b = G C r.
+      limits: the number of steps, and the part of all gains that is too little.
+      C, params, r: arrays.
 
     Returns:
-      A :class:`_Run` of two, whether G is local, the coarse ratio, and the number of
-      products of the refresh.
+      b, the gains, their number, and whether all directions curve up.
     """
-    found, factor = refresh(params)
-    C = factor.inverse_diagonal, found.N, factor.K
-    # An element without curvature does not move.
-    z2 = jax.tree.map(lambda z: jnp.where(z > 0, z, 1), found.diagonal)
-
-    def correct(r):
-        return _tree.astype(method.apply(*C, r), r)
-
-    def divide(r):
-        return _tree.astype(jax.tree.map(jnp.divide, r, z2), r)
-
-    b = _tree.astype(product(params, correct(noise)), params)
-
-    def solve(last, with_blocks):
-        most = jnp.where(with_blocks, MOST_STEPS, jnp.minimum(_MORE * last, MOST_STEPS))
-        run = _conjugate_gradients(
-            functools.partial(product, params),
-            lambda r: jax.lax.cond(with_blocks, correct, divide, r),
-            b,
-            jnp.where(found.local, most, 0),
-            jnp.where(with_blocks, 1e-3 * _GAP, 0),
-        )
-        return run.steps, run
-
-    _, runs = jax.lax.scan(solve, jnp.int32(0), jnp.array([True, False]))
-    return runs, found.local, factor.coarse_ratio, found.products
-
-
-def _conjugate_gradients(product, precondition, b: Any, most, enough) -> _Run:
-    """Runs until a step gains no more than the part ``enough`` of all."""
-    z = precondition(b)
-    rho = _tree.vdot(b, z)
+    most, enough = limits
 
     def going(carry):
-        *_, rho, falls, k, convex = carry
+        *_, falls, k, convex, solved = carry
         last = falls[jnp.maximum(k - 1, 0)]
-        slow = (k > 0) & (last <= enough.astype(last.dtype) * jnp.sum(falls))
-        return (k < most) & convex & (rho > 0) & ~slow
+        slow = (k > 0) & (last <= enough * jnp.sum(falls))
+        return (k < most) & convex & ~solved & ~slow
 
     def step(carry):
-        r, p, rho, falls, k, _ = carry
-        Gp = product(p)
-        curved = _tree.vdot(p, Gp)
-        convex = curved > 0
-        a = jnp.where(convex, rho / jnp.where(convex, curved, 1), 0)
-        r = jax.tree.map(lambda r, y: r - a.astype(r.dtype) * y.astype(r.dtype), r, Gp)
-        z = precondition(r)
+        b, r, p, rho, falls, k, *_ = carry
+        z = precondition(C, r)
         new = _tree.vdot(r, z)
-        beta = new / rho
+        solved = ~(new > 0)
+        beta = jnp.where(k > 0, new / rho, 0)
         p = jax.tree.map(lambda z, p: z + beta.astype(p.dtype) * p, z, p)
-        return r, p, new, falls.at[k].set(a * rho / 2), k + 1, convex
+        Gp = _tree.astype(product(params, p), r)
+        curved = _tree.vdot(p, Gp)
+        convex = (curved > 0) | solved | (k < 0)
+        a = jnp.where(curved > 0, new / jnp.where(curved > 0, curved, 1), 0)
 
-    start = b, z, rho, jnp.zeros(MOST_STEPS, rho.dtype), jnp.int32(0), jnp.asarray(True)
-    *_, falls, k, convex = jax.lax.while_loop(going, step, start)
-    return _Run(falls, k, convex)
+        def residual(r, y):
+            return jnp.where(k < 0, y, r - a.astype(r.dtype) * y.astype(r.dtype))
+
+        b = jax.tree.map(lambda b, y: jnp.where(k < 0, y, b), b, Gp)
+        r = jax.tree.map(residual, r, Gp)
+        gain = jnp.where((k < 0) | solved, 0, a * new / 2)
+        falls = falls.at[jnp.maximum(k, 0)].set(gain)
+        return b, r, p, new, falls, jnp.where(solved, k, k + 1), convex, solved
+
+    one = jnp.ones((), _tree.vdot(r, r).dtype)
+    start = r, r, r, one, jnp.zeros(MOST_STEPS, one.dtype), jnp.int32(first)
+    b, *_, falls, k, convex, _ = jax.lax.while_loop(
+        going, step, (*start, jnp.asarray(True), jnp.asarray(False))
+    )
+    return b, falls, jnp.maximum(k, 0), convex
