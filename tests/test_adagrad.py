@@ -267,7 +267,7 @@ def test_complex_parameters_by_optax_wrapper():
     tx = optax.contrib.split_real_and_imaginary(bma.scale_by_bma())
     params = {"a": jnp.array([1 + 2j, 3 - 1j]), "b": jnp.ones(2)}
     with jax.numpy_dtype_promotion("standard"):  # Optax's wrapper multiplies by 1j.
-        updates, _ = jax.jit(tx.update)(params, tx.init(params))
+        updates, _ = jax.jit(tx.update)(params, jax.jit(tx.init)(params))
     assert updates["a"].dtype == params["a"].dtype
     assert np.all(np.isfinite(updates["a"]))
 

@@ -56,7 +56,7 @@ def test_steps_equal_the_dense_reference(cut):
     common = rng.standard_normal(shape)
     tx = bma.scale_by_mini_bma(eps=0.0, partition=rule)
     dense = [DenseMiniBMA(matrix.shape) for matrix in matrices]
-    update, state = jax.jit(tx.update), tx.init(jnp.zeros(shape))
+    update, state = jax.jit(tx.update), jax.jit(tx.init)(jnp.zeros(shape))
     for _ in range(20):
         g = rng.standard_normal(shape) + common * rng.standard_normal()
         updates, state = update(jnp.asarray(g), state)

@@ -152,6 +152,7 @@ def test_weighted_projection_is_nearest(seed, sizes):
     E /= np.linalg.norm(E, axis=0)
     M = E.T @ G @ E
     np.testing.assert_allclose(matrix.M, M, rtol=1e-9, atol=1e-9 * np.abs(M).max())
+    matrix = jax.device_get(matrix)
     expected = np.diag(np.repeat(matrix.Lambda, sizes))
     expected = expected @ (np.eye(d) - E @ E.T) + E @ M @ E.T
     scale = np.abs(expected).max()
@@ -171,12 +172,17 @@ def test_weighted_projection_is_nearest(seed, sizes):
 def test_partition_owns_the_weights():
     blocks = bma.partition(PARAMS, bma.per_unit)
     w, x = (tree_of(np.random.default_rng(i).standard_normal(D)) for i in range(2))
-    labels = flat(blocks.expand(jnp.arange(blocks.num_blocks, dtype=float), x))
-    E = (labels[:, None] == np.arange(blocks.num_blocks)) * flat(w)[:, None]
-    weighted = jax.tree.map(jnp.multiply, x, w)
-    np.testing.assert_allclose(blocks.block_sums(weighted), E.T @ flat(x))
     y = np.arange(blocks.num_blocks, dtype=float)
-    filled = jax.tree.map(jnp.multiply, blocks.expand(jnp.asarray(y), x), w)
+
+    @jax.jit
+    def run(w, x):
+        labels = blocks.expand(jnp.asarray(y), x)
+        weighted, filled = (jax.tree.map(jnp.multiply, a, w) for a in (x, labels))
+        return labels, blocks.block_sums(weighted), filled
+
+    labels, sums, filled = run(w, x)
+    E = (flat(labels)[:, None] == y) * flat(w)[:, None]
+    np.testing.assert_allclose(sums, E.T @ flat(x))
     np.testing.assert_allclose(flat(filled), E @ y)
 
 

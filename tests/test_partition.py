@@ -484,9 +484,10 @@ def test_one_tree_with_fields_and_a_network():
     assert named == [{"scale"}, {"net/bias", "net/kernel"}, {"image"}, {"volume"}]
     assert blocks.num_blocks == sum(map(len, blocks.groups)) == len(blocks.sizes)
     assert blocks.matrix_shape == (1 + 4**2,)
-    sums = blocks.block_sums(params)
+    sums = jax.jit(blocks.block_sums)(params)
     np.testing.assert_array_equal(sums, blocks.sizes)
-    filled = blocks.expand(jnp.arange(blocks.num_blocks, dtype="float32"), params)
+    numbers = np.arange(blocks.num_blocks, dtype="float32")
+    filled = jax.device_get(jax.jit(blocks.expand)(numbers, params))
     expected = [len(g) * g[0] + len(g) * (len(g) - 1) / 2 for g in blocks.groups]
     assert expected[2] == np.sum(filled["image"]) / 16
     assert expected[3] == np.sum(filled["volume"]) / 8

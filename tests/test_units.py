@@ -172,7 +172,8 @@ def test_sharded_units_exchange_three_numbers_each(weights):
     tx = bma.scale_by_bma(bma.units, weights=weights)
     layers = {"a/kernel": Layer((6, 8)), "b/kernel": Layer((3, 4)), "bias": Layer((4,))}
     one, two = random_gradients(np.random.default_rng(6), layers, 2, np.float32)
-    expected, _ = jax.jit(tx.update)(two, jax.jit(tx.update)(one, tx.init(one))[1])
+    _, state = jax.jit(tx.update)(one, jax.jit(tx.init)(one))
+    expected, _ = jax.jit(tx.update)(two, state)
     mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     units = {
         k: jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 1), "model"))

@@ -56,8 +56,8 @@ class Preconditioner:
 
         Example:
           >>> import jax.numpy as jnp, bma_optax as bma
-          >>> print(bma.preconditioner(lambda v: 2 * v, jnp.zeros(2))(jnp.ones(2)))
-          [0.5 0.5]
+          >>> print(bma.preconditioner(lambda v: 4 * v, jnp.zeros(3))(jnp.ones(3)))
+          [0.25 0.25 0.25]
         """
         _tree.check_vectors(x, "The vector at")
         difference = _tree.unlike(x, self.inverse_diagonal)
@@ -81,9 +81,9 @@ class Preconditioner:
 
         Example:
           >>> import jax.numpy as jnp, bma_optax as bma
-          >>> C = bma.preconditioner(lambda v: 2 * v, jnp.zeros(2)).as_lineax()
-          >>> print(C.mv(jnp.ones(2)))
-          [0.5 0.5]
+          >>> C = bma.preconditioner(lambda v: 4 * v, jnp.zeros(3)).as_lineax()
+          >>> print(C.mv(jnp.ones(3)))
+          [0.25 0.25 0.25]
         """
         import lineax
 
