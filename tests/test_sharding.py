@@ -447,7 +447,7 @@ PROCESS = """
     # A field on a grid, on explicit axes.
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     sharding = jax.NamedSharding(mesh, jax.P("x"))
-    whole = np.sin(np.arange(256, dtype=np.float32)).reshape(16, 16)
+    whole = np.sin(np.arange(576, dtype=np.float32)).reshape(24, 24)
 
     def loss(u):
         squares = [(u - jnp.roll(u, 1, axis)) ** 2 for axis in (0, 1)]
@@ -496,7 +496,7 @@ def test_two_processes_make_the_update_of_one():
     state, update = jax.jit(tx.init)(grads), jax.jit(tx.update)
     for _ in range(2):
         updates, state = update(grads, state)
-    u = jnp.sin(jnp.arange(256, dtype="float32")).reshape(16, 16)
+    u = np.sin(np.arange(576, dtype="float32")).reshape(24, 24)
 
     def loss(u):
         squares = [(u - jnp.roll(u, 1, axis)) ** 2 for axis in (0, 1)]
