@@ -10,7 +10,7 @@ from benchmarks.convex import __main__ as linear
 from benchmarks.costs import accelerator, collectives, step_cost
 from benchmarks.figures import figure2
 from benchmarks.grids import gallery as operators
-from benchmarks.grids import pictures
+from benchmarks.grids import pictures, prices
 from benchmarks.grids.__main__ import OTHERS
 from benchmarks.harness import tables
 from benchmarks.harness.race import summary
@@ -104,6 +104,10 @@ def real(content: Content) -> str:
 
 def gallery(content: Content) -> str:
     return operators.report(content) + of_machine(content)
+
+
+def prices_of_blocks(content: Content) -> str:
+    return prices.report(content) + of_machine(content)
 
 
 def networks(content: Content) -> str:
@@ -247,6 +251,7 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "energies_256": ("grids/results/energies_256.json", one_size),
     "energies_float32": ("grids/results/energies_float32.json", everything),
     "gallery": ("grids/results/gallery.json", gallery),
+    "prices": ("grids/results/prices.json", prices_of_blocks),
     "gridding": ("grids/results/gridding.json", everything),
     "curvature": ("curvature/results/curvature.json", everything),
     "networks": ("networks/results/networks.json", networks),
