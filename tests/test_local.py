@@ -618,7 +618,7 @@ def test_a_false_reach_is_found_in_a_field_of_any_unit():
         far = far + 1e-2 * jnp.sum(p["v"] ** 2)
         return grad_squared(p["u"], (0, 1)) + 1e-2 * jnp.sum(p["u"] ** 2) + scale * far
 
-    like = {"u": jnp.zeros((30, 30), "float32"), "v": jnp.zeros((30, 30), "float32")}
+    like = {"u": jnp.zeros((15, 15), "float32"), "v": jnp.zeros((15, 15), "float32")}
 
     @functools.partial(jax.jit, static_argnums=0)
     def local(rule, scale):
