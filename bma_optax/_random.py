@@ -7,15 +7,26 @@ last step of MurmurHash3, in which every bit of its input changes half of the bi
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+def fold(key, number):
+    """A key, uint32 of shape (2,), from a key and an integer of shape ().
+
+    What comes of a static integer is a constant array, which a kernel reads as it reads
+    the key: it is the same kernel for all integers.
+    """
+    static = isinstance(number, int)
+    xp = np if static else jnp
+    number = xp.asarray(number).astype(xp.uint32)
+    # The numbers of two words must differ, or equal words would stay equal.
+    odd = xp.arange(1, 3, dtype=xp.uint32) * xp.uint32(0x9E3779B9)
+    return _folded(key, _mixed(odd + number))
 
 
 @jax.jit
-def fold(key, number):
-    """A key, uint32 of shape (2,), from a key and an integer of shape ()."""
-    number = jnp.asarray(number).astype(jnp.uint32)
-    # The numbers of two words must differ, or equal words would stay equal.
-    odd = jnp.arange(1, 3, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-    return _mixed(key ^ _mixed(odd + number))
+def _folded(key, number):
+    return _mixed(key ^ number)
 
 
 @jax.jit
@@ -43,5 +54,5 @@ def uniform(key, positions, dtype):
 
 def _mixed(x):
     for shift, factor in [(16, 0x85EBCA6B), (13, 0xC2B2AE35)]:
-        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
-    return x ^ (x >> jnp.uint32(16))
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(16))

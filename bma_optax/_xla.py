@@ -11,6 +11,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bma_optax import _control_flow, _sharding
 
@@ -119,6 +120,23 @@ def after_on_cpu(x, source):
 
     cpu = functools.partial(after, x)
     return jax.lax.platform_dependent(source, cpu=cpu, default=at_once)
+
+
+def entries(x):
+    """The entries of a vector, a list of arrays of shape ().
+
+    XLA compiles equal kernels once. On CPU an entry at a place that is static becomes a
+    part of the kernels that take it up, which is then another kernel for each place. A
+    sum over the entry and zeros does not, and where the entry is comes from an array.
+    """
+
+    def by_sums(x):
+        places = np.eye(len(x), dtype=bool)
+        zero = jnp.zeros((), x.dtype)
+        total = jnp.any if x.dtype == bool else jnp.sum
+        return [total(jnp.where(place, x, zero)) for place in places]
+
+    return jax.lax.platform_dependent(x, cpu=by_sums, default=list)
 
 
 def neighbours(x, offsets):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import bma_optax as bma
-from bma_optax import _control_flow, _sharding, _xla, _xla_sums
+from bma_optax import _control_flow, _random, _sharding, _xla, _xla_sums
 from bma_optax._xla_sums import total_of
 from bma_optax.algebra import _eigh, _symmetric_power
 
@@ -51,6 +51,40 @@ def test_a_step_copies_no_array(monkeypatch, trick, make):
     assert of_update(make()) < 0.1
     monkeypatch.setattr(_xla, trick, first)
     assert of_update(make()) > 0.9
+
+
+def test_an_entry_is_no_part_of_the_kernels_that_take_it_up():
+    """Or each of them would be another kernel to compile."""
+
+    def scaled(entries, v, arrays):
+        return [e * x for e, x in zip(entries(v), arrays, strict=True)]
+
+    def program(entries):
+        return jax.jit(functools.partial(scaled, entries)).lower(v, arrays).compile()
+
+    v, arrays = jnp.array([1.0, -2.0, jnp.inf, jnp.nan]), [jnp.ones(9)] * 4
+    assert " slice(" in program(list).as_text()
+    found = program(_xla.entries)
+    assert " slice(" not in found.as_text()
+    for x, y in zip(found(v, arrays), v, strict=True):
+        np.testing.assert_array_equal(x, jnp.full(9, y))
+    flags = [True, False, True]
+    np.testing.assert_array_equal(jax.jit(_xla.entries)(jnp.array(flags)), flags)
+
+
+def test_a_static_number_makes_no_other_kernel():
+    def folded(key):
+        return [_random.fold(key, number) for number in range(3)]
+
+    text = jax.jit(folded).lower(jnp.zeros(2, jnp.uint32)).compile().as_text()
+    # Apart from the names of what they read, all are the same.
+    bodies = re.findall(r"^%fused_computation.*?^}", text, re.M | re.S)
+    plain = {re.sub(r"%[\w.]+|\w+\.\d+|, metadata={.*?}", "", x) for x in bodies}
+    assert len(bodies) == 3 and len(plain) == 1
+    for number, key in enumerate(folded(jnp.zeros(2, jnp.uint32))):
+        np.testing.assert_array_equal(
+            key, jax.jit(_random.fold)(np.zeros(2, "u4"), number)
+        )
 
 
 def test_a_bare_root_is_a_part_of_the_sum_over_it():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _tree
+from bma_optax import _tree, _xla
 from bma_optax.newton._quadratic_model import ScaleByQuadraticModelState
 
 
@@ -61,7 +61,7 @@ def heed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         changed = started & (checksums != last.checksums)
         moved = last.moved | changed
         masked = ~moved & (last.masked | last.told & jnp.any(changed))
-        flags = jax.tree.unflatten(jax.tree.structure(updates), list(masked))
+        flags = jax.tree.unflatten(jax.tree.structure(updates), _xla.entries(masked))
         free = jax.tree.map(lambda m, g: jnp.where(m, 0, g), flags, updates)
         result, inner = tx.update(free, inner, params, **extra_args)
         result = _tree.in_order(result, updates)
