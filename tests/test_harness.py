@@ -383,10 +383,7 @@ def test_sharding_is_stable(name, how):
         tx = BY_NAME[name].build()
         state = (jax.jit(tx.init) if how == "jit" else tx.init)(params)
         update = functools.partial(tx.update, **with_loss(bowl))
-        if under_mesh or name == "adagrad_bma":
-            updates, new = (jax.jit(update) if jit else update)(params, state, params)
-        else:  # The longer program runs under the mesh; here it is asked for types.
-            updates, new = jax.eval_shape(update, params, state, params)
+        updates, new = (jax.jit(update) if jit else update)(params, state, params)
         if under_mesh:  # Traced or not, the types are the same.
             traced = jax.eval_shape(tx.init, params)
             traced = traced, jax.eval_shape(update, params, state, params)
@@ -408,8 +405,6 @@ def test_sharding_is_stable(name, how):
             updates = run(params)
     else:
         updates = run(params)
-    if isinstance(updates["kernel"], jax.ShapeDtypeStruct):
-        return
     expected = first_update_on_one_device(name, jit)
     tolerances = {"kernel": (1e-2, 0), "embedding": (1e-4, 1e-7)}
     for key, update in updates.items():

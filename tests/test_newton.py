@@ -960,9 +960,8 @@ def test_gradient_through_steps_equals_differences():
             bend = jnp.exp(log_scale) * jnp.sum(jnp.log1p(x**2))
             return quadratic(G, b)(params) + bend
 
-        # Five blocks in one array: a program grows with the number of arrays.
-        tx = bma.newton_bma(bma.per_row, update_interval=2)
-        params = jnp.zeros((5, 2))
+        tx = bma.newton_bma(update_interval=2)
+        params = {"bias": jnp.zeros(4), "kernel": jnp.zeros((2, 3))}
 
         def step(carry, _):
             params, state = carry
