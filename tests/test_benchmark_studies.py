@@ -331,6 +331,16 @@ def test_compiled_steps():
 
 
 @pytest.mark.benchmark
+def test_prices(tmp_path):
+    content, printed = run(tmp_path, "grids.prices", "--size 16 --rounds 2")
+    rules = {"tiles of 4 × 4", "with slopes", "tiles of 4 × 1"}
+    assert len(content["operators"]) == 3
+    for found in content["operators"].values():
+        assert set(found["ratios"]) == rules and min(found["ratios"].values()) > 0
+    assert "| thin plate, 25 points |" in printed
+
+
+@pytest.mark.benchmark
 def test_accelerator(tmp_path):
     arguments = "--shapes 8x8 --roots 4 --rounds 1"
     content, printed = run(tmp_path, "costs.accelerator", arguments)

@@ -21,8 +21,8 @@ from bma_optax.suggest._trial import Trial, trial
 _PAYS = 1.5
 # Thinner tiles are more of them, and must save steps for it.
 _MORE_CELLS = 1.3
-# With slopes a step takes two to ten times as long, less where products are dear, and
-# about ten steps are needed at least.
+# With slopes a step takes a few times as long, up to twenty where a product is a cheap
+# stencil (`benchmarks.grids.prices`), and about ten steps are needed at least.
 _SLOPES, _FEWEST = 3, 10
 # Where block means are hardly less curved than all else, what is slow is not smooth.
 _SMOOTH = 0.5
