@@ -17,7 +17,7 @@ from benchmarks.networks.tasks import Task
 TUNING_SEEDS = (0, 100, 200)
 RATES = 6  # Neighbouring powers of 2 that one call tries.
 RUNS = RATES * len(TUNING_SEEDS)  # At once; as many on fresh seeds: one program.
-LARGE = 100_000  # Parameters; of larger nets only RATES runs go on at once.
+LARGE = 100_000  # Parameters; of larger nets RATES runs go on at once, on a CPU one.
 POINTS = 40  # Of a curve.
 
 
@@ -31,9 +31,11 @@ class Trainer:
         test = in_chunks(task.test, 100 if large else 500)
         self.data = jax.tree.map(jnp.asarray, task.train), test
         # One after the other where LAPACK is called: batches of matrices in a loop can
-        # wait for themselves for ever on a CPU with few cores (JAX 0.10.2).
-        one_by_one = method.factorizes and jax.default_backend() == "cpu"
+        # wait for themselves for ever on a CPU with few cores (JAX 0.10.2). Large nets
+        # too: six at once leave its caches, and take 1.6 times as long.
+        one_by_one = jax.default_backend() == "cpu" and (method.factorizes or large)
         at_once = None if one_by_one else RATES if large else RUNS
+        self.fills = not (one_by_one or large)
         self.runs = jax.jit(
             lambda arguments, data: jax.lax.map(
                 lambda each: self.run(each, data), arguments, batch_size=at_once
@@ -111,7 +113,7 @@ def study(task: Task, method: Method, seeds: list[int], adam: dict | None) -> di
     start = time.perf_counter()
     trainer = Trainer(task, method)
     tuned = tune(trainer)
-    runs = np.resize(seeds, max(len(seeds), RUNS))
+    runs = np.resize(seeds, max(len(seeds), RUNS)) if trainer.fills else seeds
     losses, test = trainer(runs, tuned["rate"], tuned["settings"])
     losses, test = losses[: len(seeds)], test[: len(seeds)]
     targets = final(losses) if adam is None else np.array(adam["train_loss"], float)
