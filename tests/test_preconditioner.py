@@ -324,3 +324,57 @@ def test_a_product_that_is_not_finite_is_said():
             jax.block_until_ready(preconditioners(np.array([1.0, np.nan])))
             jax.effects_barrier()
         assert len(seen) == 1
+
+
+def advection(weight, x):
+    """A Laplacian and ``weight`` times first differences along the first axis."""
+    ahead, behind = jnp.pad(x[1:], ((0, 1), (0, 0))), jnp.pad(x[:-1], ((1, 0), (0, 0)))
+    return dirichlet(x) + weight * (ahead - behind) / 2
+
+
+@pytest.mark.parametrize("rule", [bma.per_leaf, LOCAL])
+def test_an_operator_that_is_not_symmetric_is_said_and_the_advice_works(rule):
+    b = field(0, dtype="float32")
+    A = functools.partial(advection, 0.3)
+    message = "is not symmetric"
+    with pytest.raises(ValueError, match=message):
+        bma.preconditioner(A, b, rule)
+
+    @jax.jit
+    def preconditioned(weight, scale):
+        D = jnp.where(jnp.arange(N)[:, None] < 3, scale, 1).astype(b.dtype)
+        A = functools.partial(advection, weight)
+        return bma.preconditioner(scaled(A, D), b, rule)(b)
+
+    # A few elements of a far larger curvature hide nothing.
+    for weight, scale in ((0.3, 1.0), (0.3, 1e4), (-0.3, 1e-4)):
+        with pytest.warns(UserWarning, match=message):
+            jax.block_until_ready(preconditioned(np.float32(weight), np.float32(scale)))
+            jax.effects_barrier()
+    for scale in (1.0, 1e4, 1e-4):  # No warning.
+        jax.block_until_ready(preconditioned(np.float32(0.0), np.float32(scale)))
+        jax.effects_barrier()
+
+    def symmetric(v):
+        return (A(v) + jax.linear_transpose(A, v)(v)[0]) / 2
+
+    @jax.jit
+    def solve(b):
+        C = bma.preconditioner(symmetric, b, rule)
+        return jax.scipy.sparse.linalg.gmres(A, b, M=C, tol=1e-5, maxiter=20)[0]
+
+    assert np.linalg.norm(A(solve(b)) - b) < 1e-4 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_symmetric_operator_of_few_bits_is_taken_for_symmetric(dtype):
+    def A(v):
+        return dirichlet(v.astype(dtype)).astype(v.dtype)
+
+    @jax.jit
+    def apply(key, b):
+        return bma.preconditioner(A, b, key=key)(b)
+
+    for seed in range(8):
+        assert np.all(np.isfinite(apply(np.uint32(seed), field(0, dtype="float32"))))
+    jax.effects_barrier()

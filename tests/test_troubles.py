@@ -129,6 +129,9 @@ CASES = {
     "a product of another shape": lambda: bma.preconditioner(
         lambda v: v | {"b": jnp.ones(4)}, PARAMS
     ),
+    "a product that is not symmetric, to a preconditioner": lambda: bma.preconditioner(
+        lambda v: v + jnp.cumsum(v), jnp.ones(8)
+    ),
     "several vectors, to a preconditioner": lambda: jax.eval_shape(
         lambda: bma.preconditioner(lambda v: v, jnp.ones(3))(jnp.ones((2, 3)))
     ),

@@ -8,6 +8,7 @@ _user_functions    checks of what users' functions are given, and of what they r
 _derivatives       products by differentiation, also for models with custom rules
 _probing           block sums and the diagonal of G, from products with chosen vectors
 _diagonal          the diagonal of G: given by the curvature, or probed
+_symmetry          whether G is symmetric, by products with random vectors
 """
 
 from bma_optax.curvature._kinds import (

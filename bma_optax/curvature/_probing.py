@@ -127,14 +127,9 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
 
     def sample(key, size):
         """Returns x ∘ G x / unit, like params, from the mean size of each array, ()."""
-        leaves, treedef = jax.tree.flatten(params)
-        signs = [
-            _random_signs(_random.fold(key, i), leaf) if on else _tree.zeros_like(leaf)
-            for i, (leaf, on) in enumerate(zip(leaves, active, strict=True))
-        ]
-        signs = jax.tree.unflatten(treedef, signs)
+        signs = random_signs(params, key, active)
         unit = jax.tree.map(
-            _unit if several else lambda c, p: jnp.ones_like(c), size, params
+            power_of_2 if several else lambda c, p: jnp.ones_like(c), size, params
         )
         x = jax.tree.map(lambda x, u: x * u.astype(x.dtype), signs, unit)
         y = G(x)
@@ -190,7 +185,7 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
 _FOR_UNITS = 6
 
 
-def _unit(size, leaf):
+def power_of_2(size, leaf):
     """Returns the power of 2 near 1/√size, in the range of the leaf's dtype.
 
     Multiplying by a power of 2 rounds nothing.
@@ -218,9 +213,16 @@ def _split(x, sizes):
     return jnp.split(x, np.cumsum(sizes)[:-1])
 
 
-def _random_signs(key, leaf):
-    """Returns ±1 in the shape and dtype of ``leaf``."""
-    return _random.signs(key, _positions(leaf), leaf.dtype)
+def random_signs(params, key, active):
+    """Returns ±1 in the active arrays and 0 in the others, a tree like ``params``."""
+    leaves, treedef = jax.tree.flatten(params)
+    signs = [
+        _random.signs(_random.fold(key, i), _positions(leaf), leaf.dtype)
+        if on
+        else _tree.zeros_like(leaf)
+        for i, (leaf, on) in enumerate(zip(leaves, active, strict=True))
+    ]
+    return jax.tree.unflatten(treedef, signs)
 
 
 def _positions(leaf):

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from bma_optax import _checks, _tree, _warnings
-from bma_optax.curvature import _kinds, _probing, _user_functions
+from bma_optax.curvature import _kinds, _probing, _symmetry, _user_functions
 from bma_optax.curvature._probing import LinearOperator
-from bma_optax.multilevel import _two_level
+from bma_optax.multilevel import _smoother, _two_level
 from bma_optax.partitions import _rules
 
 
@@ -133,10 +133,11 @@ def preconditioner(
 
     Raises:
       TypeError, ValueError: for the reasons that :func:`scale_by_newton_bma` lists; a
-        ValueError also if C is not finite, or if A reaches further than declared.
+        ValueError also if C is not finite, if A reaches further than declared, or if
+        products with random vectors show that A is not symmetric, to a hundredth.
 
     Warns:
-      UserWarning: at run time under ``jax.jit``, for the last two reasons.
+      UserWarning: at run time under ``jax.jit``, for the last three reasons.
 
     Example:
       >>> import jax, jax.numpy as jnp, bma_optax as bma
@@ -174,6 +175,8 @@ def preconditioner(
             "preconditioner. Pass an operator whose products with finite vectors are."
         ),
     )
+    if jax.tree.leaves(like):
+        _symmetry.check(G, _smoother.positive(method, found.diagonal), key)
     return Preconditioner(
         factor.inverse_diagonal, found.N, factor.K, found.local, method
     )
