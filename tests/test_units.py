@@ -404,3 +404,13 @@ def test_a_state_of_other_weights_or_another_rule_is_refused(factory):
     rows = factory(partition=bma.within("block", bma.per_row), weights="learned")
     with pytest.raises(ValueError, match=r"'kernel'.*shape \(1, 3\).* \(3, 1\)"):
         make(weights="learned").update(params, rows.init(params))
+
+
+def test_a_unit_whose_sum_is_too_large_to_square_moves_as_in_adagrad():
+    """The bound that docs/troubles.md names, for float32 and units of 32 weights."""
+    tx = bma.scale_by_bma(bma.units)
+    params = {"kernel": jnp.zeros((32, 2), jnp.float32)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for size, expected in ((1e17, 32**-0.5), (1e18, 1.0), (1.7e19, 1.0), (2e19, 0.0)):
+        updates, _ = update({"kernel": params["kernel"] + np.float32(size)}, state)
+        np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)

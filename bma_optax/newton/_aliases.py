@@ -76,8 +76,9 @@ def newton_bma(
     Returns:
       A chain of :func:`scale_by_newton_bma` and the step rule. ``update`` takes
       ``value_fn``, the loss, and the other arguments of the loss, and ``refresh``, a
-      boolean that asks for a refresh at this step. No argument of the loss can be
-      called ``refresh``, ``value`` or ``grad``. ``update`` saves a gradient
+      boolean that asks for a refresh at this step. No argument of the loss can have
+      the name of one of ``update``: ``updates``, ``state``, ``params``, ``value_fn``,
+      ``refresh``, ``value`` or ``grad``. ``update`` saves a gradient
       a step in the loop that Optax has for L-BFGS, with
       ``optax.value_and_grad_from_state(value_fn)`` and ``update(..., value=value,
       grad=grad, value_fn=value_fn)``, if nothing but a mask changes the updates
