@@ -37,9 +37,11 @@ def alike(x, leaf):
     """Returns ``x``, sharded as ``leaf`` is, over automatic axes as well.
 
     Over these no type tells how ``leaf`` is sharded: under ``jax.jit`` XLA is told that
-    the two are sharded alike. ``x`` has the shape of ``leaf``.
+    the two are sharded alike. ``x`` has the shape of ``leaf``, which may be abstract.
     """
     x = typed_like(x, leaf)
+    if isinstance(leaf, jax.ShapeDtypeStruct):  # There is no array to be like.
+        return x
     traced = isinstance(x, jax.core.Tracer) or isinstance(leaf, jax.core.Tracer)
     kinds = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Manual
     meshes = jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh

@@ -421,6 +421,16 @@ def test_init_on_abstract_params(method):
     chex.assert_trees_all_equal(tx.init(shapes), made)
 
 
+@every_kind
+def test_init_under_jit_takes_shapes_and_numbers_of_numpy(method):
+    """Parameters that are no arguments of the traced function, as in a closure."""
+    tx, params = method.build(), params_of(method)
+    made = jax.jit(tx.init)(params)
+    for given in (jax.eval_shape(lambda: params), jax.tree.map(np.asarray, params)):
+        state = jax.jit(lambda given=given: tx.init(given))()
+        chex.assert_trees_all_equal(state, made)
+
+
 @every_method
 def test_learning_rate_takes_a_schedule(method):
     signature = inspect.signature(method.factory)
