@@ -1,5 +1,6 @@
 """Strict settings for every test. JAX reads some of them only when it starts."""
 
+import functools
 import gc
 import os
 import tempfile
@@ -38,6 +39,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import hypothesis
 import jax
 import pytest
+from jax._src.interpreters import mlir
+
+# JAX makes a context of MLIR for each program, and keeps it with the program. One for
+# all programs takes a tenth of the time and half the memory off.
+if hasattr(mlir, "make_ir_context"):
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 # Traces and programs are many small objects that stay: to look through them again and
 # again for what could go is a tenth of the time.

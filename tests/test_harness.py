@@ -165,7 +165,7 @@ def test_without_jit_nothing_is_compiled_twice(name):
     # Arrays of one shape share the programs of their operations.
     params = dict.fromkeys("vw", PARAMS["a"]["w"])
     tx = method.factory(**method.kwargs | kwargs)
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     for step in range(5):
         compiled.clear()
         _, state = tx.update(params, state, params, **with_loss(lambda p: dish(p)))
@@ -648,7 +648,7 @@ def test_scan_vmap_and_shard_map_equal_a_loop(method):
                     chex.assert_trees_all_close(one, updates, rtol=rtol, atol=1e-5)
 
 
-# newton_bma, with refreshes: see test_newton.py.
+# newton_bma, with refreshes: see test_steps.py.
 @every_distinct_method
 @pytest.mark.usefixtures("x64")
 def test_gradient_through_steps_equals_finite_differences(method):
@@ -683,6 +683,14 @@ Y = jnp.sum(X, axis=1, keepdims=True)
 def small_rate(method):
     rate = method.kwargs["learning_rate"] and 0.1
     return method.factory(**method.kwargs | {"learning_rate": rate})
+
+
+def check_training(step, loss, params, state):
+    step, loss = jax.jit(step), jax.jit(loss)
+    first = loss(params)
+    for _ in range(20):
+        params, state = step(params, state)
+    assert loss(params) < 0.8 * first
 
 
 @every_kind
@@ -724,17 +732,17 @@ def test_trains_flax_linen(name):
             return nn.Dense(1)(jnp.tanh(nn.Dense(3)(x)))
 
     model = Net()
-    params = model.init(jax.random.key(0), X)
     tx = small_rate(BY_NAME[name])
 
     def loss(params):
         return jnp.mean((model.apply(params, X) - Y) ** 2)
 
-    step = jax.jit(make_step(tx, loss))
-    state, first = tx.init(params), loss(params)
-    for _ in range(20):
-        params, state = step(params, state)
-    assert loss(params) < 0.8 * first
+    @jax.jit
+    def start():
+        params = model.init(jax.random.key(0), X)
+        return params, tx.init(params)
+
+    check_training(make_step(tx, loss), loss, *start())
 
 
 @every_kind
@@ -747,8 +755,4 @@ def test_trains_equinox(method):
         outputs = jax.vmap(eqx.combine(params, static))(X)
         return jnp.mean((outputs - jnp.broadcast_to(Y, outputs.shape)) ** 2)
 
-    step = eqx.filter_jit(make_step(tx, loss))
-    state, first = tx.init(params), loss(params)
-    for _ in range(20):
-        params, state = step(params, state)
-    assert loss(params) < 0.8 * first
+    check_training(make_step(tx, loss), loss, params, jax.jit(tx.init)(params))
