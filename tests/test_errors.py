@@ -250,6 +250,13 @@ UPDATES = [
         ValueError,
         "no step rule: init was called with a learning_rate",
     ),
+    (
+        lambda: update(
+            bma.newton_bma(), X, X, value_fn=lambda p, grad: jnp.sum(p * grad), grad=X
+        ),
+        ValueError,
+        "needs an argument `grad`.*under another name",
+    ),
     # The loss and its gradient, as Optax's line searches take them.
     *(
         (

@@ -120,6 +120,9 @@ CASES = {
     "a loss that is not twice differentiable": lambda: update(
         bma.newton_bma(), PARAMS, value_fn=once
     ),
+    "an argument of the loss that is named `value` or `grad`": lambda: update(
+        bma.newton_bma(), PARAMS, value_fn=lambda p, value: once(p) * value, value=1.0
+    ),
     "a loss that needs what `optax.masked` took away": lambda: update(
         optax.masked(bma.newton_bma(), {"w": True, "b": False}), PARAMS, value_fn=whole
     ),

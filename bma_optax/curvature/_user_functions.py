@@ -29,6 +29,13 @@ def loss(value_fn: Any, extra_args: dict[str, Any]) -> Callable[[Any], jax.Array
             f"`value_fn` must be the loss as a function, got {_described(value_fn)}. "
             "Pass the function itself, not its value."
         )
+    for name in _needed(value_fn):
+        if name in ("value", "grad") and name not in extra_args:
+            raise ValueError(
+                f"`value_fn` needs an argument `{name}`, and `update` takes that name "
+                "for what the loss gave. Pass the argument under another name, "
+                f"data=..., with value_fn=lambda params, data: fn(params, {name}=data)."
+            )
     return scalar(bind(value_fn, extra_args, "value_fn"), "value_fn")
 
 
@@ -146,6 +153,16 @@ def _described(value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype}{list(value.shape)}"
     return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _needed(fn: Callable[..., Any]) -> list[str]:
+    """Returns the names of the arguments after the first that have no default."""
+    try:
+        _, *others = inspect.signature(fn).parameters.values()
+    except ValueError:  # Functions written in C may have no signature.
+        return []
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    return [p.name for p in others if p.kind in named and p.default is p.empty]
 
 
 def bind(
