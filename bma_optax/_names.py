@@ -54,15 +54,12 @@ def named_leaves(tree) -> list[tuple[Path, Any]]:
 
 
 def containers(tree) -> list[tuple[str, ...]]:
-    """The types of the containers that each leaf is in, from the innermost on.
-
-    Boxes are left out.
-    """
+    """The types of the containers that each leaf is in, from the innermost on."""
     children = jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
     if len(children) == 1 and children[0] is tree:
         return [()]
-    kind = () if _is_box(tree) else (type(tree).__name__,)
-    return [inner + kind for child in children for inner in containers(child)]
+    kind = type(tree).__name__
+    return [(*inner, kind) for child in children for inner in containers(child)]
 
 
 def _is_box(x) -> bool:

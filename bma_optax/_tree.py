@@ -256,7 +256,7 @@ def like_init(tree, state, what="The gradient of"):
 def _check_containers(tree, state, what):
     """Raises a ValueError that names the first leaf in another container than before.
 
-    Flax's boxes are none: they come and go between ``init`` and ``update``.
+    Flax's boxes are containers too.
     """
     found, seen = containers(tree), containers(state)
     for (path, _), new, old in zip(named_leaves(tree), found, seen, strict=True):
@@ -265,6 +265,10 @@ def _check_containers(tree, state, what):
                 f"{what} {name_of(path)!r} is in {' in '.join(new)}; init saw "
                 f"{' in '.join(old)}. Pass a tree of the structure that init saw."
             )
+    raise ValueError(
+        "The containers of a tree have other static data than init saw, or are empty: "
+        f"{jax.tree.structure(tree)}. Pass a tree of the structure that init saw."
+    )
 
 
 def check_statistics(params, statistics) -> None:

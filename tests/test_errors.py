@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen
 
 import bma_optax as bma
 
@@ -32,6 +33,10 @@ def ones(*shape, dtype=np.float32):
 
 def like(*shape):
     return {"u": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+
+def box(x, name):
+    return linen.Partitioned(x, names=(name,))
 
 
 def loss(p):
@@ -205,6 +210,21 @@ UPDATES = [
             bma.scale_by_mini_bma(),
             bma.newton_bma(),
         )
+    ),
+    (
+        lambda: update(bma.scale_by_bma(), {"a": X, "b": (X,)}, {"a": X, "b": [X]}),
+        ValueError,
+        "The gradient of 'b/0' is in tuple in dict; init saw list in dict. Pass",
+    ),
+    (
+        lambda: update(bma.scale_by_mini_bma(), {"a": box(X, "to")}, {"a": X}),
+        ValueError,
+        "The gradient of 'a' is in Partitioned in dict; init saw dict. Pass",
+    ),
+    (
+        lambda: update(bma.adam_bma(1), {"a": box(X, "to")}, {"a": box(X, "from")}),
+        ValueError,
+        "other static data than init saw, or are empty: .*'to'.* Pass a tree",
     ),
     *(
         (

@@ -378,3 +378,7 @@ def test_a_symmetric_operator_of_few_bits_is_taken_for_symmetric(dtype):
     for seed in range(8):
         assert np.all(np.isfinite(apply(np.uint32(seed), field(0, dtype="float32"))))
     jax.effects_barrier()
+
+
+def test_of_no_parameters():
+    assert bma.preconditioner(lambda v: v, {})({}) == {}
