@@ -3,7 +3,6 @@
 import functools
 import gc
 import os
-import tempfile
 from importlib import metadata
 
 # Nearly all of the tests' time is compilation of small programs. The older way to
@@ -25,16 +24,6 @@ os.environ["XLA_FLAGS"] = " ".join(
 # One thread of BLAS for each worker of xdist: more of them wait for the other worker's,
 # at full speed.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
-
-# Many programs are compiled by more than one test, and by both workers of xdist. One
-# folder of compiled programs serves all processes of a run; it goes when the run ends.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    programs = tempfile.TemporaryDirectory(
-        prefix="programs-", ignore_cleanup_errors=True
-    )
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
