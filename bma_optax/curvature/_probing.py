@@ -145,7 +145,7 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
         """Adds a sample to the sums of values and of their squares over size²."""
         first, second, size = carry
         y = sample(_random.fold(key, number), size)
-        found = jax.tree.map(lambda y: _or_one(jnp.mean(jnp.abs(y))), y)
+        found = jax.tree.map(lambda y: or_one(jnp.mean(jnp.abs(y))), y)
         size = jax.tree.map(
             lambda new, old: jnp.where(
                 number <= left_out, jax.lax.stop_gradient(new), old
@@ -161,7 +161,7 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
         )
         return (first, second, size), None
 
-    ones = jax.tree.map(lambda z: _or_one(jnp.sum(z)), zeros)
+    ones = jax.tree.map(lambda z: or_one(jnp.sum(z)), zeros)
     numbers = jnp.arange(num_probes, dtype=jnp.int32)
     (first, second, size), _ = _control_flow.scan(
         add, (zeros, zeros, ones), numbers, operands=params
@@ -184,6 +184,12 @@ def by_signs(G: LinearOperator, active, key, num_probes) -> Probed:
 # which a unit is wrong.
 _FOR_UNITS = 6
 
+# A product with a multiple of a vector differs from that multiple of its product by
+# rounding, in whatever dtype the user's function computes. Not a power of 2, so that it
+# changes how numbers are rounded.
+SCALE = 1.3
+ROUNDINGS = 16  # Errors that rounding explains: products are off by one or two.
+
 
 def power_of_2(size, leaf):
     """Returns the power of 2 near 1/√size, in the range of the leaf's dtype.
@@ -195,7 +201,7 @@ def power_of_2(size, leaf):
     return jnp.exp2(jnp.clip(exponent, -most, most))
 
 
-def _or_one(x):
+def or_one(x):
     return jnp.where(x > 0, x, 1)
 
 

@@ -15,9 +15,7 @@ _PAIRS = ((0, 1), (1, 2), (2, 0))  # Of vectors: a single pair can agree by chan
 # Conjugate gradients bear a smaller difference, such as that of products which iterate
 # themselves.
 _TOLERANCE = 1e-2
-_MOST = 0.1
-_ROUNDINGS = 16
-_SCALE = 1.3  # Not a power of 2, so that it changes how numbers are rounded.
+_MOST = 0.1  # What rounding is taken to explain at most.
 
 
 def check(G: LinearOperator, z2, key) -> None:
@@ -65,13 +63,12 @@ def _skewness(G, z2, key):
         )
 
     numbers = jnp.asarray([0, 1, 2, 0])
-    scales = jnp.asarray([1, 1, 1, _SCALE], jnp.float32)
+    scales = jnp.asarray([1, 1, 1, _probing.SCALE], jnp.float32)
     images = _probing.batched(image, (numbers, scales), G.params)
     # Divide by the largest number first, or squares would overflow or vanish.
     dtype = _tree.common_statistic_dtype(unit)
     sizes = [jnp.max(jnp.abs(y), initial=0) for y in jax.tree.leaves(images)]
-    largest = jnp.max(jnp.stack([x.astype(dtype) for x in sizes]))
-    largest = jnp.where(largest > 0, largest, 1)
+    largest = _probing.or_one(jnp.max(jnp.stack([x.astype(dtype) for x in sizes])))
     images = jax.tree.map(lambda y: y / largest.astype(y.dtype), images)
     first, *_, again = F = [jax.tree.map(lambda y, i=i: y[i], images) for i in range(4)]
 
@@ -81,11 +78,10 @@ def _skewness(G, z2, key):
     def difference(i, j):
         return jnp.abs(_tree.vdot(vector(i), F[j]) - _tree.vdot(vector(j), F[i]))
 
-    size = norm(first)
-    size = jnp.where(size > 0, size, 1)
+    size = _probing.or_one(norm(first))
     skew = jnp.max(jnp.stack([difference(*pair) for pair in _PAIRS])) / size
     rounding = norm(jax.tree.map(jnp.subtract, again, first)) / size
-    return skew, jnp.clip(_ROUNDINGS * rounding, _TOLERANCE, _MOST)
+    return skew, jnp.clip(_probing.ROUNDINGS * rounding, _TOLERANCE, _MOST)
 
 
 def _message(skew) -> str:

@@ -157,12 +157,17 @@ def _described(value: Any) -> str:
 
 def _needed(fn: Callable[..., Any]) -> list[str]:
     """Returns the names of the arguments after the first that have no default."""
-    try:
-        _, *others = inspect.signature(fn).parameters.values()
-    except ValueError:  # Functions written in C may have no signature.
-        return []
     named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    others = (_parameters(fn) or [])[1:]
     return [p.name for p in others if p.kind in named and p.default is p.empty]
+
+
+def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """Returns the parameters of a function; some that are written in C tell none."""
+    try:
+        return list(inspect.signature(fn).parameters.values())
+    except ValueError:
+        return None
 
 
 def bind(
@@ -173,9 +178,8 @@ def bind(
     A function with ``**kwargs`` gets all of them. If ``fn`` fails on a tree that Optax
     has masked, the error says so.
     """
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except ValueError:  # Functions written in C may have no signature.
+    parameters = _parameters(fn)
+    if parameters is None:
         return fn
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         named = extra_args

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bma_optax import _control_flow, _tree
+from bma_optax.curvature import _probing
 from bma_optax.curvature._probing import LinearOperator
 from bma_optax.multilevel import _color_probing, _color_vectors
 from bma_optax.multilevel._stencil import Stencil
@@ -110,17 +111,13 @@ def _measure(
     spent = jnp.int32(len(leaves) * _coloring.num_products(axes))
     if known is None:
         eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
-        least = min(_ROUNDINGS * eps, _MOST)
+        least = min(_probing.ROUNDINGS * eps, _MOST)
 
         def tested(carry):
-            """Tests what is foretold, and the next time the first test.
-
-            A product with a multiple of a vector differs from that multiple of its
-            product by rounding, in whatever dtype the user's function computes.
-            """
+            """Tests what is foretold, and the next time the first test, rescaled."""
             count, image, error, _ = carry
             first = count == 0
-            seen = test(axes, jnp.where(first, 1, _SCALE).astype(dtype))
+            seen = test(axes, jnp.where(first, 1, _probing.SCALE).astype(dtype))
             expected = jnp.where(first, foretold, image)
             found = _relative_error(seen / units, expected / units)
             image, error = (
@@ -138,7 +135,7 @@ def _measure(
         _, image, error, rounding = _control_flow.repeat(unexplained, tested, start)
         passes = error <= least
         tolerance = jnp.where(
-            passes, least, jnp.clip(_ROUNDINGS * rounding, least, _MOST)
+            passes, least, jnp.clip(_probing.ROUNDINGS * rounding, least, _MOST)
         )
         spent = spent + jnp.where(passes, 0, num_tests).astype(jnp.int32)
     else:
@@ -212,8 +209,6 @@ def reaches_far(error, tolerance) -> str:
     )
 
 
-_SCALE = 1.3  # Not a power of 2, so that it changes how numbers are rounded.
-_ROUNDINGS = 16  # Products of local losses are off by one or two roundings.
 _MOST = 0.1  # The error of a false reach is larger than this in any dtype.
 
 
