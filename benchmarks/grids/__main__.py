@@ -20,7 +20,7 @@ import jax
 import optax
 
 import bma_optax as bma
-from benchmarks.grids import pictures, problems
+from benchmarks.grids import pictures, problems, unsuited
 from benchmarks.grids.energies import ENERGIES
 from benchmarks.harness.peers import PEERS, newton_bma
 from benchmarks.harness.race import Race, Starts, begin, report, summary
@@ -31,9 +31,9 @@ OTHERS = {
     "photo": problems.photo,
     "plasma": problems.plasma,
     "gridding": problems.gridding,
-    "deblur": problems.deblur,
-    "spline": problems.spline,
-    "heat": problems.heat,
+    "deblur": unsuited.deblur,
+    "spline": unsuited.spline,
+    "heat": unsuited.heat,
 } | ENERGIES
 
 

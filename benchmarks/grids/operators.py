@@ -90,14 +90,21 @@ class Operator(NamedTuple):
     shape: tuple[int, ...]
     reach: int
     slow: np.ndarray | None = None  # for PyAMG: the slow vectors, one a column.
+    rough: bool = False  # The solution is random, not the right side.
+
+    def right_side(self) -> jnp.ndarray:
+        random = jnp.asarray(np.random.default_rng(0).standard_normal(self.shape))
+        return self.product(self.arrays, random) if self.rough else random
 
 
-def stencil(weights: np.ndarray, slow: Callable | None = None) -> Callable:
+def stencil(
+    weights: np.ndarray, slow: Callable | None = None, rough: bool = False
+) -> Callable:
     def operator(n: int) -> Operator:
-        shape = (n, n, *weights.shape[:-2][:1])
+        shape, reach = (n, n, *weights.shape[:-2][:1]), weights.shape[-1] // 2
         arrays = weights.astype(float), np.ones(shape)
         vectors = None if slow is None else slow(n)
-        return Operator(of_stencil, arrays, shape, weights.shape[-1] // 2, vectors)
+        return Operator(of_stencil, arrays, shape, reach, vectors, rough)
 
     return operator
 
@@ -153,6 +160,7 @@ OPERATORS = {
     "at pi/8, 0.01": stencil(rotated(0.01, np.pi / 8)),
     "at pi/4, 0.01": stencil(rotated(0.01, np.pi / 4)),
     "thin plate": stencil(THIN_PLATE, linear),
+    "thin plate, random solution": stencil(THIN_PLATE, linear, rough=True),
     "elasticity, ν = 0.3": stencil(elasticity(0.3), rigid),
     "checkerboard of 5, 1 and 1e4": jumps(checkerboard),
     "random cells, 1 and 1e4": jumps(random_cells),

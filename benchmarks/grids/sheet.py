@@ -16,7 +16,8 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from benchmarks.grids.energies import ENERGIES, disc
+from benchmarks.grids.energies import ENERGIES
+from benchmarks.grids.images import disc
 from benchmarks.harness.peers import newton_bma
 from benchmarks.harness.solver import (
     Method,
