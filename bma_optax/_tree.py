@@ -133,7 +133,9 @@ def parameters(tree):
         name = f"Parameter {name_of(path)!r}"
         if not isinstance(leaf, (float, int)) and not hasattr(leaf, "dtype"):
             raise TypeError(
-                f"{name} is a {type(leaf).__name__}. Pass an array of a floating dtype."
+                f"{name} is a {type(leaf).__name__}. Pass floating arrays: keep other "
+                "leaves from the optimiser with optax.masked, or with "
+                "eqx.filter(model, eqx.is_inexact_array) in Equinox."
             )
         if jnp.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.extended):
             raise TypeError(

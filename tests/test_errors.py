@@ -141,7 +141,11 @@ PARAMETERS = [
         TypeError,
         "'a'.*split_real_and_imaginary",
     ),
-    (lambda: bma.scale_by_bma().init({"a": "x"}), TypeError, "'a' is a str"),
+    (
+        lambda: bma.scale_by_bma().init({"a": jnp.tanh}),
+        TypeError,
+        "'a' is a .*optax.masked, or with eqx.filter",
+    ),
     (
         lambda: bma.scale_by_bma().init({"a": jax.random.key(0)}),
         TypeError,

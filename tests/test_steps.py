@@ -185,6 +185,9 @@ def test_value_and_gradient_are_used_as_they_are_given():
     refused, state = step(1.0, 100.0)
     np.testing.assert_array_equal(refused["grad"], 0)
     assert state.backtracking == 0 and jnp.isinf(state.value)
+    stays, state = step(1.0, float("nan"))
+    np.testing.assert_array_equal(stays["grad"], 0)
+    assert state.backtracking == 0
 
 
 def test_a_step_that_the_model_missed_is_forgotten():

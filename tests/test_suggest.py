@@ -303,6 +303,16 @@ def test_arguments_reach_the_loss():
     assert rule == TILE
 
 
+def test_a_key_of_the_loss_comes_by_position():
+    def loss(u, key):
+        return jnp.sum(jax.random.uniform(key, u.shape) * u**2)
+
+    key, params = jax.random.key(0), jnp.ones(3)
+    with pytest.raises(ValueError, match="suggest_partition has an argument of that"):
+        bma.suggest_partition(loss, params, key=key)
+    assert bma.suggest_partition(loss, params, key, verbose=False) == bma.per_leaf
+
+
 def test_a_nonfinite_curvature_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         bma.suggest_partition(lambda u: jnp.sum(jnp.sqrt(u)), -jnp.ones((9, 9)))

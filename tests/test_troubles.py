@@ -61,6 +61,9 @@ def under_x64():
 
 CASES = {
     "an integer leaf": lambda: bma.scale_by_bma().init({"n": jnp.arange(3)}),
+    "a function or a string as a leaf": lambda: bma.scale_by_bma().init(
+        {"f": jnp.tanh}
+    ),
     "a complex leaf": lambda: bma.mini_bma(1.0).init(jnp.ones(2, "complex64")),
     "gradients of another structure": lambda: update(
         bma.scale_by_bma(), PARAMS | {"c": jnp.ones(2)}
@@ -122,6 +125,9 @@ CASES = {
     ),
     "an argument of the loss that is named `value` or `grad`": lambda: update(
         bma.newton_bma(), PARAMS, value_fn=lambda p, value: once(p) * value, value=1.0
+    ),
+    "a loss that needs a `key`, to `suggest_partition`": lambda: bma.suggest_partition(
+        lambda p, key: once(p), PARAMS, key=jax.random.key(0)
     ),
     "a loss that needs what `optax.masked` took away": lambda: update(
         optax.masked(bma.newton_bma(), {"w": True, "b": False}), PARAMS, value_fn=whole

@@ -29,14 +29,26 @@ def loss(value_fn: Any, extra_args: dict[str, Any]) -> Callable[[Any], jax.Array
             f"`value_fn` must be the loss as a function, got {_described(value_fn)}. "
             "Pass the function itself, not its value."
         )
-    for name in _needed(value_fn):
-        if name in ("value", "grad") and name not in extra_args:
-            raise ValueError(
-                f"`value_fn` needs an argument `{name}`, and `update` takes that name "
-                "for what the loss gave. Pass the argument under another name, "
-                f"data=..., with value_fn=lambda params, data: fn(params, {name}=data)."
-            )
+    free_names(value_fn, extra_args, "`update`", ("value", "grad"))
     return scalar(bind(value_fn, extra_args, "value_fn"), "value_fn")
+
+
+def free_names(value_fn: Any, given: Any, caller: str, taken: tuple[str, ...]) -> None:
+    """Raises a ValueError if the loss needs an argument of a name that is ``taken``.
+
+    Args:
+      value_fn: the loss.
+      given: the names of the arguments that it gets.
+      caller: what has arguments of the names ``taken``, for the message.
+      taken: these names.
+    """
+    for name in _needed(value_fn):
+        if name in taken and name not in given:
+            raise ValueError(
+                f"`value_fn` needs an argument `{name}`, and {caller} has an argument "
+                "of that name. Pass it under another name, data=..., with "
+                f"value_fn=lambda params, data: fn(params, {name}=data)."
+            )
 
 
 def value_and_grad(value: Any, grad: Any, params: Any) -> tuple[jax.Array, Any]:
@@ -153,6 +165,11 @@ def _described(value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype}{list(value.shape)}"
     return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def names_of_arguments(fn: Callable[..., Any]) -> list[str]:
+    """Returns the names of the arguments after the first, in their order."""
+    return [p.name for p in (_parameters(fn) or [])[1:]]
 
 
 def _needed(fn: Callable[..., Any]) -> list[str]:

@@ -25,7 +25,8 @@ from bma_optax.partitions import _rules
 class Preconditioner:
     """The symmetric positive definite C of Newton-BMA; a pytree, called like a function.
 
-    :func:`preconditioner` makes it. C is linear, and its own transpose and adjoint.
+    :func:`preconditioner` makes it. C is linear, and its own transpose and adjoint:
+    take C itself where ``jax.linear_transpose`` cannot transpose its operations.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma

@@ -61,6 +61,7 @@ class _PerRow(_PerIndex):
 _LAST_AXIS = re.compile(r"kernel|lora|^w\d*(_|$)")
 _FIRST_AXIS = re.compile(r"embedding|(^|_)weight(_|$)")
 _PROJECTIONS = {("query",), ("key",), ("value",)}  # Flax: (inputs, heads, units).
+_TRANSPOSED = re.compile(r"transpose(_\d+)?$")  # Haiku: w is (window, units, inputs).
 _NO_INPUTS = re.compile(r"bias|scale|offset|^b\d*(_|$)")
 
 
@@ -70,7 +71,8 @@ class _PerUnit(Rule):
 
     The last part of the path decides: ``kernel`` and ``w`` (Flax, Haiku) have units on
     the last axis, ``weight`` (Equinox, PyTorch) and ``embedding`` on the first; a
-    ``bias``, a ``scale`` or an array of one axis is one block. Where another name
+    ``bias``, a ``scale`` or an array of one axis is one block. The ``w`` of Haiku's
+    transposed convolutions has units on the last axis but one. Where another name
     cannot tell, the last axis is taken with a UserWarning: pass ``bma.per_column``,
     ``bma.per_row`` or :func:`by_path` then. A bare array has no name, and takes the
     last axis.
@@ -87,6 +89,9 @@ class _PerUnit(Rule):
     def tile(self, path, shape):
         if len(shape) == 3 and path[-1:] == ("kernel",) and path[-2:-1] in _PROJECTIONS:
             return (shape[0], 1, 1)  # Units are counted by heads, and in each.
+        module = path[-2] if path[-1:] == ("w",) and len(path) > 1 else ""
+        if len(shape) > 2 and _TRANSPOSED.search(module):
+            return (*shape[:-2], 1, shape[-1])
         return self._axis(path, shape).tile(path, shape)
 
     def _axis(self, path, shape):

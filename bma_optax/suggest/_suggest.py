@@ -68,7 +68,8 @@ def suggest_partition(
       verbose: whether to print the table.
       key: a seed or a random key, for the probes and for ``bma.Fisher``.
       **extra_args: arguments for the functions that name them in their signatures, as
-        those of ``update``.
+        those of ``update``. Arguments of the loss that are named ``key``, ``verbose``
+        or ``curvature`` must come by position, or under other names.
 
     Returns:
       A :class:`Rule`, with its reach, for :func:`newton_bma`,
@@ -78,8 +79,8 @@ def suggest_partition(
     Raises:
       TypeError: if ``value_fn`` is not a function with second derivatives, or a leaf is
         not a real floating array.
-      ValueError: if the curvature is not finite at the parameters, or under
-        ``jax.jit``.
+      ValueError: if the curvature is not finite at the parameters, if the loss needs an
+        argument of a name that is taken, or under ``jax.jit``.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -94,6 +95,9 @@ def suggest_partition(
     Trottenberg, Oosterlee and Schüller, Multigrid, 2001, section 5.1.
     """
     _checks.functions(value_fn=value_fn)
+    placed = _user_functions.names_of_arguments(value_fn)[: len(args)]
+    taken = "curvature", "verbose", "key"
+    _user_functions.free_names(value_fn, placed, "suggest_partition", taken)
     if _control_flow.is_traced(params, args, extra_args):
         raise ValueError(
             "suggest_partition returns a rule, which is no array. Call it before "
