@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from bma_optax import _sharding
 
-# Decorates a method of a static, hashable object. Outside ``jax.jit`` the method is
-# compiled as one program, once for each object. Inside, ``inline`` makes it part of the
-# caller's program.
-compiled = functools.partial(jax.jit, static_argnums=0, inline=True)
+# Decorates a method of a static, hashable object: one program, once for each object.
+# Inside ``jax.jit`` it is a function of the caller's program, traced and lowered once
+# however often it is called, and XLA makes it part of what calls it.
+compiled = functools.partial(jax.jit, static_argnums=0)
 
 
 def is_traced(*trees) -> bool:

@@ -32,7 +32,7 @@ def materialize(tree, finite):
     return jax.tree.map(_materialize, tree, finite)
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def _materialize(x, y):
     def divide(x, y):
         return x / jnp.where(y == y, 1, y).astype(x.dtype)

@@ -381,11 +381,13 @@ def test_sharding_is_stable(name, how):
 
     def run(params):
         tx = BY_NAME[name].build()
-        state = (jax.jit(tx.init) if how == "jit" else tx.init)(params)
+        init = jax.jit(tx.init) if how == "jit" else tx.init
         update = functools.partial(tx.update, **with_loss(bowl))
-        updates, new = (jax.jit(update) if jit else update)(params, state, params)
+        update = jax.jit(update) if jit else update
+        state = init(params)
+        updates, new = update(params, state, params)
         if under_mesh:  # Traced or not, the types are the same.
-            traced = jax.eval_shape(tx.init, params)
+            traced = jax.eval_shape(init, params)
             traced = traced, jax.eval_shape(update, params, state, params)
             assert types(traced) == types((state, (updates, new)))
         for (path, old), leaf in zip(

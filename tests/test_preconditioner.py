@@ -335,7 +335,7 @@ def advection(weight, x):
 @pytest.mark.parametrize("rule", [bma.per_leaf, LOCAL])
 def test_an_operator_that_is_not_symmetric_is_said_and_the_advice_works(rule):
     b = field(0, dtype="float32")
-    A = functools.partial(advection, 0.3)
+    A = jax.jit(functools.partial(advection, 0.3))
     message = "is not symmetric"
     with pytest.raises(ValueError, match=message):
         bma.preconditioner(A, b, rule)

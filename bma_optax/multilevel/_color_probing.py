@@ -202,7 +202,7 @@ def respond(G: LinearOperator, arrays, axes, vectors, *, diagonal: bool) -> Resp
     return Responses(stacks, found)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _block_sums(x, weights, axis, tile, positions):
     """Sums x times weights over each tile of an axis, at some positions of a tile."""
     n = x.shape[axis]

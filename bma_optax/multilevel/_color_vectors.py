@@ -108,7 +108,7 @@ def _places(axis, weights):
     return tuple(np.unique(places).tolist())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _table(axis, numbers, weights, test):
     """The vectors, and the rows of weights below them, see :class:`Vectors`.
 
