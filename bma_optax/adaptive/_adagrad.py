@@ -94,10 +94,12 @@ def scale_by_bma(
         at the first step and in softmax layers. At 0 the floor is what the dtype
         resolves beside the largest eigenvalue: 4 √L times the machine epsilon times it.
         At 1 the update along block means can shrink but not grow. None stands for 1
-        with "projection", and for 0.3 with "report", which bounds the growth by 1.8.
-        With "report" deeper networks can diverge below 0.1 at the second step, where M
-        is nearly singular; on digits the value changes little (``benchmarks.costs``).
-        Pass 0 for AdaGrad-Full to the letter.
+        with "projection", and for 0.3 with "report", which bounds the growth of the
+        norm by 1.8. A small block that sees a large one can still move far, and against
+        its gradient, while the gradients of both have one sign. With "report" deeper
+        networks can diverge below 0.1 at the second step, where M is nearly singular;
+        on digits the value changes little (``benchmarks.costs``). Pass 0 for
+        AdaGrad-Full to the letter.
       form: "left" for the update :math:`F^{-1/2} Z^{-1} g`. "symmetric" for
         :math:`Z^{-1/2} F^{-1/2} Z^{-1/2} g`, which is always a descent direction, but
         large where z is tiny and blocks are fine: with ``per_unit`` on digits its

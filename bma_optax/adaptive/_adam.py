@@ -94,7 +94,7 @@ def scale_by_adam_bma(
         follows that of :math:`Z^{-1} m`.
       min_eigenvalue: the floor of M's eigenvalues, a number >= 0. At 1 the update along
         block means can shrink but not grow. None stands for 1 with "projection", and
-        for 0.3 with "report", which bounds the growth by 1.8.
+        for 0.3 with "report", which bounds the growth of the norm by 1.8.
       update_interval: k, an integer >= 1: the steps from one computation of M^-½ to the
         next. M^-½ is also computed at steps 1, 2, 4, 8, ... below k, because the first
         gradients change M most.

@@ -48,7 +48,7 @@ def adagrad_bma(
       min_eigenvalue: the floor of M's eigenvalues, a number >= 0. At 1 the update along
         block means can shrink but not grow; 0 is AdaGrad-Full to the letter. None
         stands for 1 with "projection", and for 0.3 with "report", which bounds the
-        growth by 1.8.
+        growth of the norm by 1.8, see :func:`scale_by_bma`.
       form: a string, "left" for the update :math:`F^{-1/2} Z^{-1} g`; "symmetric" for
         :math:`Z^{-1/2} F^{-1/2} Z^{-1/2} g`, always a descent direction, but large
         where gradients were tiny and blocks are fine.
@@ -145,7 +145,7 @@ def adam_bma(
         the direction that the units of an array share, see :func:`scale_by_bma`.
       min_eigenvalue: the floor of M's eigenvalues, a number >= 0. At 1 the update along
         block means can shrink but not grow. None stands for 1 with "projection", and
-        for 0.3 with "report", which bounds the growth by 1.8.
+        for 0.3 with "report", which bounds the growth of the norm by 1.8.
       update_interval: an integer >= 1, the steps from one computation of M^-½ to the
         next. The default 1 computes it at every step; 10 is cheaper with many blocks.
 
