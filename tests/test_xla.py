@@ -296,6 +296,17 @@ def test_a_refresh_writes_its_products_to_memory_that_is_there():
     assert len(made) == 1 and "dynamic-update-slice" in made[0]
 
 
+def test_a_refresh_of_dense_blocks_holds_the_product_twice():
+    """A network's is a long program: once for N and its rounding, once for diag G."""
+    curvature = bma.Operator(
+        lambda _: lambda v: jax.tree.map(lambda x: jax.lax.rev(x, (0,)), v)
+    )
+    tx = bma.scale_by_newton_bma(curvature=curvature, update_interval=1)
+    params = {"a": jnp.ones(200), "b": jnp.ones(300)}
+    text = program(tx.update, params, tx.init(params), params, platform="cpu")
+    assert text.count("stablehlo.reverse") == 2 * len(params)
+
+
 def test_a_large_root_on_a_tpu_is_one_operation():
     """JAX's own choice there is a program that takes minutes to compile."""
     like = jax.ShapeDtypeStruct((300, 300), jnp.float32)

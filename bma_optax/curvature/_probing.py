@@ -68,20 +68,6 @@ class Probed(NamedTuple):
     products: jax.Array  # shape (), int32.
 
 
-def block_products(G: LinearOperator, blocks, positions) -> Probed:
-    """Returns the sums of G over pairs of blocks, 1_iᵀ G 1_j, shape (n, n).
-
-    ``positions``, n integers, are the positions of the blocks in the partition.
-    """
-
-    def row(i):
-        indicator = (jnp.arange(blocks.num_blocks) == i).astype(jnp.float32)
-        return blocks.block_sums(G(blocks.expand(indicator, G.params)))[positions]
-
-    full = batched(row, (jnp.asarray(positions),), G.params)
-    return Probed((full + full.T) / 2, jnp.int32(len(positions)))
-
-
 def by_units(G: LinearOperator, active) -> Probed:
     """Returns e_iᵀ G e_i for every entry i of the active arrays, a tree like params."""
     params = G.params

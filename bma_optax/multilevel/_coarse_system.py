@@ -35,7 +35,7 @@ class Measured(NamedTuple):
     N: Any  # the part of 1ᵀ G 1 that the system holds, in its layout.
     diagonal: dict[int, jax.Array]  # of G, by the position of the array, where found.
     check: Check | None  # of a declared reach; None without one.
-    evidence: jax.Array  # an argument of the system's ``rounding``.
+    evidence: Any  # an argument of the system's ``rounding``.
     products: jax.Array  # shape (), int32.
 
 

@@ -77,29 +77,47 @@ class Dense:
     restrict = metric = sums
     prolong = fill
 
-    def measure(self, G: LinearOperator, key, diagonal: bool) -> Measured:
-        """Gathers N by one product with the indicator of each block.
-
-        If each element is a block, N is G and has the diagonal.
-        """
-        del key
-        positions = np.arange(self.blocks.num_blocks)
-        full, products = _probing.block_products(G, self.blocks, positions)
-        N, row = [], 0
-        for count, n in self.blocks.buckets:
-            square = full[row : row + count * n, row : row + count * n]
-            square = square.reshape(count, n, count, n)
-            N.append(jnp.einsum("gigj->gij", square))
-            row += count * n
-        values: dict[int, jax.Array] = {}
-        if diagonal and all(
+    @property
+    def has_diagonal(self) -> bool:
+        """Whether each element is a block: N is G and has the diagonal."""
+        return all(
             array.num_blocks == math.prod(array.shape) and array.owner == array.path
             for array in self.blocks.arrays
-        ):
+        )
+
+    def measure(self, G: LinearOperator, key, diagonal: bool, n2=None) -> Measured:
+        """Gathers N by one product with the indicator of each block.
+
+        Given n², it makes the products of :meth:`rounding` side by side with these: the
+        product is a long program, which is compiled once then.
+        """
+        count = self.blocks.num_blocks
+        vectors = jnp.eye(count, dtype=_tree.common_statistic_dtype(G.params))
+        if n2 is not None:
+            vectors = jnp.concatenate([vectors, _combinations(n2, key)])
+        images = self._images(G, vectors)
+        full = (images[:count] + images[:count].T) / 2
+        N, row = [], 0
+        for groups, n in self.blocks.buckets:
+            square = full[row : row + groups * n, row : row + groups * n]
+            square = square.reshape(groups, n, groups, n)
+            N.append(jnp.einsum("gigj->gij", square))
+            row += groups * n
+        values: dict[int, jax.Array] = {}
+        if diagonal and self.has_diagonal:
             parts = [jnp.diagonal(x, axis1=1, axis2=2).reshape(-1) for x in N]
             zeros = _tree.zeros_like(G.params, _tree.statistic_dtype)
             values = self.fill(jnp.concatenate(parts), jax.tree.leaves(zeros))
-        return Measured(tuple(N), values, None, full, products)
+        products = jnp.int32(len(vectors))
+        return Measured(tuple(N), values, None, (full, images[count:]), products)
+
+    def _images(self, G, vectors):
+        """1ᵀ G 1 times each vector over the blocks, shape (vectors, L_dense)."""
+
+        def image(x):
+            return self.blocks.block_sums(G(self.blocks.expand(x, G.params)))
+
+        return _probing.batched(image, (vectors,), G.params)
 
     def rounding(self, G, found, n2, key) -> Probed:
         """How far rounding moves eigenvalues of M, shape ().
@@ -110,20 +128,15 @@ class Dense:
         small by chance.
         """
         n = jnp.sqrt(n2)
-        least = jnp.min(n, initial=jnp.inf)  # The vectors are of size 1.
-
-        def difference(weights):
-            t = weights * least / n
-            image = self.blocks.block_sums(G(self.blocks.expand(t, G.params)))
-            return (image - _xla.product(found.evidence, t)) / (least * n)
-
-        shape = (_COMBINATIONS, *n.shape)
-        positions = jnp.arange(math.prod(shape)).reshape(shape)
-        weights = 0.5 + _random.uniform(key, positions, n.dtype)
-        errors = _probing.batched(difference, (weights,), G.params)
+        full, images = found.evidence
+        t, products = _combinations(n2, key), 0
+        if not len(images):
+            images, products = self._images(G, t), _COMBINATIONS
+        least = jnp.min(n, initial=jnp.inf)
+        errors = (images - _xla.product(t, full)) / (least * n)[None]
         error = 8 * jnp.max(jnp.abs(jax.lax.stop_gradient(errors)), initial=0)
         error = jnp.maximum(error, 4 * float(jnp.finfo(n.dtype).eps))
-        return Probed(error, jnp.int32(_COMBINATIONS))
+        return Probed(error, jnp.int32(products))
 
     @_control_flow.compiled
     def invert(self, N, n2, damping, floor, rounding) -> Inverted:
@@ -198,6 +211,15 @@ def _invert(M, n2, s, damping, floor, rounding) -> Inverted:
 def dense_system(blocks: Partition) -> tuple[Dense, ...]:
     """A tuple with the system of a partition's dense groups, or () if it has none."""
     return (Dense(blocks.dense),) if blocks.buckets else ()
+
+
+def _combinations(n2, key):
+    """Random combinations of blocks, of size 1, shape (combinations, L_dense)."""
+    n = jnp.sqrt(n2)
+    shape = (_COMBINATIONS, *n.shape)
+    positions = jnp.arange(math.prod(shape)).reshape(shape)
+    weights = 0.5 + _random.uniform(key, positions, n.dtype)
+    return weights * (jnp.min(n, initial=jnp.inf) / n)[None]
 
 
 def _outer(root):

@@ -43,6 +43,7 @@ class Nested:
     """The coarse system of arrays on one grid; static."""
 
     fields: GridFields
+    has_diagonal = True  # :meth:`measure` gives it.
 
     @functools.cached_property
     def stencil(self) -> Stencil:
@@ -150,8 +151,9 @@ class Nested:
             slopes.append(jnp.asarray(slope.values.reshape(shape), dtype))
         return [1, *slopes]
 
-    def measure(self, G: LinearOperator, key, diagonal: bool) -> Measured:
+    def measure(self, G: LinearOperator, key, diagonal: bool, n2=None) -> Measured:
         """Gathers N and the diagonal by products with one color each."""
+        del n2
         found = _local_entries.gather(
             G, self.fields, self.stencil, key, diagonal=diagonal
         )

@@ -118,24 +118,27 @@ class TwoLevel(CoarseSystems):
             _random.fold(key, len(self.systems) + i) for i in (0, 1)
         )
         dtype = _tree.common_statistic_dtype(G.params)
-        parts = [
-            system.measure(G, _random.fold(key, number), given is None)
+        # Systems that do not give the diagonal are measured when it is known.
+        early = {
+            number: system.measure(G, _random.fold(key, number), given is None)
             for number, system in enumerate(self.systems)
-        ]
-        parts = [x._replace(N=_cast(x.N, dtype)) for x in parts]
-        N = tuple(x.N for x in parts) or jnp.zeros(0, dtype)
+            if system.has_diagonal
+        }
         if given is None:
-            diagonal, more = _whole_diagonal(curvature, G, parts, key_diagonal)
+            diagonal, products = _whole_diagonal(
+                curvature, G, early.values(), key_diagonal
+            )
         else:
-            diagonal, more = given, jnp.int32(0)
-        products = sum((x.products for x in parts), start=more)
-        checks = [x.check for x in parts if x.check is not None]
+            diagonal, products = given, jnp.int32(0)
+        products = sum((x.products for x in early.values()), start=products)
+        checks = [x.check for x in early.values() if x.check is not None]
         local = jnp.asarray(True)
         if checks:
             check = _local_entries.worst(checks)
             local = check.error <= check.tolerance
             # If N is not finite, the curvature has failed, not its reach.
-            reaches_far = ~local & _tree.all_finite(N) & ~known_far
+            known = _tree.all_finite([x.N for x in early.values()])
+            reaches_far = ~local & known & ~known_far
             _warnings.raise_or_warn(reaches_far, _local_entries.reaches_far, *check)
             if given is None:
 
@@ -151,12 +154,16 @@ class TwoLevel(CoarseSystems):
                     )
         diagonal = jax.tree.map(jnp.abs, diagonal)
         metrics = self.metric(positive(self, diagonal))
-        rounding = [
-            system.rounding(G, part, metric, key_rounding)
-            for system, part, metric in zip(self.systems, parts, metrics, strict=True)
-        ]
+        parts, rounding = [], []
+        for number, system in enumerate(self.systems):
+            metric, part = metrics[number], early.get(number)
+            if part is None:
+                part = system.measure(G, key_rounding, False, metric)
+                products = products + part.products
+            parts.append(part)
+            rounding.append(system.rounding(G, part, metric, key_rounding))
         return Gathered(
-            N,
+            tuple(_cast(x.N, dtype) for x in parts) or jnp.zeros(0, dtype),
             diagonal,
             tuple(x.value for x in rounding),
             local,
