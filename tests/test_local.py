@@ -136,7 +136,6 @@ CASES = {
         1,
     ),
 }
-AT_ONCE = ("2 dimensions", "periodic")  # They share their programs.
 every_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -159,7 +158,7 @@ def product(f, like):
     return jax.linearize(jax.grad(f), like)[1]
 
 
-def columns(function, like, at_once=False):
+def columns(function, like, at_once=True):
     """A linear function of trees as a matrix, transposed; ``at_once`` by ``vmap``."""
     flat, unravel = ravel_pytree(like)
     units = jnp.eye(flat.size)
@@ -186,13 +185,14 @@ def operator_and_labels(rule, local, G, like, at_once):
 
 
 def matrices(
-    name, change=lambda rule: rule, positions=lambda like: None, at_once=False, **sizes
+    name, change=lambda rule: rule, positions=lambda like: None, at_once=True, **sizes
 ):
     """C with a reach, C by its definition, G, and the number of blocks of a case.
 
     ``change`` makes another rule of the local one, and ``positions`` gives the
     coordinates of the elements to the reference. Cases of one shape and rule share a
-    program. ``at_once`` makes the columns of C by ``vmap``, which takes long to trace.
+    program. ``at_once`` makes the columns of C by ``vmap``: nested levels take long to
+    trace then.
     """
     f, like, rule, local = case(name, **sizes)
     G = dense(f, like)
@@ -205,7 +205,7 @@ def matrices(
 @every_case
 def test_colors_give_what_the_entries_of_G_give(name):
     """Up to 64 blocks the coarse matrix is dense: C must be the same to rounding."""
-    got, expected, _, count = matrices(name, at_once=name in AT_ONCE)
+    got, expected, _, count = matrices(name)
     assert count <= 64
     np.testing.assert_allclose(got, expected, atol=1e-10 * np.abs(expected).max())
 
@@ -272,8 +272,9 @@ NESTED = {
 
 @pytest.mark.parametrize("name", NESTED)
 def test_nested_operator_is_symmetric_and_positive_definite(name):
+    at_once = name in ("2 dimensions", "periodic")
     matrix, wanted, G, count = matrices(
-        name, at_once=name in AT_ONCE, most=2, shape=NESTED[name]
+        name, at_once=at_once, most=2, shape=NESTED[name]
     )
     assert count > 64
     scale = np.abs(matrix).max()
