@@ -10,7 +10,8 @@ of block sums r costs little; n² are the block sums of z², and with slopes sma
 matrices in their place. Two kinds have the same
 methods: ``_dense`` for all groups with a dense matrix, where numbers of blocks have the
 shape (l,), and ``_nested`` for arrays on one grid whose curvature has a reach, where
-they have the shape of the grid, (fields, *grid).
+they have the shape of the grid, (fields, *grid). A system that ``has_diagonal`` gives
+the diagonal of G with N; others are measured when the diagonal is known, and get n².
 """
 
 import math

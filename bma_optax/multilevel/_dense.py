@@ -92,10 +92,9 @@ class Dense:
         product is a long program, which is compiled once then.
         """
         count = self.blocks.num_blocks
-        vectors = jnp.eye(count, dtype=_tree.common_statistic_dtype(G.params))
-        if n2 is not None:
-            vectors = jnp.concatenate([vectors, _combinations(n2, key)])
-        images = self._images(G, vectors)
+        indicators = jnp.eye(count, dtype=_tree.common_statistic_dtype(G.params))
+        combinations = indicators[:0] if n2 is None else _combinations(n2, key)
+        images = self._images(G, jnp.concatenate([indicators, combinations]))
         full = (images[:count] + images[:count].T) / 2
         N, row = [], 0
         for groups, n in self.blocks.buckets:
@@ -108,8 +107,8 @@ class Dense:
             parts = [jnp.diagonal(x, axis1=1, axis2=2).reshape(-1) for x in N]
             zeros = _tree.zeros_like(G.params, _tree.statistic_dtype)
             values = self.fill(jnp.concatenate(parts), jax.tree.leaves(zeros))
-        products = jnp.int32(len(vectors))
-        return Measured(tuple(N), values, None, (full, images[count:]), products)
+        evidence = full, combinations, images[count:]
+        return Measured(tuple(N), values, None, evidence, jnp.int32(len(images)))
 
     def _images(self, G, vectors):
         """1ᵀ G 1 times each vector over the blocks, shape (vectors, L_dense)."""
@@ -128,10 +127,10 @@ class Dense:
         small by chance.
         """
         n = jnp.sqrt(n2)
-        full, images = found.evidence
-        t, products = _combinations(n2, key), 0
-        if not len(images):
-            images, products = self._images(G, t), _COMBINATIONS
+        (full, t, images), products = found.evidence, 0
+        if not len(t):  # `measure` had no n².
+            t, products = _combinations(n2, key), _COMBINATIONS
+            images = self._images(G, t)
         least = jnp.min(n, initial=jnp.inf)
         errors = (images - _xla.product(t, full)) / (least * n)[None]
         error = 8 * jnp.max(jnp.abs(jax.lax.stop_gradient(errors)), initial=0)
