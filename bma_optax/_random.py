@@ -13,20 +13,20 @@ import numpy as np
 def fold(key, number):
     """A key, uint32 of shape (2,), from a key and an integer of shape ().
 
-    What comes of a static integer is a constant array, which a kernel reads as it reads
-    the key: it is the same kernel for all integers.
+    A static integer becomes a constant array, which a kernel reads as it reads the key.
+    All integers then share one kernel.
     """
     static = isinstance(number, int)
     xp = np if static else jnp
     number = xp.asarray(number).astype(xp.uint32)
     # The numbers of two words must differ, or equal words would stay equal.
     odd = xp.arange(1, 3, dtype=xp.uint32) * xp.uint32(0x9E3779B9)
-    return _folded(key, _mixed(odd + number))
+    return _folded(key, mixed(odd + number))
 
 
 @jax.jit
 def _folded(key, number):
-    return _mixed(key ^ number)
+    return mixed(key ^ number)
 
 
 @jax.jit
@@ -34,7 +34,7 @@ def bits(key, positions):
     """uint32 in the shape of ``positions``, which are integers."""
     x = positions.astype(jnp.uint32)
     for word in key:
-        x = _mixed(x ^ word)
+        x = mixed(x ^ word)
     return x
 
 
@@ -52,7 +52,8 @@ def uniform(key, positions, dtype):
     return x
 
 
-def _mixed(x):
+def mixed(x):
+    """The hash of each number of x, uint32."""
     for shift, factor in [(16, 0x85EBCA6B), (13, 0xC2B2AE35)]:
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
     return x ^ (x >> np.uint32(16))

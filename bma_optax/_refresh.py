@@ -30,7 +30,11 @@ def every(interval, count, refresh, last):
 
 
 def in_place(interval, count, refresh, last, also):
-    """The same for large arrays, which are not copied: ``refresh`` is given them."""
+    """Does what :func:`every` does for large arrays, which it does not copy.
+
+    ``refresh`` takes ``last``. It runs where ``also`` holds, too, but not at the early
+    steps below the interval.
+    """
     if at_each_step(interval):
         return refresh(last)
     with jax.named_scope("refresh"):

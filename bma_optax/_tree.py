@@ -189,8 +189,7 @@ def unlike(tree, like) -> tuple[str, Any, Any] | None:
     Leaves differ if their shapes do, or if one is missing: it is then None. Returns
     None if the trees have the same paths and shapes.
     """
-    structure: Any = jax.tree.structure(like)
-    if structure == jax.tree.structure(tree):
+    if same_structure(tree, like):
         pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
         if all(np.shape(x) == np.shape(y) for x, y in pairs):
             return None  # Finding the names costs more than the check itself.

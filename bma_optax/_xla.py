@@ -1,9 +1,9 @@
 """What is written for the XLA compiler and not for readers.
 
 JAX says what is computed. XLA decides when, how often, and what is stored, and on CPU
-it does not always choose well: a pass over memory more is a tenth of a step here. Each
-function gives back the values that it is given. ``tests/test_xla.py`` compiles programs
-with and without it, and fails when a new XLA no longer needs one.
+it does not always choose well: a pass over memory more is a tenth of a step here. No
+function here changes a value. ``tests/test_xla.py`` compiles programs with each and
+without, and fails when a new XLA no longer needs one.
 """
 
 import functools
@@ -17,17 +17,18 @@ from bma_optax import _control_flow, _sharding
 
 
 def materialize(tree, finite):
-    """``tree``, computed once and stored for all that take it up.
+    """``tree``, computed once and stored for all its uses.
 
     XLA on CPU computes what is cheap again for each use, and for each element of a
-    block. It stores the result of a division, unless all uses are sums, which take in
-    divisions as well; and that of a comparison, which sums do not take in. Hence a
-    division by a 1 from a comparison. On other platforms nothing is done: their fusions
-    share what they read.
+    block. It stores the result of a division unless all its uses are sums: it fuses
+    divisions into sums. It does not fuse comparisons into sums. So this divides by a 1
+    that is made by a comparison. On other platforms ``tree`` comes back as it is:
+    fusions share what they read there.
 
     Args:
       tree: floating arrays.
-      finite: a tree like it, of any finite numbers: XLA cannot know the 1 from them.
+      finite: a tree like it, of any finite numbers. The 1 is made from them, and XLA
+        cannot know that it is 1.
     """
     return jax.tree.map(_materialize, tree, finite)
 
@@ -45,11 +46,11 @@ def by_platform(f, cpu, elsewhere, *operands, closure=()):
 
     Outside ``jax.jit`` it is the latter: JAX would compile both.
 
-    The static argument says how to compute, and not what. Two rules lie behind most of
-    these. On a GPU each kernel takes longer to launch than a small one to run, and what
-    a loop carries is copied; on CPU this costs less than to compile a larger program.
-    And a GPU's fusion takes in several steps of a loop that adds to sums, where XLA on
-    CPU would compute the terms of a sum again for each sum over that sum.
+    The static argument says how to compute, and not what. Most uses follow one of two
+    rules. A GPU takes longer to launch a small kernel than to run it, and copies what a
+    loop carries: there steps are written out, while a loop on CPU makes a program that
+    compiles faster. And a GPU fuses several steps that add to sums, where XLA on CPU
+    would compute the terms again for each sum.
 
     Args:
       f: the function.
@@ -67,11 +68,11 @@ def by_platform(f, cpu, elsewhere, *operands, closure=()):
 
 
 def recompute(tree):
-    """``tree`` under another name: what is computed from it is computed once more.
+    """``tree``, hidden from XLA: what is computed from it is computed once more.
 
     XLA on CPU would store what two passes over an array share, as ``r = g f(h)`` and a
-    later ``r f(h)`` do. The shared part is cheap, and the memory that it would need is
-    not. On other platforms the two are one pass already.
+    later ``r f(h)`` share f(h). To compute it again is cheap; the memory for it is not.
+    On other platforms the two are one pass already.
     """
     return jax.lax.platform_dependent(
         tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree
@@ -79,11 +80,11 @@ def recompute(tree):
 
 
 def second_pass(tree):
-    """``tree`` as it is on CPU; elsewhere for a pass that starts after the first.
+    """``tree``, off the CPU for a second pass over memory, after the first.
 
     A GPU's fusion that sums cannot write in place, and what it writes has to be copied.
-    With this the first pass only sums, and the second computes again what it needs from
-    what is given: no array is copied or stored. XLA on CPU would take longer.
+    With two passes the first only sums. The second computes again what it needs, so
+    that no array is copied or stored. XLA on CPU would take longer, and gets one pass.
     """
     return jax.lax.platform_dependent(
         tree, cpu=lambda tree: tree, default=jax.lax.optimization_barrier
@@ -93,10 +94,10 @@ def second_pass(tree):
 def after(x, source):
     """``x``, computed after ``source``.
 
-    What x goes into can then have the memory of what only ``source`` is computed from,
-    such as a gradient that is given away: without an order XLA copies it. A barrier
-    says nothing of the order to XLA on CPU, which drops it too early; a sum with a zero
-    does, and costs as much as x is long.
+    What x goes into can then take the memory of an array that ``source`` was the last
+    to read, such as a donated gradient. Without this order XLA copies the array. On CPU
+    an optimization barrier gives no order, because XLA drops it too early. To add 0
+    times a sum of ``source`` to x does, and costs a pass over x.
 
     Args:
       x: a number, or a small array with as many axes as ``source``.
@@ -112,7 +113,7 @@ def after(x, source):
 
 
 def after_on_cpu(x, source):
-    """x, :func:`after` source on CPU; on a GPU sums are one pass if none waits."""
+    """x, on CPU :func:`after` source. On a GPU sums are one pass if none waits."""
 
     def at_once(source):
         dtype = None if jnp.ndim(x) else source.dtype
@@ -125,9 +126,9 @@ def after_on_cpu(x, source):
 def entries(x):
     """The entries of a vector, a list of arrays of shape ().
 
-    XLA compiles equal kernels once. On CPU an entry at a place that is static becomes a
-    part of the kernels that take it up, which is then another kernel for each place. A
-    sum over the entry and zeros does not, and where the entry is comes from an array.
+    XLA compiles equal kernels once. On CPU it fuses a slice into each kernel that uses
+    it, and slices at different places make different kernels. It does not fuse the sum
+    of an entry and zeros, and an array tells the place.
     """
 
     def by_sums(x):
@@ -143,9 +144,9 @@ def neighbours(x, offsets):
     """x[:, cell + offset] for every cell, an array for each combination of offsets.
 
     Cells wrap around. On CPU the results are windows of one array that is longer at
-    both ends; along the first axis of cells, which is the one that is most often
-    sharded, it is rolled: a longer array would lie across the shards. Elsewhere each
-    result is rolled, which becomes a part of what it is used for.
+    both ends. Along the first axis of cells it is rolled: that axis is the one most
+    often sharded, and a longer array would lie across the shards. On other platforms
+    each result is rolled, and XLA fuses the roll into its use.
 
     Args:
       x: shape (fields, *grid).
@@ -194,7 +195,7 @@ def _windows(x, offsets):
 
 
 def product(a, b):
-    """The product of matrices, or of a matrix and a vector, to the last bit.
+    """The product of matrices, or of a matrix and a vector, in the full precision.
 
     On GPU and TPU XLA would round the factors to 10 or 7 bits. A matrix whose root or
     inverse is taken cannot bear that: it would not even stay symmetric.

@@ -1,8 +1,8 @@
 """Sums over parts of an array, as XLA computes them in one pass and stores nothing.
 
-XLA on CPU is fast at products of matrices, and takes an element at a time for a sum
-over all but the last axis. On a GPU it makes one pass of several sums over the same
-arrays, if each has many results. Which is which is said here for both, and
+XLA on CPU is fast at products of matrices. In a sum over all but the last axis it takes
+one element at a time. On a GPU it computes several sums over the same arrays in one
+pass, if each sum has many results. The functions here choose for both.
 ``tests/test_xla.py`` fails when a new XLA no longer needs it.
 """
 
@@ -39,8 +39,8 @@ def total(x, axes):
 def total_of(f, axes, *arrays):
     """Σ f(*arrays) over ``axes``, which keep length 1, for f element by element.
 
-    XLA on CPU takes an element at a time for f where it is a part of a sum over all but
-    the last axis, and stores it for a product of matrices. So a few pieces are added up
+    XLA on CPU computes f one element at a time if it fuses f into a sum over all but
+    the last axis, and stores f for a product of matrices. So a few pieces are added up
     first, many elements at a time, and a product of matrices adds what is left.
 
     Args:
@@ -75,11 +75,11 @@ def total_of(f, axes, *arrays):
 
 
 def total_in_two_steps(x, axes):
-    """Σ x over ``axes``, which keep length 1, as XLA on a GPU likes it.
+    """Σ x over ``axes``, which keep length 1, for XLA on a GPU.
 
-    A sum over all but the last axis has few results, and XLA rather stores x than let
-    few processors compute it. Sums over fewer than 32 elements are many: x becomes a
-    part of them, and several such sums over the same arrays become one pass.
+    A sum over all but the last axis has few results, and few processors would compute
+    x, so XLA stores x. Sums over fewer than 32 elements each have many results: XLA
+    fuses x into them, and makes one pass of several such sums over the same arrays.
     """
     if axes and x.ndim - 1 not in axes and _sharding.is_whole(x):
         axis = max(axes, key=lambda i: x.shape[i])
@@ -94,9 +94,10 @@ def total_in_two_steps(x, axes):
 def sum_of_products(x, y, axes, other):
     """Σ x y over ``axes``, for y of length 1 along the ``other`` ones.
 
-    On CPU a product of matrices, which takes less time than a sum of products, except
-    along sharded axes, where JAX wants to be told what becomes of the shards. Elsewhere
-    a sum, of which the arithmetic that makes x becomes a part: x is not stored.
+    On CPU it is a product of matrices, which takes less time than a sum of products.
+    Along sharded axes it is a sum: for a product JAX wants to be told what becomes of
+    the shards. On other platforms it is a sum, into which XLA fuses the arithmetic that
+    makes x, so that x is not stored.
     """
 
     def as_sum(x, y):
@@ -119,7 +120,7 @@ def sum_of_products(x, y, axes, other):
 def sqrt(x):
     """The root of x >= 0; its derivative is 0 at 0, where others were infinite.
 
-    A bare root, without a comparison: XLA on CPU makes it a part of the sum over it.
+    It has no comparison, so that XLA on CPU fuses it into a sum over it.
     """
     return jnp.sqrt(x)
 

@@ -1,9 +1,12 @@
 """One table of what is refused, with the error and words that a user reads.
 
-Three kinds of errors stand elsewhere: what all numbers, keys and functions of users
-have in common (``test_arguments.py``), what each transformation says of dtypes
-(``test_harness.py``), and the site's table (``test_troubles.py``).
+Four kinds of errors stand elsewhere: what all numbers, keys and functions of users have
+in common (``test_arguments.py``), what each transformation says of dtypes
+(``test_harness.py``), the site's table (``test_troubles.py``), and what takes a run to
+show, beside the other tests of such runs.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -401,6 +404,11 @@ RULES = [
         for shape in [(2, 8, 8), (8, 3), (8,), (1, 8)]
     ),
     (
+        lambda: bma.partition(like(50_000) | {"v": ones(1001)}, bma.per_element),
+        ValueError,
+        "^'u' and .* 51,001 blocks.*reach",
+    ),
+    (
         lambda: bma.partition({"a": {"w": ones(2, 3)}}, Merged()),
         ValueError,
         "only whole arrays can be merged",
@@ -672,6 +680,82 @@ DIAGNOSTICS = [
     ),
 ]
 
+LEARNED = {"partition": bma.units, "weights": "learned"}
+WEIGHTS = [
+    row
+    for make in (bma.scale_by_bma, bma.scale_by_adam_bma)
+    for row in (
+        (
+            lambda make=make: make(partition=bma.units, weights="all"),
+            ValueError,
+            "`weights` must be one of.*'all'",
+        ),
+        *(
+            (
+                lambda make=make, other=other: make(**LEARNED | other).init(KERNEL),
+                ValueError,
+                message,
+            )
+            for other, message in [
+                ({"partition": bma.per_unit}, r"bma\.units.*projection"),
+                ({"estimator": "report"}, r"bma\.units.*projection"),
+                (
+                    {"partition": bma.within("block", bma.per_tile((2,)))},
+                    r"^'kernel' of shape \(3, 2\).*do not divide",
+                ),
+            ]
+        ),
+        *(
+            (
+                lambda make=make, mine=mine, theirs=theirs: update(
+                    make(**LEARNED | mine), LAYER, LAYER, make(**LEARNED | theirs)
+                ),
+                ValueError,
+                message,
+            )
+            for mine, theirs, message in [
+                *(
+                    ({"weights": x}, {"weights": y}, f"state has {y} weights.*'{x}'")
+                    for x, y in itertools.permutations(("constant", "learned"))
+                ),
+                (
+                    {"partition": bma.within("block", bma.per_column)},
+                    {"partition": bma.within("block", bma.per_row)},
+                    r"'layer/w'.*direction of shape \(1, 2\).* \(2, 1\)",
+                ),
+            ]
+        ),
+    )
+]
+
+SUGGESTIONS = [
+    (
+        lambda: bma.suggest_partition(lambda u, key: loss(u), X, key=1),
+        ValueError,
+        "suggest_partition has an argument of that",
+    ),
+    (
+        lambda: bma.suggest_partition(lambda u: jnp.sum(jnp.sqrt(u)), -SQUARE),
+        ValueError,
+        "not finite",
+    ),
+    (  # Finite nearby is not enough.
+        lambda: bma.suggest_partition(lambda u: jnp.sum(jnp.abs(u) ** 1.5), 0 * SQUARE),
+        ValueError,
+        "not finite",
+    ),
+    (
+        lambda: bma.suggest_partition(loss, like(9, 9)),
+        TypeError,
+        "'u' is a shape without numbers",
+    ),
+    (
+        lambda: jax.jit(lambda u: bma.suggest_partition(loss, u))(X),
+        ValueError,
+        "before jax.jit",
+    ),
+]
+
 TABLE = {
     "optimisers": OPTIMISERS,
     "parameters": PARAMETERS,
@@ -682,6 +766,8 @@ TABLE = {
     "curvatures": CURVATURES,
     "preconditioners": PRECONDITIONERS,
     "diagnostics": DIAGNOSTICS,
+    "weights": WEIGHTS,
+    "suggestions": SUGGESTIONS,
 }
 
 

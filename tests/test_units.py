@@ -379,33 +379,6 @@ def test_where_nothing_can_be_learned_weights_are_constant():
         assert all(x.size == 1 for x in jax.tree.leaves(state.direction))
 
 
-@pytest.mark.parametrize("factory", [ADAGRAD, ADAM])
-def test_errors(factory):
-    params = {"kernel": jnp.ones((3, 2))}
-    with pytest.raises(ValueError, match="`weights` must be one of.*'all'"):
-        factory(partition=bma.units, weights="all")
-    for kwargs in ({"partition": bma.per_unit}, {"estimator": "report"}):
-        tx = factory(**{"partition": bma.units, "weights": "learned"} | kwargs)
-        with pytest.raises(ValueError, match=r"bma\.units.*projection"):
-            tx.init(params)
-    tx = factory(partition=bma.within("block", bma.per_tile((2,))), weights="learned")
-    with pytest.raises(ValueError, match=r"'kernel' of shape \(3, 2\).*do not divide"):
-        tx.init(params)
-
-
-@pytest.mark.parametrize("factory", [ADAGRAD, ADAM])
-def test_a_state_of_other_weights_or_another_rule_is_refused(factory):
-    params = {"kernel": jnp.ones((3, 3))}
-    make = functools.partial(factory, partition=bma.units)
-    for mine, theirs in itertools.permutations(("constant", "learned")):
-        state = make(weights=theirs).init(params)
-        with pytest.raises(ValueError, match=f"state has {theirs} weights.*'{mine}'"):
-            make(weights=mine).update(params, state)
-    rows = factory(partition=bma.within("block", bma.per_row), weights="learned")
-    with pytest.raises(ValueError, match=r"'kernel'.*shape \(1, 3\).* \(3, 1\)"):
-        make(weights="learned").update(params, rows.init(params))
-
-
 def test_a_unit_whose_sum_is_too_large_to_square_moves_as_in_adagrad():
     """The bound that docs/troubles.md names, for float32 and units of 32 weights."""
     tx = bma.scale_by_bma(bma.units)

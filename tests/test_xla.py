@@ -17,6 +17,7 @@ import bma_optax as bma
 from bma_optax import _control_flow, _random, _sharding, _xla, _xla_sums
 from bma_optax._xla_sums import total_of
 from bma_optax.algebra import _eigh, _symmetric_power
+from bma_optax.multilevel._stencil import Stencil
 
 LARGE = (256, 256)
 LIKE = {"a.kernel": jnp.zeros(LARGE), "b.kernel": jnp.zeros(LARGE)}
@@ -179,6 +180,16 @@ def test_what_is_materialized_is_not_computed_for_each_element_of_a_block():
 
     assert fusions(_xla.materialize) == 2
     assert fusions(first) == 1
+
+
+def test_neighbours_are_windows_of_one_array(monkeypatch):
+    """And not an array each, which XLA on CPU stores."""
+    stencil = Stencil(1, LARGE, (1, 1))
+    matvec = functools.partial(Stencil.matvec.__wrapped__, stencil)
+    S, x = jnp.ones(stencil.shape), jnp.ones((1, *LARGE))
+    assert temporaries(matvec, S, x) < 6
+    monkeypatch.setattr(_xla, "neighbours", _xla._rolled)
+    assert temporaries(lambda S, x: matvec(S, x), S, x) > 7
 
 
 def program(function, *args, platform="cuda"):

@@ -119,8 +119,8 @@ def scale_by_mini_bma(
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleByMiniBMAState`.
       Updates keep the dtype of the gradients. Statistics are float32, or float64 for
       float64 parameters. A gradient that is not finite makes the update of its unit not
-      finite. That step leaves the momentum and the statistics of the unit as they are,
-      and the number c of the input.
+      finite. That step changes neither the momentum and the statistics of the unit nor
+      the number c of the input.
 
     Raises:
       TypeError: if ``partition`` is not a rule, or if a number is not one or has 16

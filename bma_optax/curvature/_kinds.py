@@ -14,7 +14,6 @@ from typing import Any
 import jax
 
 from bma_optax import _checks
-from bma_optax._checks import is_integer
 from bma_optax.curvature import _derivatives, _user_functions
 from bma_optax.curvature._derivatives import Product
 
@@ -63,7 +62,7 @@ class Curvature:
     num_probes: int = dataclasses.field(default=32, kw_only=True)
 
     def __post_init__(self):
-        if not is_integer(self.num_probes) or self.num_probes < 2:
+        if not _checks.is_integer(self.num_probes) or self.num_probes < 2:
             raise ValueError(
                 f"`num_probes` must be an integer >= 2, got {self.num_probes!r}."
             )

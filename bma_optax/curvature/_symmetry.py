@@ -35,7 +35,7 @@ def check(G: LinearOperator, z2, key) -> None:
         *(measure, G.params, z2, key),
         out=lambda: _sharding.replicated((0.0, 0.0), G.params),
     )
-    # Not `~(skew <= tolerance)`: that a product is not finite is said elsewhere.
+    # NaN is not above the tolerance: another check finds products that are not finite.
     _warnings.raise_or_warn(skew > tolerance, _message, skew)
 
 

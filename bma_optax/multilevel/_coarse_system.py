@@ -2,16 +2,16 @@
 
 A coarse system is a run of l blocks that see each other. It gathers its part of
 N = 1ᵀ G 1, l x l, by products. It then computes a factor with which the coarse
-correction
+correction of block sums r costs little:
 
-    K r = (N^-1 - (Λ n²)^-1) r
+    K r = (N^-1 - (Λ n²)^-1) r.
 
-of block sums r costs little; n² are the block sums of z², and with slopes small
-matrices in their place. Two kinds have the same
-methods: ``_dense`` for all groups with a dense matrix, where numbers of blocks have the
-shape (l,), and ``_nested`` for arrays on one grid whose curvature has a reach, where
-they have the shape of the grid, (fields, *grid). A system that ``has_diagonal`` gives
-the diagonal of G with N; others are measured when the diagonal is known, and get n².
+n² are the block sums of z², or, with slopes, small matrices. There are two kinds, with
+the same methods. ``_dense`` serves all groups with a dense matrix; its numbers of
+blocks have the shape (l,). ``_nested`` serves the arrays on one grid whose curvature
+has a reach; its numbers of blocks have the shape of the grid, (fields, *grid). A system
+that ``has_diagonal`` gives the diagonal of G together with N. The others are measured
+once the diagonal is known, and are given n².
 """
 
 import math

@@ -114,7 +114,7 @@ def _measure(
         least = min(_probing.ROUNDINGS * eps, _MOST)
 
         def tested(carry):
-            """Tests what is foretold, and the next time the first test, rescaled."""
+            """Tests what is foretold; the second time, by the first test, rescaled."""
             count, image, error, _ = carry
             first = count == 0
             seen = test(axes, jnp.where(first, 1, _probing.SCALE).astype(dtype))

@@ -38,7 +38,7 @@ def positive(method, diagonal):
         return jax.tree.map(fill, z2, means)
 
     def where_needed(on_demand, diagonal):
-        """Elsewhere than on CPU all of it is a part of other passes."""
+        """Fills at once off the CPU, where XLA fuses all of it into other passes."""
         if not on_demand:
             return filled(diagonal)
         curved = [

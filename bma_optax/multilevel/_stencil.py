@@ -81,7 +81,7 @@ class Stencil(Grid):
     def absolute_row_sums(self, S, T):
         """Bounds of the row sums of |TᵀST|, shape (components, *grid), for matrices T.
 
-        The row sums of |Tᵀ||S||T|: those of |TᵀST| where T is diagonal.
+        They are the row sums of |Tᵀ||S||T|, which equal those where T is diagonal.
         """
         T, k = jnp.abs(T), self.num_columns
         ones = jnp.ones((self.components, *self.grid), S.dtype)

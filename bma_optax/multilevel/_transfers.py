@@ -55,11 +55,13 @@ def coarse_along(grid: Grid, axis: int, t: int):
 
 
 def columns(grid: Grid, x, where: int, axis: int, t: int, cells=None):
-    """Products with the columns of tiles, cell by cell, from those with their own.
+    """Turns products with the columns of cells into those with the columns of tiles.
+
+    They stay apart cell by cell: their sums over a tile are the tile's products.
 
     Args:
       grid: the cells.
-      x: an array of these products. Its last axes are those of the grid.
+      x: an array of such products. Its last axes are those of the grid.
       where: the axis of x that counts components, or columns of one field.
       axis, t: tiles of t cells along this axis.
       cells: the cells along it, one for each position of x; by default all in order.
@@ -85,7 +87,7 @@ def _on_cells(grid, x, axis, t):
 
 
 def _slope(grid, axis, t):
-    """The column of the slope along an axis, and what a tile's is on cells, or None."""
+    """The column of the slope along an axis, and what a tile's is on cells; or None."""
     for column, slope in enumerate(grid.slopes, start=1):
         if slope.axis == axis:
             return column, *slope.within(t)

@@ -78,13 +78,15 @@ def newton_bma(
       ``value_fn``, the loss, and the other arguments of the loss, and ``refresh``, a
       boolean that asks for a refresh at this step. No argument of the loss can have
       the name of one of ``update``: ``updates``, ``state``, ``params``, ``value_fn``,
-      ``refresh``, ``value`` or ``grad``. ``update`` saves a gradient
-      a step in the loop that Optax has for L-BFGS, with
+      ``refresh``, ``value`` or ``grad``.
+
+      The loop that Optax has for L-BFGS saves a gradient a step here as well: it calls
       ``optax.value_and_grad_from_state(value_fn)`` and ``update(..., value=value,
-      grad=grad, value_fn=value_fn)``, if nothing but a mask changes the updates
-      afterwards and every step has the same loss (under ``optax.partition`` that
-      function of Optax fails). To freeze arrays, set their gradients
-      to 0 before the chain:
+      grad=grad, value_fn=value_fn)``. Every step must then have the same loss, and
+      nothing but a mask may change the updates afterwards. Under ``optax.partition``
+      that function of Optax fails.
+
+      To freeze arrays, set their gradients to 0 before the chain:
       ``optax.chain(optax.masked(optax.set_to_zero(), frozen), newton_bma())``. A mask
       after the chain is found only once the first step has been taken, and that step
       may raise the loss.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bma_optax import _tree, _xla
+from bma_optax import _random, _tree, _xla
 from bma_optax.newton._quadratic_model import ScaleByQuadraticModelState
 
 
@@ -114,10 +114,7 @@ def _checksum(x):
     words = jax.lax.bitcast_convert_type(x, f"uint{bits}")
     if bits == 64:
         words = words ^ (words >> jnp.uint64(32))
-    words = words.astype(jnp.uint32)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        words = (words ^ (words >> jnp.uint32(shift))) * jnp.uint32(factor)
-    return jnp.sum(words ^ (words >> jnp.uint32(16)), dtype=jnp.uint32)
+    return jnp.sum(_random.mixed(words.astype(jnp.uint32)), dtype=jnp.uint32)
 
 
 def _nudge(g, p):

@@ -190,10 +190,10 @@ class Partition:
     def _parts(self, values: jax.Array) -> dict[int, jax.Array]:
         """The values of each array, by the position of its first block.
 
-        XLA on CPU compiles a kernel for each place in a vector that an array's values
-        are taken from. So a few arrays at a time take theirs from a vector of their
-        own, at the same places as the next few: ``_xla.entries`` would make fewer
-        kernels to compile, but one more to run for each array.
+        XLA on CPU compiles a kernel for each place in a vector at which the values of
+        an array begin. So the vector is cut, and a few arrays at a time take theirs
+        from a part of it, at the same places as the next few. ``_xla.entries`` would
+        make fewer kernels to compile, but one more to run for each array.
         """
         ends = {a.start: a.start + a.num_blocks for a in self.arrays if a.num_blocks}
         starts = sorted(ends)

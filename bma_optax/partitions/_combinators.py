@@ -176,9 +176,9 @@ class ByPath(Rule):
 def stacked(rule: Rule, axis: int = 0) -> Rule:
     """Another rule for every entry along an axis, as if each were an array.
 
-    For layers that are scanned or stacked (``nnx.scan``, ``jax.vmap`` over modules),
-    whose arrays have a leading axis more, and for attention: a kernel of shape
-    (inputs, heads, units) with ``axis=1`` is cut head by head.
+    It is for layers that are scanned or stacked (``nnx.scan``, ``jax.vmap`` over
+    modules), whose arrays have a leading axis more. It is also for attention: a kernel
+    of shape (inputs, heads, units) with ``axis=1`` is cut head by head.
 
     Args:
       rule: the rule of one entry, without that axis.
@@ -210,8 +210,9 @@ def within(bounds: str, rule: Rule) -> Rule:
     Σ L_group³ for groups of L_group blocks.
 
     Args:
-      bounds: "layer": blocks of arrays whose paths differ in the last part only see
-        each other; "array": those of one array; "block": none, every block is alone.
+      bounds: "layer" if blocks see each other where the paths of their arrays differ in
+        nothing but the last part; "array" if the blocks of one array do; "block" if
+        every block is alone.
       rule: the rule that cuts the arrays. One that is within narrower bounds already
         stays so.
 
@@ -244,9 +245,9 @@ def by_path(
     """Another rule where a path matches a pattern.
 
     Args:
-      rules: from regular expressions, searched for in the path joined by "/", to the
-        rule of the arrays they match, the first match deciding. The rule None gives
-        no blocks: plain AdaGrad or Adam.
+      rules: a mapping from regular expressions to rules. An expression is searched for
+        in the path, joined by "/". The first one that is found decides. The rule None
+        gives no blocks: plain AdaGrad or Adam.
       default: the rule of arrays that no pattern matches.
 
     Returns:

@@ -25,9 +25,8 @@ class Rule:
     module merged into one block), ``per_unit`` (one block for each output unit, on the
     axis that the names of Flax, Haiku, Equinox and PyTorch tell), ``units`` (the same,
     each unit alone), ``per_column`` and ``per_row`` (one block for each index of the
-    last or the first axis),
-    ``per_element`` (AdaGrad-Full), and :func:`per_tile`, :func:`within`,
-    :func:`stacked`, :func:`by_path`, :func:`by_function`.
+    last or the first axis), ``per_element`` (AdaGrad-Full), and :func:`per_tile`,
+    :func:`within`, :func:`stacked`, :func:`by_path`, :func:`by_function`.
 
     Example:
       >>> import bma_optax as bma

@@ -114,11 +114,12 @@ def per_tile(
         there is one.
       reach: for methods with curvature, a declaration: entries of G further apart than
         this along an axis of the tile do not meet. An integer >= 0, or one for each of
-        these axes. 1 for a loss of differences between neighbours, r for a filter of
-        2 r + 1 elements applied once in a residual (2 r for its square). Then M and
-        the diagonal cost (2 r + 1)^dim products and one to check them, whatever the
-        size of the array, or fewer where the reach is large; ``bma.partition`` prints
-        how many. M is inverted by nested levels of tiles of tiles. Along an axis that
+        these axes. It is 1 for a loss of differences between neighbours. For a filter
+        of 2 r + 1 elements it is r if G is the filter itself, and 2 r if the loss
+        squares what comes out of it. With a reach of r, M and the diagonal cost
+        (2 r + 1)^dim products and one to check them, whatever the size of the array, or
+        fewer where the reach is large; ``bma.partition`` prints how many. M is inverted
+        by nested levels of tiles of tiles. Along an axis that
         is a single tile the reach is not used and each element takes products of its
         own: there a tile of half the axis is far cheaper. All entries may meet along
         axes after the tile and those of ``stacked``, which count fields: each field
