@@ -235,7 +235,7 @@ def sent(content: Content) -> str:
 
 def sent_relatively(content: Content) -> str:
     found = [
-        f"**{WORDS[name]}**\n\n{collectives.ratios(name, cells)}"
+        f"**{WORDS[name]}**\n\n{collectives.ratios(cells)}"
         for name, cells in content["grids"].items()
     ]
     return devices("\n\n".join(found)) + of_machine(content)

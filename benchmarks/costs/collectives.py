@@ -14,6 +14,8 @@ than `init` made them: a second compilation follows, and the numbers are that pr
 A halo is all faces of a device's part of the grid, once from each side.
 """
 
+import functools
+import itertools
 import math
 import os
 from typing import Any
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 import bma_optax as bma
 from benchmarks.harness import hlo, tables
+from benchmarks.harness.peers import heavy_ball
 from benchmarks.harness.results import Parser, Results
 from benchmarks.harness.timing import compiled
 
@@ -47,14 +50,6 @@ def fields_loss(fields: dict[str, jax.Array]) -> jax.Array:
     return total + sum(jnp.sum((a - b) ** 2) for b in others)
 
 
-def heavy_ball(rule: Any) -> Any:
-    direction = bma.scale_by_newton_bma(rule)
-    return optax.chain(direction, optax.trace(0.45), optax.scale(-1.3))
-
-
-METHODS = {"heavy ball": heavy_ball, "newton_bma": bma.newton_bma}
-
-
 def numbers(program: Any, refresh: bool = False) -> dict[str, Any]:
     seldom = "more_probes", *(() if refresh else ("refresh",))
     found = hlo.collectives(program, without=seldom)
@@ -74,7 +69,7 @@ def numbers(program: Any, refresh: bool = False) -> dict[str, Any]:
     }
 
 
-def measure(shape, lengths, kind, method, fields) -> dict[str, Any]:
+def measure(shape, lengths, kind, fields) -> dict[str, Any]:
     """The numbers of all programs for one grid on one mesh."""
     axes = AXES[: len(lengths)]
     mesh = jax.make_mesh(
@@ -95,7 +90,7 @@ def measure(shape, lengths, kind, method, fields) -> dict[str, Any]:
         return jax.jvp(jax.grad(f), (x,), (v,))[1]
 
     with jax.set_mesh(mesh):
-        program, info = step_program(METHODS[method](rule), f, params)
+        program, info = step_program(heavy_ball(rule), f, params)
         found = {
             "gradient": numbers(compiled(jax.grad(f), params)[0]),
             "product": numbers(compiled(product, params, params)[0]),
@@ -159,10 +154,10 @@ def table(shape, cells: dict[str, Any]) -> str:
     columns += ["gathered or reduced (number)", "largest", "arguments", "temporaries"]
     columns += ["arrays moved"]
     head = f"\n### {' x '.join(map(str, shape))}, {4 * math.prod(shape):,} bytes\n\n"
-    return head + tables.table(columns, lines) + "\n\n" + ratios(shape, cells)
+    return head + tables.table(columns, lines) + "\n\n" + ratios(cells)
 
 
-def ratios(shape, cells: dict[str, Any]) -> str:
+def ratios(cells: dict[str, Any]) -> str:
     """The same numbers relative to what they are compared with."""
     lines, alone = [], {}
     for where, programs in cells.items():
@@ -207,7 +202,6 @@ def main(arguments: list[str] | None = None) -> None:
     meshes = [(1,), (2,), (4,), (8,), (4, 2)]
     add("--meshes", nargs="+", type=lengths, default=meshes)
     add("--kinds", nargs="+", choices=KINDS, default=["auto"])
-    add("--methods", nargs="+", choices=METHODS, default=["heavy ball"])
     add("--fields", nargs="+", type=int, default=[1])
     options = parser.parse(arguments)
     number = max(map(math.prod, options.meshes))
@@ -219,17 +213,13 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results(options, {}, jax, optax, bma)
     for shape in options.shapes:
         cells = {}
-        for method in options.methods:
-            for fields in options.fields:
-                for kind in options.kinds:
-                    for mesh in tqdm(options.meshes, unit="mesh", disable=None):
-                        what = shape, mesh, kind, method, fields
-                        name = "x".join(map(str, mesh)) + f" {kind}, {method}"
-                        name += f", {fields} fields" if fields > 1 else ""
-                        size = "x".join(map(str, shape))
-                        cells[name] = results.cell(
-                            lambda what=what: measure(*what), "grids", size, name
-                        )
+        every = itertools.product(options.fields, options.kinds, options.meshes)
+        for fields, kind, mesh in tqdm([*every], unit="mesh", disable=None):
+            name = "x".join(map(str, mesh)) + f" {kind}, heavy ball"
+            name += f", {fields} fields" if fields > 1 else ""
+            cell = functools.partial(measure, shape, mesh, kind, fields)
+            keys = "grids", "x".join(map(str, shape)), name
+            cells[name] = results.cell(cell, *keys)
         tqdm.write(table(shape, cells))
     results.finish()
 

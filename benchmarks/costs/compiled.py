@@ -28,6 +28,7 @@ import bma_optax as bma
 from benchmarks.costs.collectives import lengths
 from benchmarks.costs.step_cost import METHODS, TREES
 from benchmarks.harness import hlo, tables
+from benchmarks.harness.peers import heavy_ball
 from benchmarks.harness.results import Parser, Results
 
 # Where a check of the curvature has failed, and where a step has to be shortened.
@@ -43,10 +44,9 @@ def loss(u: jax.Array) -> jax.Array:
 
 def on_grid(shape: tuple[int, ...]) -> dict[str, Any]:
     rule = bma.per_tile((4,) * len(shape), reach=1)
-    direction = bma.scale_by_newton_bma(rule, update_interval=None)
     return {
         "sgd": optax.sgd(0.1),
-        "heavy ball": optax.chain(direction, optax.trace(0.45), optax.scale(-1.3)),
+        "heavy ball": heavy_ball(rule),
         "newton_bma": bma.newton_bma(rule),
     }
 

@@ -3,7 +3,6 @@
 python -m benchmarks.figures.field
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +78,7 @@ def run(name: str) -> tuple[list[Any], np.ndarray]:
 
 
 @jax.enable_x64(True)
-def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--output-dir", type=Path, default=Path(__file__).parent / "results"
-    )
-    options = parser.parse_args(args)
+def main() -> None:
     runs = {name: run(name) for name in METHODS}
     losses = {name: found for name, (_, found) in runs.items()}
     least, start = min(map(np.min, losses.values())), losses["newton_bma"][0]
@@ -93,7 +87,7 @@ def main(args: list[str] | None = None) -> None:
         early, late = gap[EARLY], gap[LATE]
         print(f"{name}: gap {early:.1e} after {EARLY} steps, {late:.1e} after {LATE}")
     fields = {name: found for name, (found, _) in runs.items()}
-    draw(fields, gaps, options.output_dir / "field.png")
+    draw(fields, gaps, Path(__file__).parent / "results" / "field.png")
 
 
 def draw(fields: dict[str, list[Any]], gaps: dict[str, Any], path: Path) -> None:

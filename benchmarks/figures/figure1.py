@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 import bma_optax as bma
 from benchmarks.harness import datasets
+from benchmarks.networks.tasks import cross_entropy
 
 HIDDEN, STEPS, BATCH = 8, 600, 64
 
@@ -35,9 +36,7 @@ def gradients(images: jax.Array, labels: jax.Array) -> np.ndarray:
     def loss(params, batch):
         hidden = jnp.tanh(images[batch] @ params[1].T + params[0])
         logits = hidden @ params[3].T + params[2]
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, labels[batch]
-        ).mean()
+        return cross_entropy(logits, labels[batch])
 
     tx = optax.adagrad(0.1, initial_accumulator_value=0.0)
 

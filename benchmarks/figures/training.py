@@ -13,6 +13,7 @@ from flax import nnx
 
 from benchmarks.harness import datasets
 from benchmarks.harness.timing import clock, compiled
+from benchmarks.networks.tasks import cross_entropy
 
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 POINTS = 100  # Of a curve.
@@ -113,7 +114,3 @@ class Problem:
             "step": np.cumsum([len(part) for part in parts]),
             "loss": [part.mean() for part in parts],
         }
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

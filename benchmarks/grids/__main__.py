@@ -17,12 +17,10 @@ import itertools
 from typing import Any
 
 import jax
-import optax
 
-import bma_optax as bma
 from benchmarks.grids import pictures, problems, unsuited
 from benchmarks.grids.energies import ENERGIES
-from benchmarks.harness.peers import PEERS, newton_bma
+from benchmarks.harness.peers import PEERS, heavy_ball, newton_bma
 from benchmarks.harness.race import Race, Starts, begin, report, summary
 from benchmarks.harness.results import Parser, positive
 from benchmarks.harness.solver import Method, Problem, from_optax
@@ -37,17 +35,11 @@ OTHERS = {
 } | ENERGIES
 
 
-def heavy_ball(problem: Problem) -> optax.GradientTransformation:
-    direction = bma.scale_by_newton_bma(
-        problem.partition, update_interval=problem.update_interval
-    )
-    return optax.chain(direction, optax.trace(0.45), optax.scale(-1.3))
-
-
 METHODS = {
     "newton_bma": Method(from_optax(newton_bma)),
     "bma_heavy_ball": Method(
-        from_optax(heavy_ball), suits=lambda problem: problem.quadratic
+        from_optax(lambda p: heavy_ball(p.partition, p.update_interval)),
+        suits=lambda problem: problem.quadratic,
     ),
 } | PEERS
 

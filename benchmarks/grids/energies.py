@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
-import scipy.sparse
 
 import bma_optax as bma
 from benchmarks.grids.images import TWO_LAST, blend, denoise, flow, registration

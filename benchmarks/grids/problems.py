@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 import scipy.sparse
 from scipy.sparse.linalg import LaplacianNd, splu
 from sklearn import datasets
@@ -70,9 +69,8 @@ def paint_system(data):
     return matrix, (mask * y).reshape(mask.size, -1)
 
 
-def sparse_lu(data) -> Callable[[int], np.ndarray]:
+def sparse_lu(matrix, rhs) -> Callable[[int], np.ndarray]:
     """One factorisation for all right hand sides, in the order for symmetric ones."""
-    matrix, rhs = paint_system(data)
     csc = scipy.sparse.csc_matrix(matrix)
     order = {"permc_spec": "MMD_AT_PLUS_A", "options": {"SymmetricMode": True}}
     return lambda _: splu(csc, diag_pivot_thresh=0.0, **order).solve(rhs)
@@ -97,7 +95,7 @@ def inpainting(direct: bool = True, **fields: Any) -> Problem:
     # The matrix is assembled; that is not timed.
     experts = {"pyamg": ("pyamg", algebraic_multigrid)} if pyamg else {}
     if direct:
-        experts["direct"] = "sparse LU", sparse_lu
+        experts["direct"] = "sparse LU", lambda data: sparse_lu(*paint_system(data))
     return quadratic(
         loss=paint_loss, diagonal=paint_diagonal, experts=experts, **fields
     )
@@ -209,9 +207,7 @@ def gridding(n: int = 256) -> Problem:
 
     def direct(data):
         mask, y = data
-        matrix = scipy.sparse.csc_matrix(prior + scipy.sparse.diags_array(mask.ravel()))
-        order = {"permc_spec": "MMD_AT_PLUS_A", "options": {"SymmetricMode": True}}
-        return lambda _: splu(matrix, diag_pivot_thresh=0.0, **order).solve(y.ravel())
+        return sparse_lu(prior + scipy.sparse.diags_array(mask.ravel()), y.ravel())
 
     return quadratic(
         name="gridding",

@@ -48,6 +48,12 @@ def newton_bma(problem: Problem, rule: bma.Rule | None = None):
     )
 
 
+def heavy_ball(rule: bma.Rule, update_interval: int | None = None):
+    """A fixed rate and momentum, for quadratic losses."""
+    direction = bma.scale_by_newton_bma(rule, update_interval=update_interval)
+    return optax.chain(direction, optax.trace(0.45), optax.scale(-1.3))
+
+
 def product_at(problem: Problem, params: Any, data: Any) -> Callable[[Any], Any]:
     key = jax.random.key(0)
     return problem.curvature.linearize(params, key, problem.loss, {"data": data})
