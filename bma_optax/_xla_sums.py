@@ -7,6 +7,7 @@ pass, if each sum has many results. The functions here choose for both.
 """
 
 import functools
+import math
 import string
 
 import jax
@@ -15,19 +16,16 @@ import jax.numpy as jnp
 from bma_optax import _sharding
 
 _PIECES = 8
+_LARGE = 2**16  # Elements: what is smaller stays in the cache.
 
 
 def total(x, axes):
     """Σ x over ``axes``, which keep length 1, where x is stored or cheap."""
 
     def product_with_ones(x):
-        letters = string.ascii_letters[: x.ndim]
-        left = "".join(c for i, c in enumerate(letters) if i not in axes)
-        terms = ",".join([letters, *(letters[i] for i in axes)])
-        ones = [jnp.ones(x.shape[i], x.dtype) for i in axes]
-        highest = jax.lax.Precision.HIGHEST
-        x = jnp.einsum(f"{terms}->{left}", x, *ones, precision=highest)
-        return jnp.expand_dims(x, axes)
+        other = tuple(i for i in range(x.ndim) if i not in axes)
+        ones = [1 if i in other else n for i, n in enumerate(x.shape)]
+        return _product(x, jnp.ones(ones, x.dtype), axes, other)
 
     if not 0 < len(axes) < x.ndim or not _sharding.is_whole(x):
         return jnp.sum(x, axis=axes, keepdims=True)
@@ -40,8 +38,9 @@ def total_of(f, axes, *arrays):
     """Σ f(*arrays) over ``axes``, which keep length 1, for f element by element.
 
     XLA on CPU computes f one element at a time if it fuses f into a sum over all but
-    the last axis, and stores f for a product of matrices. So a few pieces are added up
-    first, many elements at a time, and a product of matrices adds what is left.
+    the last axis, and stores f for a product of matrices. So a few pieces of a large
+    array are added up first, many elements at a time, and a product of matrices adds
+    what is left.
 
     Args:
       f: from arrays to an array.
@@ -50,7 +49,8 @@ def total_of(f, axes, *arrays):
     """
     shape = arrays[0].shape
     axis = max(axes, key=lambda i: shape[i], default=0)
-    length = shape[axis] if 0 < len(axes) < len(shape) else 0
+    large = math.prod(shape) >= _LARGE
+    length = shape[axis] if large and 0 < len(axes) < len(shape) else 0
     size = length // _PIECES
 
     def by_pieces(*arrays):
@@ -103,17 +103,27 @@ def sum_of_products(x, y, axes, other):
     def as_sum(x, y):
         return total_in_two_steps(x * y, axes)
 
-    def as_product_of_matrices(x, y):
-        letters = string.ascii_letters[: x.ndim]
-        left = "".join(letters[i] for i in range(x.ndim) if i not in axes)
-        mine = "".join(letters[i] for i in range(x.ndim) if i not in other)
-        terms, highest = f"{letters},{mine}->{left}", jax.lax.Precision.HIGHEST
-        result = jnp.einsum(terms, x, jnp.squeeze(y, other), precision=highest)
-        return jnp.expand_dims(result, axes)
-
     if any(axis is not None for axis in jax.typeof(x).sharding.spec):
         return as_sum(x, y)
-    return jax.lax.platform_dependent(x, y, cpu=as_product_of_matrices, default=as_sum)
+    product = functools.partial(_product, axes=axes, other=other)
+    return jax.lax.platform_dependent(x, y, cpu=product, default=as_sum)
+
+
+def _product(x, y, axes, other):
+    """Σ x y over ``axes`` by a product of matrices, for y of length 1 along ``other``.
+
+    Where the axes that are summed come first, so does y: in the other order XLA would
+    turn x around in a copy.
+    """
+    letters = string.ascii_letters[: x.ndim]
+    left = "".join(letters[i] for i in range(x.ndim) if i not in axes)
+    mine = "".join(letters[i] for i in range(x.ndim) if i not in other)
+    factors = [(letters, x), (mine, jnp.squeeze(y, other))]
+    if min(axes, default=0) < min(other, default=0):
+        factors.reverse()
+    (first, a), (second, b) = factors
+    terms, highest = f"{first},{second}->{left}", jax.lax.Precision.HIGHEST
+    return jnp.expand_dims(jnp.einsum(terms, a, b, precision=highest), axes)
 
 
 @jax.custom_jvp

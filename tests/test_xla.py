@@ -5,6 +5,7 @@ take the trick out.
 """
 
 import functools
+import math
 import re
 
 import chex
@@ -120,6 +121,7 @@ def test_a_sum_of_roots_stores_a_part_of_them(monkeypatch):
 )
 def test_sums_in_pieces_and_in_two_steps_are_sums(monkeypatch, shape, axes):
     monkeypatch.setattr(_sharding, "is_whole", lambda x: True)
+    monkeypatch.setattr(_xla_sums, "_LARGE", 1)
     x = jnp.asarray(np.random.default_rng(0).random(shape), jnp.float32)
     weights = jnp.full(tuple(n if i in axes else 1 for i, n in enumerate(shape)), 3.0)
     for found, expected in (
@@ -153,6 +155,7 @@ def test_sums_of_one_device_and_of_several_give_one_step(monkeypatch, weights):
     assert jax.device_count() > 1
     several = steps()
     monkeypatch.setattr(_sharding, "is_whole", lambda x: True)
+    monkeypatch.setattr(_xla_sums, "_LARGE", 1)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
         steps(),
@@ -167,6 +170,54 @@ def test_a_gpu_sums_few_elements_at_first(monkeypatch):
     for axes, sums in (((0,), 2), ((1,), 1)):
         text = program(lambda x, axes=axes: _xla_sums.total(x, axes), x)
         assert text.count("stablehlo.reduce(") == sums
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2, 3)])
+def test_sums_over_units_of_a_convolution_copy_no_kernel(monkeypatch, axes):
+    """Its factors are in the order in which XLA takes them as they lie."""
+    monkeypatch.setattr(_sharding, "is_whole", lambda x: True)
+    x = jnp.ones((3, 4, 16, 32))
+    y = jnp.ones([n if i in axes else 1 for i, n in enumerate(x.shape)])
+    other = tuple(i for i in range(4) if i not in axes)
+
+    def copies(function):
+        text = jax.jit(function).lower(x, y).compile().as_text()
+        return text.count(" copy(")
+
+    def sums(x, y):
+        return (
+            _xla_sums.total(x, axes),
+            _xla_sums.sum_of_products(x, y, axes, other),
+        )
+
+    def turned(x, y):
+        inner = [axes, range(3)]
+        pair = (x, jnp.squeeze(y, other))
+        if 0 not in axes:
+            pair, inner = pair[::-1], inner[::-1]
+        return jax.lax.dot_general(*pair, (inner, ((), ())))
+
+    assert copies(sums) == 0
+    assert copies(turned) == 1
+
+
+def test_a_step_with_units_writes_the_statistics_and_the_update_alone(monkeypatch):
+    """The scaled gradient is computed twice, which takes less time than to store it."""
+    monkeypatch.setattr(_sharding, "is_whole", lambda x: True)
+    like = {"kernel": jnp.ones(LARGE)}
+    tx = bma.scale_by_bma(bma.units)
+
+    def written():
+        arguments = like, tx.init(like), like
+        step = jax.jit(lambda *x: tx.update(*x), donate_argnums=(0, 1))
+        text = step.lower(*arguments).compile().as_text()
+        shape = f"f32[{','.join(map(str, LARGE))}]"
+        lines = text[text.index("ENTRY") :].splitlines()
+        return sum(f"= {shape}" in line and " fusion(" in line for line in lines)
+
+    assert written() == 2
+    monkeypatch.setattr(_xla_sums, "_LARGE", math.inf)
+    assert written() == 3
 
 
 def test_what_is_materialized_is_not_computed_for_each_element_of_a_block():

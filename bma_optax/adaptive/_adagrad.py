@@ -204,11 +204,11 @@ def scale_by_bma(
         estimators = _inverse_root.by_bucket(estimator, blocks, weights)
         columns = _columns.Columns(blocks, state.direction)
 
-        # A step passes over memory to update h, to sum g and √h, to write r (into the
-        # memory of g where g is donated), to sum r, and to write the update. XLA on CPU
-        # fuses a sum with the arithmetic before it, but neither with a comparison nor
-        # with another sum, and it stores what two passes share. Therefore the root has
-        # no comparison, and r is written once, where the update will be.
+        # A step passes over memory to update h, to sum g, √h and r, and to write the
+        # update, in the memory of g where g is donated. XLA on CPU makes no pass of two
+        # sums. Sums over large units compute r, and the update computes it again. Over
+        # a whole array a sum would take in no comparison: r is written for it, once,
+        # where the update will be, and the root has no comparison.
 
         # Gather diag H (h) and U.
         g, old = _tree.astype(updates, state.sum_of_squares), state.sum_of_squares
@@ -236,19 +236,19 @@ def scale_by_bma(
         # With learned weights XLA would copy g, unless its sums come before r.
         later = eps if weights == "constant" else _xla.after_on_cpu(eps, u)
 
-        def scaled(g, h):
-            return jax.tree.map(lambda g, h: g * _scale(h, later, power), g, h)
+        def scale(g, h):
+            return g * _scale(h, later, power)
 
         def anew(g, old, *earlier):
             """h and r in a pass of their own, after what is earlier."""
             g, old, *earlier = _xla.second_pass((g, old, *earlier))
             h = jax.tree.map(_add_square, g, old)
-            return h, scaled(g, h), *earlier
+            return h, jax.tree.map(scale, g, h), *earlier
 
         # A branch for v stores h, so that one pass is left.
         one_pass = not _refresh.at_each_step(update_interval)
-        r = scaled(g, h)
-        sums = columns.sums(r)
+        r = jax.tree.map(scale, g, h)
+        sums = columns.sums_of(scale, g, h)
         along = _inverse_root.correction(blocks, inverse_root, sums)
         if weights == "learned" and not one_pass:
             _, r, sums = anew(g, old, sums)

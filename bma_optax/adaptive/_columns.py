@@ -81,12 +81,22 @@ class Columns:
     def sums(self, tree):
         """Sums of W x over blocks, shape (L,), for x like the parameters."""
 
-        def one(array, units, x, W):
+        def one(array, units, W, x):
             if units is not None:
                 return units.times(units.split(x), W.astype(x.dtype))
             return array.sums(x, _xla_sums.total) if array.num_blocks else None
 
-        return self.blocks.join_arrays([one(*each) for each in self._each(tree)], tree)
+        return self._join(one, tree)
+
+    def sums_of(self, f, *trees):
+        """As :meth:`sums` of f(x, ...), an array like x that need not be stored."""
+
+        def one(array, units, W, x, *rest):
+            if units is not None:
+                return units.times(units.split(f(x, *rest)), W.astype(x.dtype))
+            return _sums_of(f, array, x, *rest)
+
+        return self._join(one, *trees)
 
     def root_sums(self, h):
         """Sums of W² √h over blocks, shape (L,), for a tree h."""
@@ -94,15 +104,12 @@ class Columns:
         def weighted(x, W):
             return _xla_sums.sqrt(x) * jnp.square(W).astype(x.dtype)
 
-        def total(x, axes):
-            return _xla_sums.total_of(_xla_sums.sqrt, axes, x)
-
-        def one(array, units, x, W):
+        def one(array, units, W, x):
             if units is not None:
                 return _xla_sums.total_of(weighted, units.inputs, units.split(x), W)
-            return array.sums(x, total) if array.num_blocks else None
+            return _sums_of(_xla_sums.sqrt, array, x)
 
-        return self.blocks.join_arrays([one(*each) for each in self._each(h)], h)
+        return self._join(one, h)
 
     def expand(self, values, like):
         """W times the value of its block, for each element of a tree ``like``."""
@@ -111,7 +118,7 @@ class Columns:
             return filled
         scaled = [
             x if units is None else units.join(units.split(x) * W.astype(x.dtype), x)
-            for _, units, x, W in self._each(filled)
+            for _, units, W, x in self._each(filled)
         ]
         return jax.tree.unflatten(jax.tree.structure(filled), scaled)
 
@@ -127,7 +134,7 @@ class Columns:
         leaves, treedef = jax.tree.flatten(self.y)
         parts = self.blocks.split_arrays(jnp.where(jnp.isfinite(sums), sums, 0))
         turned = []
-        for y, a, (_, units, r_array, _) in zip(
+        for y, a, (_, units, _, r_array) in zip(
             leaves, parts, self._each(r), strict=True
         ):
             if units is not None:
@@ -136,9 +143,21 @@ class Columns:
             turned.append(y)
         return jax.tree.unflatten(treedef, turned)
 
-    def _each(self, tree):
-        leaves = jax.tree.leaves(tree)
-        return zip(self.blocks.arrays, self.units, leaves, self.weights, strict=True)
+    def _join(self, one, *trees):
+        return self.blocks.join_arrays(
+            [one(*each) for each in self._each(*trees)], trees[0]
+        )
+
+    def _each(self, *trees):
+        """The array, its units, W and its leaves of trees, for each array."""
+        leaves = map(jax.tree.leaves, trees)
+        return zip(self.blocks.arrays, self.units, self.weights, *leaves, strict=True)
+
+
+def _sums_of(f, array, *x):
+    if not array.num_blocks:
+        return None
+    return array.sums(x[0], lambda _, axes: _xla_sums.total_of(f, axes, *x))
 
 
 class _Array(NamedTuple):
