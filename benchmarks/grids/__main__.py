@@ -13,6 +13,7 @@ conductivity of a plate are what Newton-BMA does not suit. The energies of
 `benchmarks.grids.energies` are others that people minimise.
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -28,7 +29,9 @@ from benchmarks.harness.solver import Method, Problem, from_optax
 OTHERS = {
     "photo": problems.photo,
     "plasma": problems.plasma,
-    "gridding": problems.gridding,
+    "gridding_1310": problems.gridding,
+    "gridding_327": functools.partial(problems.gridding, percent=0.5),
+    "gridding_81": functools.partial(problems.gridding, percent=0.125),
     "deblur": unsuited.deblur,
     "spline": unsuited.spline,
     "heat": unsuited.heat,

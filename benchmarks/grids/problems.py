@@ -191,9 +191,9 @@ def bends(u: jax.Array) -> jax.Array:
     return (along + 2 * jnp.sum(twist**2)) / 2
 
 
-def gridding(n: int = 256) -> Problem:
+def gridding(n: int = 256, percent: float = 2.0) -> Problem:
     """A surface of minimum curvature near scattered soundings, as geophysicists do."""
-    prior = bending(n)
+    prior, count = bending(n), int(n * n * percent / 100)
 
     def make(seed: int):
         rng = np.random.default_rng(seed)
@@ -201,7 +201,7 @@ def gridding(n: int = 256) -> Problem:
         centers, heights = rng.uniform(0, 1, (2, 12, 1)), rng.standard_normal(12)
         near = np.exp(-(((x - centers) / 0.15) ** 2) / 2)
         true = np.einsum("k,kx,ky->xy", heights, *near)
-        mask = seen_pixels((n, n), n * n // 50, rng)
+        mask = seen_pixels((n, n), count, rng)
         noisy = true + 0.01 * rng.standard_normal((n, n))
         return np.zeros((n, n)), (mask, mask * noisy)
 
@@ -210,8 +210,8 @@ def gridding(n: int = 256) -> Problem:
         return sparse_lu(prior + scipy.sparse.diags_array(mask.ravel()), y.ravel())
 
     return quadratic(
-        name="gridding",
-        title=f"minimum curvature, {n} x {n}, 2 % seen",
+        name=f"gridding_{count}",
+        title=f"minimum curvature, {n} x {n}, {count} seen ({percent:g} %)",
         make=make,
         loss=lambda u, data: bends(u) + jnp.sum(data[0] * (u - data[1]) ** 2) / 2,
         diagonal=lambda u, data: prior.diagonal().reshape(u.shape) + data[0],
