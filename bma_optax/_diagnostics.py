@@ -173,7 +173,7 @@ def _plain(state):
 
 
 def _misfit(blocks, grads, state) -> str:
-    """What to pass instead if these do not fit the state, else an empty string."""
+    """Says what to pass instead if these do not fit the state, else nothing."""
     kind = type(state).__name__
     tree = state[1] if isinstance(state, ScaleByMiniBMAState) else _diagonal(state)
     shapes = {path: leaf.shape for path, leaf in _names.named_leaves(tree)}

@@ -1,4 +1,4 @@
-"""Each trick of ``_xla`` on compiled programs: the test fails without the trick.
+"""Each trick for XLA on compiled programs: the test fails without the trick.
 
 If one fails with the trick, or a program is as good without, XLA has learned to do it:
 take the trick out.
@@ -18,7 +18,9 @@ import bma_optax as bma
 from bma_optax import _control_flow, _random, _sharding, _xla, _xla_sums
 from bma_optax._xla_sums import total_of
 from bma_optax.algebra import _eigh, _symmetric_power
+from bma_optax.multilevel import _stencil
 from bma_optax.multilevel._stencil import Stencil
+from bma_optax.partitions import _tiles
 
 LARGE = (256, 256)
 LIKE = {"a.kernel": jnp.zeros(LARGE), "b.kernel": jnp.zeros(LARGE)}
@@ -241,6 +243,27 @@ def test_neighbours_are_windows_of_one_array(monkeypatch):
     assert temporaries(matvec, S, x) < 6
     monkeypatch.setattr(_xla, "neighbours", _xla._rolled)
     assert temporaries(lambda S, x: matvec(S, x), S, x) > 7
+
+
+def test_sums_over_a_few_elements_are_written_out(monkeypatch):
+    """XLA on CPU takes up to fifty times longer for a reduction over a short axis."""
+    stencil = Stencil(2, (8, 8), (1, 1))
+    x, u, S = jnp.ones(LARGE), jnp.ones((2, 8, 8)), jnp.ones(stencil.shape)
+
+    def reductions():
+        """In new functions, which JAX has not traced."""
+        product = functools.partial(Stencil.matvec.__wrapped__, stencil)
+        for function, args in (
+            (lambda x: _tiles.axis_sums(x, 0, 4), (x,)),
+            (lambda S, u: product(S, u), (S, u)),
+        ):
+            text = jax.jit(function).lower(*args).compile().as_text()
+            yield " reduce(" in text
+
+    assert [*reductions()] == [False, False]
+    monkeypatch.setattr(_tiles, "_MAX_SLICES", 1)
+    monkeypatch.setattr(_stencil, "_FEW", 1)
+    assert [*reductions()] == [True, True]
 
 
 def program(function, *args, platform="cuda"):

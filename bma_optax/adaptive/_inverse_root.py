@@ -81,6 +81,11 @@ def root_sums(columns, h, eps):
     which is the same where a block has one element or one number, and as far as eps is
     small beside h.
 
+    Where blocks are whole arrays eps inside the roots costs time on CPU: an update of
+    30 million parameters in 150 arrays took 1.12 and 1.24 times the CPU seconds, and
+    with units .96 (medians of two runs on one core, eight rounds in turns, by a script
+    that is not committed).
+
     Args:
       columns: E, see ``_columns``.
       h: diag H, a tree like the parameters.

@@ -249,7 +249,7 @@ def scale_by_mini_bma(
 
 
 def second_moment(units, nu, input_nu, q):
-    """What h = r c / mean c is made of, without bias correction.
+    """Returns the factors of h = r c / mean c, without bias correction.
 
     Args:
       units: the :class:`Units` of the array.

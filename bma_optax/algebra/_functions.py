@@ -20,7 +20,7 @@ from bma_optax.algebra import _eigh, _symmetric_power
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Functions:
-    """What :class:`BlockMeanMatrix` is a function of, and its functions."""
+    """The numbers that define a :class:`BlockMeanMatrix`, and its functions."""
 
     Lambda: jax.Array
     M: jax.Array

@@ -31,7 +31,7 @@ _MOST_SAMPLES = 1000
 
 
 class Measured(NamedTuple):
-    """What one system measures of G."""
+    """The measurements of G that one system makes."""
 
     N: Any  # the part of 1ᵀ G 1 that the system holds, in its layout.
     diagonal: dict[int, jax.Array]  # of G, by the position of the array, where found.

@@ -23,7 +23,7 @@ _TOGETHER = 5  # At most so many responses are held at once.
 
 
 class Responses(NamedTuple):
-    """What the products with all probes give."""
+    """The results of the products with all probes."""
 
     # For each kind, a sum for each choice of one row an axis, which are the first axes:
     # shape (*rows, fields of the probes, fields, *grid). Rows by offset count offsets;

@@ -36,7 +36,7 @@ class Vectors(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """What a row of weights is along one axis; static."""
+    """The kind of one row of weights along one axis; static."""
 
     offset: int | None = None  # between blocks that meet; None for all of them.
     powers: tuple[int, int] = (0, 0)

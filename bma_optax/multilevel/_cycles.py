@@ -18,7 +18,7 @@ _UNROLLED = 2
 
 
 class Level(NamedTuple):
-    """What a cycle does on one level, as functions of a vector."""
+    """The operations of a cycle on one level, as functions of a vector."""
 
     multiply: Callable[[Any], jax.Array]  # the operator S.
     smooth: Callable[[Any], jax.Array]

@@ -76,7 +76,7 @@ def gather(
 def _measure(
     G, arrays, stencil, numbers, axes, diagonal, known: Entries | None = None
 ) -> Entries:
-    """What probes with the colors of some axes give, and its check.
+    """Multiplies G by probes with the colors of some axes, and checks the results.
 
     If the check fails, more products follow: first those that measure the rounding of
     the user's function, unless it is known, and then those with the colors of a

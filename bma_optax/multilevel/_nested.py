@@ -30,7 +30,7 @@ from bma_optax.partitions._systems import GridFields
 
 
 class Correction(NamedTuple):
-    """What K r needs, apart from the operator of the first level, which is N."""
+    """The arrays of K r, apart from the operator of the first level, which is N."""
 
     # Small matrices for k columns, shape (fields k k, *grid), see _cell_matrices.
     smoother: jax.Array  # (Λ W)^-1 with the damped Λ.

@@ -29,7 +29,7 @@ from bma_optax.partitions._rules import Rule
 
 
 class Gathered(NamedTuple):
-    """What a refresh measures of a curvature G."""
+    """The measurements of a curvature G that a refresh makes."""
 
     N: Any  # a part for each system, see TwoLevel.like.
     diagonal: Any  # like params: |diag G|.

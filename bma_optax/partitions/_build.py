@@ -71,7 +71,7 @@ def partition(params: Any, rule: Rule = _rules.per_leaf) -> Partition:
 
 
 def dense_partition(params: Any, rule: Rule) -> Partition:
-    """As :func:`partition`, for methods of running sums, which know no reach."""
+    """Makes a partition for methods of running sums, which know no reach."""
     result = partition(params, rule)
     if result.grids:
         path = result.grids[0].arrays[0].path
@@ -96,7 +96,7 @@ def warn_of_guesses(result: Partition) -> None:
 
 
 def layout(params: Any, rule: Rule) -> Partition:
-    """As :func:`partition`, without the checks of its size: for use in ``update``."""
+    """Makes a partition without checks of its size, for use in ``update``."""
     _rules.check_rule(rule)
     leaves = tuple(
         (path, tuple(np.shape(leaf))) for path, leaf in _names.named_leaves(params)

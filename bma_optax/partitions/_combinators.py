@@ -204,7 +204,7 @@ def stacked(rule: Rule, axis: int = 0) -> Rule:
 
 
 def within(bounds: str, rule: Rule) -> Rule:
-    """The same blocks, which see each other only within a layer, an array or a block.
+    """Bounds a rule: blocks see each other only within a layer, an array or a block.
 
     By default all blocks of a tree see each other, in one small matrix. A solve costs
     Σ L_group³ for groups of L_group blocks.

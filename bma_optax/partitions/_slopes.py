@@ -44,7 +44,7 @@ class Slope:
         return dataclasses.replace(self, length=self.length * t)
 
     def within(self, t: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the function of a tile of t cells is on each of its cells.
+        """Splits the function of a tile of t cells into functions on each of them.
 
         Returns:
           The factors of the constant and of the cell's own function.

@@ -76,7 +76,7 @@ def _dense(blocks) -> str:
 
 
 def _advice(n) -> str:
-    """What `eigh` takes where kernels take longer to launch than to run, measured."""
+    """Tells how long `eigh` takes where the launches count: these are measured."""
     if n < _LARGE:
         return ""
     return (

@@ -111,7 +111,7 @@ class Tiles:
         return _sharding.automatic(cut, x, out=lambda: _sharding.replicated(x, x))
 
     def fill_like(self, values: jax.Array, leaf: jax.Array) -> jax.Array:
-        """As :meth:`fill`, in the dtype and the sharding of ``leaf``."""
+        """Does what :meth:`fill` does, in the dtype and the sharding of ``leaf``."""
         values = values.astype(leaf.dtype)
         if not any(1 < t < n for t, n in zip(self.tile or (), self.shape, strict=True)):
             return self.fill(values)

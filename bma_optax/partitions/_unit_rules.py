@@ -135,7 +135,7 @@ class _Units(_PerUnit):
 
 
 def _rule_of_name(path: Path) -> Rule | None:
-    """What the name of an array says of its axis of units; None where it does not."""
+    """Returns the rule that an array's name tells; None where it tells none."""
     if not path:
         return per_column
     name = re.split(r"[./]", path[-1])[-1]

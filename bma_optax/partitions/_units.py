@@ -78,7 +78,7 @@ class Units:
         return _sharding.typed_like(_sharding.reshape(x, self.shape, kept), like)
 
     def _spec(self, x: jax.Array) -> tuple[list[Any], list[Any]]:
-        """What stays of the explicit sharding of an array, and that of its view.
+        """Returns the explicit sharding that an array keeps, and that of its view.
 
         An axis that tiles cut in two keeps its shards if they are whole tiles.
         """
@@ -156,7 +156,7 @@ def check_state(arrays: Any, nu: Any, rule: Any) -> None:
 
 
 def num_statistics(tiles: Tiles) -> int:
-    """What mini-BMA stores of an array beside the momentum."""
+    """Counts the numbers that mini-BMA stores of an array beside the momentum."""
     units = units_of(tiles)
     return math.prod(tiles.shape) if units is None else units.num_statistics
 

@@ -22,7 +22,7 @@ def report(
     probe: Probe,
     params,
 ) -> str:
-    """What was found, what to expect, and the partition.
+    """Writes what was found, what to expect, and the partition.
 
     Args:
       found: the arrays.
@@ -109,7 +109,7 @@ def _other(rule: Rule, other: Trial, tried: Trial) -> str:
 
 
 def _expectation(rule: Rule, tried: Trial | None, probe: Probe) -> list[str]:
-    """What conjugate gradients took, in sentences."""
+    """Tells how many steps conjugate gradients took, in sentences."""
     if probe.is_flat:
         return [
             "The curvature is 0 here: the loss is linear, or has kinks. Pass another "

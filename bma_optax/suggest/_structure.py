@@ -48,7 +48,7 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """What is found of one array."""
+    """The structure of one array, as measured."""
 
     path: Path
     shape: Shape
@@ -168,7 +168,7 @@ def _behind_the_cut(y, axis: int, cut: int, eps: float) -> tuple[int | None, boo
 
 
 def _axis(n: int, looks: list[tuple[int | None, bool]]) -> Axis:
-    """What all cuts across an axis have shown together."""
+    """Joins what all cuts across an axis have shown."""
     reaches = [reach for reach, _ in looks if reach is not None]
     if len(reaches) < len(looks):
         return Axis(n, None, False)

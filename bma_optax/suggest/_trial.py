@@ -104,7 +104,7 @@ def _divide(z2, r):
 
 
 def _timed(run) -> tuple[Any, float]:
-    """What a function returns, and its seconds: the least of several runs, if short."""
+    """Runs a function; adds its seconds, the least of several runs if it is short."""
     seconds: list[float] = []
     while sum(seconds) < _SECONDS:
         start = time.perf_counter()
