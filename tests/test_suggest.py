@@ -84,6 +84,18 @@ def total_variation(u):
     return jnp.sum(jnp.sqrt(steps + 1e-2)) + 1e-3 * jnp.sum((u - data) ** 2)
 
 
+def superresolution(u):
+    """Four elements at a time are seen by their mean."""
+    return smooth(u) + 0.01 * jnp.sum((jnp.mean(u.reshape(-1, 4), 1) - 1) ** 2)
+
+
+def quadratic_elements(u):
+    """Slopes on elements of three nodes, of which two neighbours share one."""
+    left, middle, right = u[:-2:2], u[1:-1:2], u[2::2]
+    ends = 7 * left**2 + 2 * left * right + 7 * right**2
+    return jnp.sum(ends + 16 * middle * (middle - left - right)) + (u[3] - 1) ** 2
+
+
 TILE = bma.per_tile((4, 4), reach=1)
 CASES = {
     "image": (inpainting, jnp.zeros((N, N)), TILE),
@@ -199,6 +211,12 @@ CASES = {
         lambda u: smooth(u) + (u[0, 5] - 1) ** 2,
         jnp.zeros((2, 1000)),
         bma.stacked(bma.per_tile(4, reach=1)),
+    ),
+    "superresolution": (superresolution, jnp.zeros(84), bma.per_tile(4, reach=3)),
+    "quadratic elements": (
+        quadratic_elements,
+        jnp.zeros(145),
+        bma.per_tile(4, reach=2),
     ),
     "blur": (blur, jnp.zeros((N, N)), bma.per_leaf),
     "network": (

@@ -19,6 +19,7 @@ Product = Callable[[Vector], Vector]
 
 # Below this, of 1 for a loss of differences, the second moments of G are noise.
 _STIFF = 1e-2
+_PATTERN = 8  # elements after which a loss may repeat itself.
 _SHORTEST = 5  # Along a shorter axis neighbours cannot be told from fields.
 
 
@@ -119,7 +120,7 @@ def structures(probe: Probe, paths: list[Path], shapes: list[Shape]) -> list[Str
         axes = []
         for axis, n in enumerate(shape):
             looks: list[tuple[int | None, bool]] = []
-            for cut in sorted({n // 2, n // 3} - {0}):
+            for cut in _cuts(n):
                 if any(reach is None for reach, _ in looks):
                     break  # All may meet: a second look shows no more.
                 x = rng.uniform(0.5, 1.5, shape) * rng.choice([-1.0, 1.0], shape)
@@ -131,6 +132,16 @@ def structures(probe: Probe, paths: list[Path], shapes: list[Shape]) -> list[Str
         found.append(Structure(path, shape, tuple(axes), (), 0.0, None, 1.0))
         found[-1] = _columns(probe, found[-1], position, zeros, rng, meets)
     return found
+
+
+def _cuts(n: int) -> list[int]:
+    """Where an axis is cut.
+
+    Elements may meet by a pattern that repeats: pixels that are averaged in squares, or
+    the nodes of an element. Of eight cuts in a row each such pattern is cut somewhere.
+    """
+    half = n // 2
+    return sorted({n // 3, *range(half - _PATTERN + 1, half + 1)} & {*range(1, n)})
 
 
 def _only(position: int, x: np.ndarray, zeros: Vector) -> Vector:

@@ -56,8 +56,8 @@ def suggest_partition(
     that it does not depend on the load of a machine. The table names the rules that
     were tried and not taken, with their steps and how long a step takes.
 
-    It runs outside ``jax.jit``, and its products are compiled. It takes a few products
-    an axis of each array, three refreshes at most, and some steps of conjugate
+    It runs outside ``jax.jit``, and its products are compiled. It takes nine products
+    at most an axis of each array, three refreshes at most, and some steps of conjugate
     gradients.
 
     Args:
