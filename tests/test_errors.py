@@ -739,6 +739,11 @@ SUGGESTIONS = [
         ValueError,
         "not finite",
     ),
+    (  # Its curvature is finite.
+        lambda: bma.suggest_partition(lambda u: jnp.nansum((u - jnp.nan) ** 2), SQUARE),
+        ValueError,
+        "gradient of `value_fn` for 'params' is not finite",
+    ),
     (  # Finite nearby is not enough.
         lambda: bma.suggest_partition(lambda u: jnp.sum(jnp.abs(u) ** 1.5), 0 * SQUARE),
         ValueError,

@@ -157,6 +157,11 @@ CASES = {
         jnp.zeros((N, N)),
         bma.per_tile((1, 4), reach=1),
     ),
+    "weaker along the last axis": (  # Thin tiles save less than they cost.
+        lambda u: smooth(u, [1.0, 0.2]) + (u[3, 3] - 1) ** 2,
+        jnp.zeros((N, N)),
+        TILE,
+    ),
     "weak along an axis, and not smooth": (
         lambda u: smooth(u, [1.0, 0.3]) + jnp.sum(u**2),
         jnp.zeros((N, N)),
@@ -227,6 +232,7 @@ CASES = {
         bma.per_leaf,
     ),
     "one number": (lambda x: x**2, jnp.ones(()), bma.per_leaf),
+    "bfloat16": (lambda x: x**2, jnp.ones((), jnp.bfloat16), bma.per_leaf),
     "nothing": (lambda p: jnp.zeros(()), {"a": jnp.zeros((0, 3))}, bma.per_leaf),
 }
 
@@ -237,6 +243,7 @@ WORDS = {
     "flow in a dict": "grid of 2 fields",
     "colors in a mask": "axis 2",
     "stiff along the first axis": f"{TILE} takes ",
+    "weaker along the last axis": "per_tile((4, 1), reach=1) takes ",
     "stiff along a diagonal": "per_tile((4, 4), reach=1, slopes=True) takes ",
     "line under tension": "per_tile((4,), reach=2) takes ",
     "plate": "fourth order",
@@ -246,6 +253,7 @@ WORDS = {
     "blur": "what is slow here is not smooth",
     "two that meet behind all cuts": "entries of the curvature beyond the reach above",
     "network": "No array has neighbours",
+    "bfloat16": "Keep parameters in float32",
 }
 
 

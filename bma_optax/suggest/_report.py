@@ -1,5 +1,7 @@
 """The table that :func:`suggest_partition` prints."""
 
+import jax.numpy as jnp
+
 from bma_optax import _names
 from bma_optax.partitions import _build
 from bma_optax.partitions._rules import Rule, per_leaf
@@ -41,6 +43,13 @@ def report(
         for row in rows
     ]
     lines += ["", *_remarks(found), *_expectation(rule, tried, probe)]
+    lines += [
+        f"{_names.name_of(path)!r} is {x.dtype}: what a step changes by less than "
+        f"{float(jnp.finfo(x.dtype).eps):.1g} of a number is lost, so that steps may "
+        "stand still. Keep parameters in float32."
+        for path, x in _names.named_leaves(params)
+        if x.dtype.itemsize < 4
+    ]
     if rule in all_tried:
         lines += [
             _other(x, all_tried[x], all_tried[rule]) for x in all_tried if x != rule

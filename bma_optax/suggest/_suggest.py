@@ -19,10 +19,11 @@ from bma_optax.suggest._trial import Trial, trial
 
 # Blocks cost a step a little, and a refresh some products: they must save more.
 _PAYS = 1.5
-# Thinner tiles are more of them, and must save steps for it. The compiler's count of
-# operations does not tell their price: on a thin plate at 256² it says that C with
-# slopes costs 1.3 products, where `benchmarks.grids.prices` measures 14.
-_MORE_CELLS = 1.3
+# Thinner tiles are more of them, and must save steps for it: where a product is a cheap
+# stencil, a step with tiles of 4 x 1 takes 2.5 times as long as one with 4 x 4, as
+# `benchmarks.grids.prices` measures. The compiler's count of operations does not tell
+# that: on a thin plate at 256² it says that C with slopes costs 1.3 products, not 14.
+_MORE_CELLS = 2.5
 # With slopes a step takes a few times as long, up to twenty where a product is a cheap
 # stencil (`benchmarks.grids.prices`), and about ten steps are needed at least.
 _SLOPES, _FEWEST = 3, 10
@@ -48,7 +49,8 @@ def suggest_partition(
     .. math:: -\tfrac12 \sum_o o_i^2 \, G_{p + o, p} / |G_{pp}|
 
     how stiff the coupling along axis i is. Where it is far stiffer along some axes,
-    tiles along those alone are tried as well. Where it is 0 along all, the loss is of
+    tiles along those alone are tried as well, and taken if they need less than two
+    fifths of the steps. Where it is 0 along all, the loss is of
     second differences, and blocks have slopes. Conjugate gradients on the quadratic
     model, with the blocks and with the diagonal alone, then tell whether blocks pay.
     Where they pay and are slow, slopes are tried as well, and taken if they need less
@@ -79,8 +81,8 @@ def suggest_partition(
     Raises:
       TypeError: if ``value_fn`` is not a function with second derivatives, or a leaf is
         not a real floating array.
-      ValueError: if the curvature is not finite at the parameters, if the loss needs an
-        argument of a name that is taken, or under ``jax.jit``.
+      ValueError: if the gradient or the curvature is not finite at the parameters, if
+        the loss needs an argument of a name that is taken, or under ``jax.jit``.
 
     Example:
       >>> import jax.numpy as jnp, bma_optax as bma
@@ -124,6 +126,7 @@ def suggest_partition(
         return _kinds.product_at(curvature, params, random_key, loss, extra_args)(v)
 
     probe = _probe(product, params)
+    _check_gradient(loss, params, extra_args)
     named = _names.named_leaves(params)
     found = _structure.structures(
         probe, [path for path, _ in named], [np.shape(leaf) for _, leaf in named]
@@ -167,6 +170,25 @@ def _probe(product, params) -> _structure.Probe:
     curved = [sum(map(np.count_nonzero, y)) for y in (here, there)]
     vanishes, is_flat = 2 * curved[0] < curved[1], bool(leaves) and curved[1] == 0
     return _structure.Probe(lambda v: at(near, v), eps, vanishes, is_flat)
+
+
+def _check_gradient(loss, params, extra_args) -> None:
+    """Raises a ValueError that names a parameter whose gradient is not finite.
+
+    The curvature can be finite where the gradient is not, as of ``jnp.nansum`` over
+    data that are NaN.
+    """
+    f = _user_functions.scalar(
+        _user_functions.bind(loss, extra_args, "value_fn"), "value_fn"
+    )
+    for path, leaf in _names.named_leaves(jax.jit(jax.grad(f))(params)):
+        if not np.all(np.isfinite(np.asarray(leaf, float))):
+            raise ValueError(
+                f"The gradient of `value_fn` for {_names.name_of(path)!r} is not "
+                "finite at these parameters, and one step would spread that. Pass data "
+                "and parameters at which it is finite: replace NaNs in the data by a "
+                "number, and weigh what is not known by 0."
+            )
 
 
 def _are_finite(y: _structure.Vector) -> bool:
