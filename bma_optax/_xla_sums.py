@@ -7,7 +7,6 @@ pass, if each sum has many results. The functions here choose for both.
 """
 
 import functools
-import math
 import string
 
 import jax
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 from bma_optax import _sharding
 
 _PIECES = 8
-_LARGE = 2**16  # Elements: what is smaller stays in the cache.
 
 
 def total(x, axes):
@@ -38,9 +36,8 @@ def total_of(f, axes, *arrays):
     """Σ f(*arrays) over ``axes``, which keep length 1, for f element by element.
 
     XLA on CPU computes f one element at a time if it fuses f into a sum over all but
-    the last axis, and stores f for a product of matrices. So a few pieces of a large
-    array are added up first, many elements at a time, and a product of matrices adds
-    what is left.
+    the last axis, and stores f for a product of matrices. So a few pieces are added up
+    first, many elements at a time, and a product of matrices adds what is left.
 
     Args:
       f: from arrays to an array.
@@ -49,8 +46,7 @@ def total_of(f, axes, *arrays):
     """
     shape = arrays[0].shape
     axis = max(axes, key=lambda i: shape[i], default=0)
-    large = math.prod(shape) >= _LARGE
-    length = shape[axis] if large and 0 < len(axes) < len(shape) else 0
+    length = shape[axis] if 0 < len(axes) < len(shape) else 0
     size = length // _PIECES
 
     def by_pieces(*arrays):

@@ -17,6 +17,7 @@ import pytest
 import bma_optax as bma
 from bma_optax import _control_flow, _random, _sharding, _xla, _xla_sums
 from bma_optax._xla_sums import total_of
+from bma_optax.adaptive import _columns
 from bma_optax.algebra import _eigh, _symmetric_power
 from bma_optax.multilevel import _stencil
 from bma_optax.multilevel._stencil import Stencil
@@ -123,7 +124,6 @@ def test_a_sum_of_roots_stores_a_part_of_them(monkeypatch):
 )
 def test_sums_in_pieces_and_in_two_steps_are_sums(monkeypatch, shape, axes):
     monkeypatch.setattr(_sharding, "is_whole", lambda x: True)
-    monkeypatch.setattr(_xla_sums, "_LARGE", 1)
     x = jnp.asarray(np.random.default_rng(0).random(shape), jnp.float32)
     weights = jnp.full(tuple(n if i in axes else 1 for i, n in enumerate(shape)), 3.0)
     for found, expected in (
@@ -157,7 +157,7 @@ def test_sums_of_one_device_and_of_several_give_one_step(monkeypatch, weights):
     assert jax.device_count() > 1
     several = steps()
     monkeypatch.setattr(_sharding, "is_whole", lambda x: True)
-    monkeypatch.setattr(_xla_sums, "_LARGE", 1)
+    monkeypatch.setattr(_columns, "_LARGE", 1)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
         steps(),
@@ -218,7 +218,7 @@ def test_a_step_with_units_writes_the_statistics_and_the_update_alone(monkeypatc
         return sum(f"= {shape}" in line and " fusion(" in line for line in lines)
 
     assert written() == 2
-    monkeypatch.setattr(_xla_sums, "_LARGE", math.inf)
+    monkeypatch.setattr(_columns, "_LARGE", math.inf)
     assert written() > 2
 
 

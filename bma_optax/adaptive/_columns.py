@@ -19,6 +19,8 @@ from bma_optax.adaptive import _direction
 from bma_optax.partitions import _units
 
 WEIGHTS = ("constant", "learned")
+# Elements. What is smaller is still in the cache when it is read again.
+_LARGE = 2**16
 KEPT = 0.95  # The part of y that a step keeps, as in mini-BMA.
 
 
@@ -80,21 +82,15 @@ class Columns:
 
     def sums(self, tree):
         """Sums of W x over blocks, shape (L,), for x like the parameters."""
-
-        def one(array, units, W, x):
-            if units is not None:
-                return units.times(units.split(x), W.astype(x.dtype))
-            return array.sums(x, _xla_sums.total) if array.num_blocks else None
-
-        return self._join(one, tree)
+        return self._join(_sums, tree)
 
     def sums_of(self, f, *trees):
-        """As :meth:`sums` of f(x, ...), an array like x that need not be stored."""
+        """As :meth:`sums` of f(x, ...), an array like x, which is stored if small."""
 
         def one(array, units, W, x, *rest):
-            if units is not None:
-                return units.times(units.split(f(x, *rest)), W.astype(x.dtype))
-            return _sums_of(f, array, x, *rest)
+            if units is None and x.size >= _LARGE:
+                return _sums_of(f, array, x, *rest)
+            return _sums(array, units, W, f(x, *rest))
 
         return self._join(one, *trees)
 
@@ -152,6 +148,12 @@ class Columns:
         """The array, its units, W and its leaves of trees, for each array."""
         leaves = map(jax.tree.leaves, trees)
         return zip(self.blocks.arrays, self.units, self.weights, *leaves, strict=True)
+
+
+def _sums(array, units, W, x):
+    if units is not None:
+        return units.times(units.split(x), W.astype(x.dtype))
+    return array.sums(x, _xla_sums.total) if array.num_blocks else None
 
 
 def _sums_of(f, array, *x):
