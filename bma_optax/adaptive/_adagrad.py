@@ -123,8 +123,8 @@ def scale_by_bma(
       update_interval: k, an integer >= 1: the steps from one computation of M^-½ to the
         next. M^-½ is also computed at steps 1, 2, 4, 8, ... below k, because the first
         gradients change M most. Every gradient enters U and diag H, whatever k is. With
-        1000 blocks and 0.9 million parameters a step took 10.5 times as long as
-        AdaGrad's with k = 1, and 2.5 times with k = 10 (``benchmarks.costs``).
+        1000 blocks and 0.9 million parameters a step took 9.4 times as long as
+        AdaGrad's with k = 1, and 2.3 times with k = 10 (``benchmarks.costs``).
 
     Returns:
       A ``GradientTransformationExtraArgs`` with the state :class:`ScaleByBMAState`.
