@@ -248,7 +248,7 @@ def scale_by_bma(
         # A branch for v stores h, so that one pass is left.
         one_pass = not _refresh.at_each_step(update_interval)
         r = jax.tree.map(scale, g, h)
-        sums = columns.sums_of(scale, g, h)
+        sums = columns.sums_of(scale, r, g, h)
         along = _inverse_root.correction(blocks, inverse_root, sums)
         if weights == "learned" and not one_pass:
             _, r, sums = anew(g, old, sums)

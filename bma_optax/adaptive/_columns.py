@@ -84,15 +84,18 @@ class Columns:
         """Sums of W x over blocks, shape (L,), for x like the parameters."""
         return self._join(_sums, tree)
 
-    def sums_of(self, f, *trees):
-        """As :meth:`sums` of f(x, ...), an array like x, which is stored if small."""
+    def sums_of(self, f, r, *trees):
+        """Does what :meth:`sums` does for a tree r = f(x, ...), without storing it.
 
-        def one(array, units, W, x, *rest):
-            if units is None and x.size >= _LARGE:
-                return _sums_of(f, array, x, *rest)
-            return _sums(array, units, W, f(x, *rest))
+        From f and the trees of x, ... sums over units of large arrays compute r again.
+        """
 
-        return self._join(one, *trees)
+        def one(array, units, W, r, *x):
+            if units is None and r.size >= _LARGE:
+                return _sums_of(f, array, *x)
+            return _sums(array, units, W, r)
+
+        return self._join(one, r, *trees)
 
     def root_sums(self, h):
         """Sums of W² √h over blocks, shape (L,), for a tree h."""
@@ -151,12 +154,14 @@ class Columns:
 
 
 def _sums(array, units, W, x):
+    """Sums of W x over the blocks of one array; None if it has none."""
     if units is not None:
         return units.times(units.split(x), W.astype(x.dtype))
     return array.sums(x, _xla_sums.total) if array.num_blocks else None
 
 
 def _sums_of(f, array, *x):
+    """Sums of f(x, ...) over the blocks of one array; None if it has none."""
     if not array.num_blocks:
         return None
     return array.sums(x[0], lambda _, axes: _xla_sums.total_of(f, axes, *x))

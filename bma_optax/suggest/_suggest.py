@@ -178,11 +178,9 @@ def _check_gradient(loss, params, extra_args) -> None:
     The curvature can be finite where the gradient is not, as of ``jnp.nansum`` over
     data that are NaN.
     """
-    f = _user_functions.scalar(
-        _user_functions.bind(loss, extra_args, "value_fn"), "value_fn"
-    )
-    for path, leaf in _names.named_leaves(jax.jit(jax.grad(f))(params)):
-        if not np.all(np.isfinite(np.asarray(leaf, float))):
+    gradient = jax.jit(jax.grad(_user_functions.loss(loss, extra_args)))(params)
+    for path, leaf in _names.named_leaves(gradient):
+        if not _are_finite([np.asarray(leaf, float)]):
             raise ValueError(
                 f"The gradient of `value_fn` for {_names.name_of(path)!r} is not "
                 "finite at these parameters, and one step would spread that. Pass data "
